@@ -1,0 +1,729 @@
+"""CLIP (Radford et al., ICML 2021): image and text towers, tokenizer, preprocessing, weights.
+
+The interface is OpenAI's, the state-dict keys too, so every OpenAI-format checkpoint loads:
+
+    model, preprocess = clip_model.load("ViT-B/16")              # float32, eval mode
+    images = preprocess(Image.open("photo.jpg"))[None]           # [1, 3, 224, 224]
+    tokens = model.tokenize(["a photo of a dog", "a photo of a cat"])  # int64 [2, 77]
+    logits_per_image, logits_per_text = model(images, tokens)    # [1, 2], [2, 1]
+
+Beside it there is what multi-label methods need: one embedding per image location
+(`encode_image_dense`) and a text tower fed with token embeddings (`encode_prompts`).
+
+Shapes: B images, N texts, L locations, T tokens, W tower width, D joint embedding.
+
+Where this differs from OpenAI's code, with equal results:
+ 1. batch-first tensors and torch's scaled_dot_product_attention;
+ 2. text is cut after the last end-of-text token of the batch: the tower is causal, so what
+    comes later cannot change it;
+ 3. the last block computes only the token that is read (class token, end of text);
+ 4. float32 weights by default; LayerNorm always computes in float32, so autocast is safe;
+ 5. images of another size than the trained one: positional embeddings are interpolated.
+"""
+import functools
+import gzip
+import hashlib
+import html
+import importlib.util
+import os
+import pickle
+import tempfile
+import urllib.request
+import warnings
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import transforms
+from tqdm import tqdm
+
+CACHE = Path("~/.cache/clip").expanduser()  # shared with OpenAI's own package
+TOY = Path(__file__).resolve().parent / "toy"
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# name -> (SHA-256, which is also the folder of the URL; file)
+WEIGHTS_URL = "https://openaipublic.azureedge.net/clip/models"
+WEIGHTS = {
+    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
+    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
+    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
+    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
+    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "RN50x64.pt"),
+    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+                 "ViT-B-32.pt"),
+    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                 "ViT-B-16.pt"),
+    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+                 "ViT-L-14.pt"),
+    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+                       "ViT-L-14-336px.pt"),
+}
+VOCABULARY_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY_SIZE = 49408
+
+
+class ClipError(RuntimeError):
+    """Weights or vocabulary that cannot be had; the message says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------
+# tokenizer
+
+@functools.lru_cache
+def byte_symbols():
+    """The 256 bytes as printable characters, in the order that CLIP's vocabulary lists them.
+
+    Printable Latin-1 bytes stand for themselves; the others get the characters from 256 on, so
+    that byte pairs can be kept in a text file without white space or control characters."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    symbols = {byte: chr(byte) for byte in printable}
+    symbols.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return symbols
+
+
+class Tokenizer:
+    """Lower-cased byte-level BPE. merges_path: gzip text, a header line, then a merge a line.
+
+    The vocabulary is 256 bytes, the same with `</w>` (end of word), the merges, start of text
+    and end of text: 49,408 entries with OpenAI's file, of which CLIP reads 48,894 merges."""
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    pattern = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+                            r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    def __init__(self, merges_path):
+        with gzip.open(merges_path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+        merges = [tuple(line.split()) for line in lines[1:VOCABULARY_SIZE - 512 - 2 + 1]
+                  if line.strip()]
+        symbols = list(byte_symbols().values())
+        vocabulary = symbols + [symbol + "</w>" for symbol in symbols]
+        vocabulary += ["".join(merge) for merge in merges] + [self.start, self.end]
+        self.ids = {token: i for i, token in enumerate(vocabulary)}
+        self.tokens = vocabulary
+        self.ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self.bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
+        self.words = {self.start: [self.ids[self.start]], self.end: [self.ids[self.end]]}  # cache
+        self.texts = {}  # cache: prompts come back many times
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def merge(self, word):
+        """Byte symbols of one word (str) -> token ids: always the pair learned first."""
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:]))
+            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if best not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                if tuple(parts[i:i + 2]) == best:
+                    merged.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    merged.append(parts[i])
+                    i += 1
+            parts = merged
+        return [self.ids[part] for part in parts]
+
+    def encode(self, text):
+        """str -> list of token ids, without start and end of text."""
+        if text in self.texts:
+            return list(self.texts[text])
+        clean = html.unescape(html.unescape(ftfy.fix_text(text)))
+        clean = regex.sub(r"\s+", " ", clean.strip()).strip().lower()
+        ids = []
+        for word in self.pattern.findall(clean):
+            if word not in self.words:
+                symbols = "".join(byte_symbols()[byte] for byte in word.encode("utf-8"))
+                self.words[word] = self.merge(symbols)
+            ids += self.words[word]
+        if len(self.texts) < 100_000:
+            self.texts[text] = tuple(ids)
+        return ids
+
+    def decode(self, ids):
+        """List of token ids -> str; every word is followed by a space, as in CLIP."""
+        text = "".join(self.tokens[i] for i in ids)
+        for special in (self.start, self.end):
+            text = text.replace(special, special + "</w>")
+        text = text.replace("</w>", " ")
+        data = b"".join(bytes([self.bytes[c]]) if c in self.bytes else c.encode() for c in text)
+        return data.decode("utf-8", errors="replace")
+
+    def tokenize(self, texts, context_length=77, truncate=False):
+        """A text or a list of texts -> int64 [N, context_length], padded with 0.
+
+        Raises RuntimeError naming the text that is too long; with truncate=True the text is cut
+        instead, and its last token is the end of text."""
+        texts = [texts] if isinstance(texts, str) else texts
+        tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(tokens, texts):
+            ids = [self.ids[self.start], *self.encode(text), self.ids[self.end]]
+            if len(ids) > context_length:
+                if not truncate:
+                    raise RuntimeError(f"text of {len(ids)} tokens is too long for a context "
+                                       f"length of {context_length}: {text!r}")
+                ids = ids[:context_length - 1] + ids[-1:]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+@functools.lru_cache
+def official_tokenizer():
+    """OpenAI's vocabulary: from CLIP's cache, an installed CLIP package, or downloaded."""
+    path = CACHE / VOCABULARY_FILE
+    if not path.exists():
+        for package in ("open_clip", "clip"):
+            spec = importlib.util.find_spec(package)
+            for folder in (spec.submodule_search_locations or []) if spec else []:
+                if (Path(folder) / VOCABULARY_FILE).exists():
+                    return Tokenizer(Path(folder) / VOCABULARY_FILE)
+    return Tokenizer(download(VOCABULARY_URL, VOCABULARY_SHA256, path))
+
+
+def tokenize(texts, context_length=77, truncate=False):
+    """A text or a list of texts -> int64 [N, context_length] in OpenAI's vocabulary.
+
+    Raises RuntimeError for a text over the context length, unless truncate=True."""
+    return official_tokenizer().tokenize(texts, context_length, truncate)
+
+
+# ---------------------------------------------------------------------------------------------
+# transformer
+
+class LayerNorm(nn.LayerNorm):
+    """Computes in float32 whatever comes in: half precision loses the small variances."""
+
+    def forward(self, x):
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        # x * sigmoid(1.702 x), written so that autograd keeps one tensor instead of two
+        return F.silu(1.702 * x) / 1.702
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, W] -> [B, h, T, W/h]
+
+    def forward(self, x, causal=False):
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        x = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v),
+                                           is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+    def query(self, token, x, mask=None):
+        """Attention of one token [B, 1, W] over x [B, T, W]; mask [B, 1, 1, T], True = look."""
+        width = x.shape[-1]
+        q = F.linear(token, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        k, v = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, -1)
+        x = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v), mask)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+    def values(self, x):
+        """Every token attends to itself alone."""
+        width = x.shape[-1]
+        return self.out_proj(F.linear(x, self.in_proj_weight[2 * width:],
+                                      self.in_proj_bias[2 * width:]))
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = QuickGELU()
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = MLP(width)
+        self.ln_2 = LayerNorm(width)
+
+    def forward(self, x, causal=False):
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+    def one_token(self, x, index, mask=None):
+        """What forward gives for one token of every row: x [B, T, W], index [B] -> [B, W]."""
+        rows = torch.arange(len(x), device=x.device)
+        normed = self.ln_1(x)
+        token = x[rows, index][:, None]  # [B, 1, W]
+        token = token + self.attn.query(normed[rows, index][:, None], normed, mask)
+        return (token + self.mlp(self.ln_2(token)))[:, 0]
+
+    def value_path(self, x):
+        """The block with every token attending to itself alone (MaskCLIP, ECCV 2022)."""
+        x = x + self.attn.values(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+
+
+def resize_positions(positions, grid):
+    """Positional embeddings [1 + n * n, W] (first: class or mean token) for a (h, w) grid."""
+    size = round((len(positions) - 1) ** 0.5)
+    if (size, size) == tuple(grid):
+        return positions
+    square = positions[1:].T.reshape(1, -1, size, size)  # [1, W, n, n]
+    square = F.interpolate(square.float(), grid, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], square[0].flatten(1).T.to(positions.dtype)])
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, resolution, patch_size, width, layers, heads, output_dim):
+        super().__init__()
+        self.input_resolution, self.patch_size = resolution, patch_size
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.positional_embedding = nn.Parameter(
+            torch.zeros((resolution // patch_size) ** 2 + 1, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(torch.zeros(width, output_dim))
+
+    def embed(self, images):
+        """Images [B, 3, H, W] -> tokens [B, 1 + L, W], class token first, before any block."""
+        x = self.conv1(images)
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)  # [B, W, h, w] -> [B, L, W]
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
+        return self.ln_pre(x + resize_positions(self.positional_embedding, grid))
+
+    def forward(self, images):
+        x = self.embed(images)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self.ln_post(last.one_token(x, first)) @ self.proj
+
+    def dense(self, images, value_path=False):
+        x = self.embed(images)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x)
+        if value_path:
+            first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            x = torch.cat([last.one_token(x, first)[:, None], last.value_path(x[:, 1:])], dim=1)
+        else:
+            x = last(x)
+        x = self.ln_post(x) @ self.proj  # [B, 1 + L, W] -> [B, 1 + L, D]
+        return x[:, 0], x[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------
+# residual network
+
+class Bottleneck(nn.Module):
+    """Strided convolutions are replaced by stride 1 and average pooling, to avoid aliasing."""
+
+    expansion = 4
+
+    def __init__(self, inplanes, planes, stride=1):
+        super().__init__()
+        outplanes = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or inplanes != outplanes:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(outplanes))
+
+    def forward(self, x):
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return self.relu(x + identity)
+
+
+class AttentionPool2d(nn.Module):
+    """One attention query, the mean of all locations, over the mean and the locations."""
+
+    def __init__(self, grid, width, heads, output_dim):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.zeros(grid ** 2 + 1, width))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output_dim)
+
+    def forward(self, x, position=True, dense=False):
+        """Feature map [B, W, h, w] -> global [B, D], and with dense also local [B, L, D]."""
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)  # [B, W, h, w] -> [B, L, W]
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        values = self.v_proj(x)
+        # a location on its own, as if the attention looked at nothing else (values are linear,
+        # so the positions are added to them afterwards rather than running v_proj twice)
+        local = self.c_proj(values[:, 1:]) if dense else None
+        if position:
+            positions = resize_positions(self.positional_embedding, grid)
+            x = x + positions
+            values = values + F.linear(positions, self.v_proj.weight)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # -> [B, h, T, W/h]
+                   for y in (self.q_proj(x[:, :1]), self.k_proj(x), values))
+        pooled = F.scaled_dot_product_attention(q, k, v)
+        pooled = self.c_proj(pooled.transpose(1, 2).flatten(1))  # [B, h, 1, W/h] -> [B, D]
+        return (pooled, local) if dense else pooled
+
+
+class ModifiedResNet(nn.Module):
+    def __init__(self, layers, output_dim, heads, resolution, width):
+        super().__init__()
+        self.input_resolution = resolution
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        self.relu = nn.ReLU(inplace=True)
+        inplanes = width
+        for i, blocks in enumerate(layers):
+            planes = width * 2 ** i
+            stage = [Bottleneck(inplanes, planes, stride=1 if i == 0 else 2)]
+            inplanes = planes * Bottleneck.expansion
+            stage += [Bottleneck(inplanes, planes) for _ in range(1, blocks)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.attnpool = AttentionPool2d(resolution // 32, width * 32, heads, output_dim)
+
+    def features(self, x):
+        """Images [B, 3, H, W] -> layer4 [B, 32 * width, H / 32, W / 32]."""
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = self.relu(bn(conv(x)))
+        x = self.avgpool(x)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, images):
+        return self.attnpool(self.features(images))
+
+    def dense(self, images, position=True):
+        return self.attnpool(self.features(images), position, dense=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# CLIP
+
+class CLIP(nn.Module):
+    """Both towers. vision_layers: an int makes a ViT, four ints a ModifiedResNet.
+
+    Constructor arguments as OpenAI's. `tokenizer` is the vocabulary that the weights belong to;
+    None means OpenAI's, which is looked for when it is first needed."""
+
+    def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
+                 context_length, vocab_size, transformer_width, transformer_heads,
+                 transformer_layers):
+        super().__init__()
+        self.context_length, self.vocab_size = context_length, vocab_size
+        self.tokenizer = None
+        if isinstance(vision_layers, int):
+            self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
+                                            vision_layers, vision_width // 64, embed_dim)
+        else:
+            self.visual = ModifiedResNet(vision_layers, embed_dim, vision_width * 32 // 64,
+                                         image_resolution, vision_width)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.zeros(context_length, transformer_width))
+        self.ln_final = LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.zeros(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(0.07).reciprocal().log())
+
+    @property
+    def dtype(self):
+        return self.visual.conv1.weight.dtype
+
+    def initialize_parameters(self):
+        """Random weights to train from nothing, scaled as in the CLIP paper's code release."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=self.transformer_width ** -0.5)
+        towers = [self.transformer]
+        if isinstance(self.visual, VisionTransformer):
+            width = self.visual.proj.shape[0]
+            for parameter in (self.visual.class_embedding, self.visual.positional_embedding,
+                              self.visual.proj):
+                nn.init.normal_(parameter, std=width ** -0.5)
+            towers.append(self.visual.transformer)
+        else:
+            pool = self.visual.attnpool
+            width = pool.positional_embedding.shape[1]
+            nn.init.normal_(pool.positional_embedding, std=width ** -0.5)
+            for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+                nn.init.normal_(projection.weight, std=width ** -0.5)
+            for stage in (self.visual.layer1, self.visual.layer2, self.visual.layer3,
+                          self.visual.layer4):
+                for block in stage:
+                    nn.init.zeros_(block.bn3.weight)  # every block starts as the identity
+        for tower in towers:
+            for block in tower.resblocks:
+                width = block.attn.out_proj.in_features
+                std = width ** -0.5 * (2 * len(tower.resblocks)) ** -0.5
+                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=std)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=std)
+        return self
+
+    @property
+    def transformer_width(self):
+        return self.positional_embedding.shape[1]
+
+    def fingerprint(self):
+        """Eight hex digits of a SHA-256 of both projections: tells these weights from others."""
+        visual = self.visual.proj if isinstance(self.visual, VisionTransformer) else \
+            self.visual.attnpool.c_proj.weight
+        digest = hashlib.sha256()
+        for tensor in (visual, self.text_projection):
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:8]
+
+    def tokenize(self, texts, truncate=False):
+        """A text or a list of texts -> int64 [N, context_length] in this model's vocabulary.
+
+        Raises RuntimeError for a text over the context length, unless truncate=True."""
+        tokenizer = self.tokenizer or official_tokenizer()
+        return tokenizer.tokenize(texts, self.context_length, truncate)
+
+    def encode_image(self, images):
+        """Normalised images [B, 3, H, W] -> embeddings [B, D], not of unit length."""
+        return self.visual(images.to(self.dtype))
+
+    def encode_image_dense(self, images, global_position=True, value_path=False):
+        """Images [B, 3, H, W] -> (global [B, D], local [B, L, D]), row-major, not normalised.
+
+        ViT: class and patch tokens, each through ln_post and the projection (MKT, section 3);
+        with value_path the patches skip the last block's attention (values only, MaskCLIP,
+        ECCV 2022), which localises better. Raises ValueError for a ResNet, which has no such
+        path to choose: its local embeddings are v_proj and c_proj of each location of layer4.
+        global_position=False pools a ResNet without positional embeddings (CoMC, section 3);
+        a ViT's global embedding is not changed by it."""
+        images = images.to(self.dtype)
+        if isinstance(self.visual, VisionTransformer):
+            return self.visual.dense(images, value_path)
+        if value_path:
+            raise ValueError("value_path is for ViTs; a ResNet's local embeddings are values only")
+        return self.visual.dense(images, global_position)
+
+    def encode_text(self, tokens):
+        """Token ids int64 [N, T], T up to the context length -> embeddings [N, D], not of unit
+        length. The embedding is read at each text's end-of-text token, the highest id."""
+        eot = tokens.argmax(dim=-1)
+        length = int(eot.max()) + 1 if len(tokens) else 0
+        return self.encode_prompts(self.token_embedding(tokens[:, :length]), eot)
+
+    def encode_prompts(self, embeddings, eot):
+        """Token embeddings [N, T, W] without positions, indices of their ends [N] -> [N, D].
+
+        Tokens after the last end of text are cut off. eot may stay on the CPU, which spares a GPU
+        the wait for the length."""
+        length = int(eot.max()) + 1 if len(eot) else 0
+        x = embeddings[:, :length].to(self.dtype) + self.positional_embedding[:length]
+        eot = eot.to(x.device)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x, causal=True)
+        visible = torch.arange(length, device=x.device) <= eot[:, None]  # [N, T]
+        x = last.one_token(x, eot, visible[:, None, None])
+        return self.ln_final(x) @ self.text_projection
+
+    def forward(self, images, tokens):
+        """-> (logits_per_image [B, N], logits_per_text [N, B]): scaled cosine similarities."""
+        image_embeddings = F.normalize(self.encode_image(images), dim=-1)
+        text_embeddings = F.normalize(self.encode_text(tokens), dim=-1)
+        logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
+        return logits, logits.T
+
+
+# ---------------------------------------------------------------------------------------------
+# weights
+
+def available_models():
+    """Names that `load` takes, apart from paths."""
+    return ["toy-RN", "toy-ViT", *WEIGHTS]
+
+
+def preprocess_transform(size):
+    """OpenAI's test-time transform: PIL image -> float32 [3, size, size], CLIP's normalisation."""
+    return transforms.Compose([
+        transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size),
+        transforms.Lambda(lambda image: image.convert("RGB")),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ])
+
+
+def build_model(state_dict):
+    """OpenAI-format state dict -> CLIP in eval mode and float32; the tensors are copied.
+
+    The architecture is inferred from the shapes. Raises ClipError if the keys are not CLIP's."""
+    state_dict = {key: value for key, value in state_dict.items()
+                  if key not in ("input_resolution", "context_length", "vocab_size")}
+    try:
+        embed_dim = state_dict["text_projection"].shape[1]
+        context_length, width = state_dict["positional_embedding"].shape
+        vocab_size = state_dict["token_embedding.weight"].shape[0]
+        conv1 = state_dict["visual.conv1.weight"]
+        if "visual.proj" in state_dict:
+            vision_width, patch_size = conv1.shape[0], conv1.shape[-1]
+            layers = count_blocks(state_dict, "visual.transformer.resblocks.")
+            tokens = state_dict["visual.positional_embedding"].shape[0]
+            resolution = patch_size * round((tokens - 1) ** 0.5)
+        else:
+            vision_width, patch_size = state_dict["visual.layer1.0.conv1.weight"].shape[0], None
+            layers = tuple(count_blocks(state_dict, f"visual.layer{i}.") for i in (1, 2, 3, 4))
+            tokens = state_dict["visual.attnpool.positional_embedding"].shape[0]
+            resolution = 32 * round((tokens - 1) ** 0.5)
+    except KeyError as error:
+        raise ClipError(f"not a CLIP state dict in OpenAI's format: no key {error}") from None
+    # On the meta device nothing is allocated or initialised: the copied tensors become the model.
+    with torch.device("meta"):
+        model = CLIP(embed_dim, resolution, layers, vision_width, patch_size, context_length,
+                     vocab_size, width, width // 64,
+                     count_blocks(state_dict, "transformer.resblocks."))
+    copies = {key: value.detach().to(torch.float32 if value.is_floating_point() else value.dtype,
+                                     copy=True) for key, value in state_dict.items()}
+    try:
+        model.load_state_dict(copies, assign=True)
+    except RuntimeError as error:
+        raise ClipError(f"not a CLIP state dict in OpenAI's format: {error}") from None
+    return model.eval()
+
+
+def count_blocks(state_dict, prefix):
+    return len({key[len(prefix):].split(".")[0] for key in state_dict if key.startswith(prefix)})
+
+
+def load(name, device="cpu", download_root=None):
+    """-> (CLIP in eval mode and float32 on the device, preprocess).
+
+    name: one of available_models(), "toy" (the same as "toy-ViT"), or a path to a TorchScript
+    archive as OpenAI publishes them or to a saved state dict. download_root: the folder of
+    downloaded weights, ~/.cache/clip by default.
+    Raises ClipError for an unknown name, a file that is no CLIP, or a failed download."""
+    name = os.fspath(name)
+    if name in ("toy", "toy-ViT", "toy-RN"):
+        path = TOY / ("toy-RN.pt" if name == "toy-RN" else "toy-ViT.pt")
+    elif name in WEIGHTS:
+        sha256, file = WEIGHTS[name]
+        path = download(f"{WEIGHTS_URL}/{sha256}/{file}", sha256,
+                        Path(download_root or CACHE).expanduser() / file)
+    else:
+        path = Path(name)
+    if not path.is_file():
+        raise ClipError(f"no CLIP called {name!r}: it is neither a file nor one of "
+                        f"{', '.join(available_models())}")
+    model = build_model(read_state_dict(path))
+    if model.vocab_size != VOCABULARY_SIZE:
+        merges = path.parent / "merges.txt.gz"
+        if not merges.is_file():
+            raise ClipError(f"{path} has a vocabulary of its own ({model.vocab_size} entries), "
+                            f"whose BPE merges were looked for in {merges}")
+        model.tokenizer = Tokenizer(merges)
+        if len(model.tokenizer) != model.vocab_size:
+            raise ClipError(f"{merges} makes {len(model.tokenizer)} vocabulary entries, {path} "
+                            f"has {model.vocab_size}: they do not belong together")
+    return model.to(device), preprocess_transform(model.visual.input_resolution)
+
+
+def read_state_dict(path):
+    """A TorchScript archive's or a saved file's state dict, on the CPU, as it is stored."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files are not
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:  # not an archive
+        pass
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ClipError(f"{path} is neither a TorchScript archive nor a saved state dict: "
+                        f"{str(error).splitlines()[0]}") from None
+    state_dict = state_dict.get("state_dict", state_dict) if isinstance(state_dict, dict) else {}
+    return state_dict
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url, sha256, path):
+    """The file at path, fetched first if it is missing or its SHA-256 is wrong -> path.
+
+    It is written under a temporary name and renamed once its digest is right. Raises ClipError
+    that names the file to put there by hand, if there is no network or the digest is wrong."""
+    if path.exists():
+        if file_sha256(path) == sha256:
+            return path
+        warnings.warn(f"{path} is corrupt (its SHA-256 is not {sha256}); fetching it again")
+    help_text = f"Download {url} (SHA-256 {sha256}) elsewhere and put it at {path}"
+    digest, temporary = hashlib.sha256(), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as source, \
+                tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
+            temporary = target.name
+            size = int(source.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name,
+                      disable=None) as progress:
+                while block := source.read(1 << 20):
+                    target.write(block)
+                    digest.update(block)
+                    progress.update(len(block))
+        if digest.hexdigest() != sha256:
+            raise ClipError(f"what came from {url} is corrupt: its SHA-256 is "
+                            f"{digest.hexdigest()}. {help_text}.")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ClipError(f"cannot fetch {path.name}: {error}. {help_text}.") from None
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.remove(temporary)
+    return path

@@ -1,0 +1,1012 @@
+"""Multi-label datasets: images, label names, and which labels are present, absent or unknown.
+
+    dataset = load_dataset("nuswide", root="data/nuswide", split="test", transform=preprocess)
+    image, target = dataset[0]        # transform(PIL image), int8 [C]
+    dataset.labels, dataset.targets   # C names, int8 [N, C]
+    dataset.seen, dataset.unseen      # int64 label indices
+
+One encoding everywhere: +1 present, -1 absent, 0 unknown (as SST, SARB and HCP have it; DualCoOp
+swaps the last two). Every dataset is one function, listed in the dictionary at the end.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from tqdm import tqdm
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Pillow warns above 89 million pixels, which some phones exceed; open_image refuses above this
+MAX_PIXELS = 200_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class UserError(ValueError):
+    """The data, or what was asked of it, is wrong; the message says what, where and what to do."""
+
+    def __str__(self):
+        # a DataLoader repeats a worker's error with the worker's traceback in front
+        return super().__str__().rsplit(f"{__name__}.UserError: ", 1)[-1].strip()
+
+
+def _note(message, quiet=False):
+    if not quiet:
+        print(message, file=sys.stderr)
+
+
+# ---- images
+
+def open_image(file):
+    """An upright RGB PIL image from a path or a binary file object.
+
+    EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8 bits; of
+    an animation the first frame is taken. UserError names the file and the reason if it is
+    missing, empty, truncated, not an image, larger than MAX_PIXELS, or has pixels without a
+    defined range (32-bit integers, floating point).
+    """
+    is_path = isinstance(file, (str, os.PathLike))
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width} x {image.height}"
+                raise ValueError(f"{size} is more than {MAX_PIXELS:,} pixels")
+            image.load()  # not reduced by Image.draft, which changes the pixels
+        with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            pixels = np.asarray(image).astype(np.int32)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("32-bit pixels have no defined range, convert to 8 or 16 bits")
+            image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels have no defined range, convert to 8 bits")
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except UnidentifiedImageError:
+        empty = is_path and os.path.getsize(file) == 0
+        reason = "the file is empty" if empty else "not an image, or its header is damaged"
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise UserError(f"{file if is_path else getattr(file, 'name', 'image')}: {reason}")
+
+
+def train_transform(size, mean=CLIP_MEAN, std=CLIP_STD):
+    """PIL image -> float32 [3, size, size]: random crop, flip, RandAugment, normalisation."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    return transforms.Compose([
+        transforms.RandomResizedCrop(size, interpolation=bicubic, antialias=True),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandAugment(num_ops=2, magnitude=9),
+        transforms.ToTensor(),
+        transforms.Normalize(mean, std),
+    ])
+
+
+# ---- the dataset
+
+class MultiLabelDataset(Dataset):
+    """Images with one target per label; [i] -> (image, targets[i]).
+
+    labels: C names. targets: int8 [N, C] in {+1 present, -1 absent, 0 unknown}. images: N file
+    paths, or any object whose [i] is an RGB PIL image. unseen: indices of the labels that training
+    must not see; `seen` are the others. UserError if these do not fit together.
+
+    Files that do not exist are left out and counted in `missing`; more than 5% of them is a
+    UserError unless allow_missing. A file that cannot be decoded is a UserError with
+    on_error="raise" (evaluation). With "replace" (training) it is named once, the next readable
+    image takes its place, and `replaced` counts it.
+    """
+
+    def __init__(self, labels, targets, images, *, transform=None, unseen=(), name="dataset",
+                 on_error="raise", allow_missing=False, quiet=False):
+        self.name, self.transform, self.on_error = name, transform, on_error
+        self.labels = [label.strip() for label in labels]
+        self.targets, self.images = targets, images
+        self._check()
+        is_unseen = torch.zeros(len(self.labels), dtype=torch.bool)
+        is_unseen[torch.as_tensor(unseen, dtype=torch.int64)] = True
+        self.seen, self.unseen = (~is_unseen).nonzero()[:, 0], is_unseen.nonzero()[:, 0]
+
+        self.indices = torch.arange(len(images))  # row of targets -> image
+        # shared memory, because it is the DataLoader's workers that find out
+        self.unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+        self.missing = 0
+        self.are_files = (isinstance(images, (list, tuple))
+                          and isinstance(images[0], (str, os.PathLike)))
+        if self.are_files:
+            self._leave_out_missing(allow_missing, quiet)
+
+    def _check(self):
+        if not self.labels:
+            raise UserError(f"{self.name}: there are no labels")
+        if "" in self.labels:
+            raise UserError(f"{self.name}: label {self.labels.index('')} (from 0) has no name")
+        duplicates = [label for label, count in Counter(self.labels).items() if count > 1]
+        if duplicates:
+            raise UserError(f"{self.name}: labels given more than once: {', '.join(duplicates)}")
+        if not len(self.images):
+            raise UserError(f"{self.name}: there are no images")
+        shape = [len(self.images), len(self.labels)]
+        if self.targets.dtype != torch.int8 or list(self.targets.shape) != shape:
+            raise UserError(f"{self.name}: targets must be int8 {shape} (images, labels), "
+                            f"not {self.targets.dtype} {list(self.targets.shape)}")
+        if self.targets.min() < -1 or self.targets.max() > 1:
+            raise UserError(f"{self.name}: targets must be +1 (present), -1 (absent), 0 (unknown)")
+        if self.on_error not in ("raise", "replace"):
+            raise UserError(f"on_error must be 'raise' or 'replace', not '{self.on_error}'")
+
+    def _leave_out_missing(self, allow_missing, quiet):
+        # one listing per directory: a look-up per file takes minutes on a network disk
+        parts = [os.path.split(path) for path in self.images]
+        present = {}
+        for directory in {directory for directory, _ in parts}:
+            try:
+                present[directory] = set(os.listdir(directory or "."))
+            except (FileNotFoundError, NotADirectoryError):
+                present[directory] = set()
+        exists = torch.tensor([name in present[directory] for directory, name in parts])
+        self.missing = int((~exists).sum())
+        if self.missing:
+            total, first = len(self.images), self.images[int((~exists).nonzero()[0])]
+            message = f"{self.name}: {self.missing:,} of {total:,} images missing, e.g. {first}"
+            if self.missing == total:
+                raise UserError(message)
+            if self.missing > 0.05 * total and not allow_missing:
+                raise UserError(f"{message}; to go on without them: "
+                                f"--allow-missing (allow_missing=True)")
+            _note(f"{message}; going on without them", quiet)
+            self.indices, self.targets = self.indices[exists], self.targets[exists]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        # ten damaged files in a row are a damaged disk: stop rather than walk through all of it
+        for step in range(min(10, len(self))):
+            row = (i + step) % len(self)
+            index = int(self.indices[row])
+            try:
+                image = self.images[index]
+                image = open_image(image) if self.are_files else image
+            except UserError as error:
+                if self.on_error == "raise":
+                    raise
+                if not self.unreadable[index]:
+                    self.unreadable[index] = True
+                    _note(f"{error} (another image takes its place)")
+            else:
+                image = image if self.transform is None else self.transform(image)
+                return image, self.targets[row]
+        raise UserError(f"{self.image_name(i)}: cannot be read, nor can the images after it")
+
+    @property
+    def replaced(self):
+        """Number of images that proved unreadable so far, here or in a DataLoader's workers."""
+        return int(self.unreadable[self.indices].sum())
+
+    def image_name(self, i):
+        """Path of image i, or its number where images are not files; for messages."""
+        index = int(self.indices[i])
+        return os.fspath(self.images[index]) if self.are_files else f"{self.name} image {index}"
+
+    def subset(self, indices):
+        """The dataset of these images only; indices: integers, or a bool mask [N].
+
+        Attributes such as `transform` and `on_error` can be set without changing this dataset.
+        """
+        rows = torch.arange(len(self))[torch.as_tensor(indices)]
+        if not len(rows):
+            raise UserError(f"{self.name}: there are no images in the subset")
+        subset = copy.copy(self)
+        subset.targets, subset.indices = self.targets[rows], self.indices[rows]
+        return subset
+
+
+# ---- partial labels
+
+def keep_partial(targets, proportion, seed):
+    """Every entry of targets [N, C] kept with this probability, all others 0 (unknown).
+
+    The convention of SST, SARB and HCP: an entry is kept where numpy's
+    RandomState(seed).rand(N, C) < proportion. UserError (a ValueError) unless 0 < proportion <= 1.
+    """
+    if not 0 < proportion <= 1:
+        raise UserError(f"the proportion of known labels must be in (0, 1], not {proportion}")
+    random, kept = np.random.RandomState(seed), targets.clone()
+    for rows in kept.split(4096):  # the numbers of one large draw, without its 8 bytes an entry
+        rows *= torch.from_numpy(random.rand(*rows.shape) < proportion).to(rows.device)
+    return kept
+
+
+def keep_single_positive(targets, seed):
+    """One uniformly drawn positive of every image kept, all other entries 0 (unknown).
+
+    The setting of Cole et al. (CVPR 2021). targets: int8 [N, C]; an image without a positive
+    becomes all unknown.
+    """
+    row, column = (targets > 0).nonzero(as_tuple=True)  # sorted by row
+    count = torch.bincount(row, minlength=len(targets))
+    draw = torch.from_numpy(np.random.RandomState(seed).rand(len(targets))).to(targets.device)
+    chosen = (count.cumsum(0) - count + (draw * count).long())[count > 0]
+    kept = torch.zeros_like(targets)
+    kept[row[chosen], column[chosen]] = 1
+    return kept
+
+
+# ---- reading files
+
+def _find(root, *candidates, layout):
+    """The first candidate that exists below root, or a UserError with the expected layout."""
+    for candidate in candidates:
+        if os.path.exists(os.path.join(root, candidate)):
+            return os.path.join(root, candidate)
+    raise UserError(f"{' or '.join(candidates)} not found in {root}\n{layout}")
+
+
+def _lines(path):
+    """Stripped lines of a text file; empty ones at the end are dropped, others are a UserError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file.read().rstrip().split("\n")]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a UTF-8 text file") from None
+    if "" in lines:
+        raise UserError(f"{path}, line {lines.index('') + 1}: the line is empty")
+    return lines
+
+
+def _read_bits(path, columns, progress):
+    """A text file with rows of 0/1 entries -> bits, uint8 [rows, ceil(columns / 8)].
+
+    Entries are separated by white space, empty lines ignored; UserError names a bad line. The
+    file is read in blocks of whole lines, and no Python loop sees a line or an entry.
+    """
+    packed, first_line = [np.empty((0, (columns + 7) // 8), np.uint8)], 1
+    with open(path, "rb") as file:
+        while block := file.read(1 << 21):
+            block += file.readline()
+            progress.update(len(block))
+            if not block.endswith(b"\n"):
+                block += b"\n"
+            characters = np.frombuffer(block, np.uint8)
+            is_entry = characters > ord(" ")
+            line_starts = np.flatnonzero(characters == ord("\n"))[:-1] + 1
+            line_starts = np.concatenate([[0], line_starts])
+            entries = np.add.reduceat(is_entry, line_starts, dtype=np.int32)  # in every line
+            # unsigned: characters that sort before "0" become large
+            values = np.frombuffer(block.translate(None, b" \t\r\n"), np.uint8) - ord("0")
+            if ((values > 1).any() or (is_entry[1:] & is_entry[:-1]).any()
+                    or ((entries != columns) & (entries != 0)).any()):
+                raise _bad_entry(path, block, first_line, columns)
+            packed.append(np.packbits(values.reshape(-1, columns), axis=1))
+            first_line += len(line_starts)
+    return np.concatenate(packed)
+
+
+def _bad_entry(path, block, first_line, columns):
+    for number, line in enumerate(block.split(b"\n"), first_line):
+        entries = [entry for entry in re.split(rb"[ \t\r]", line) if entry]
+        for entry in entries:
+            if entry not in (b"0", b"1"):
+                shown = entry[:20].decode(errors="backslashreplace")
+                return UserError(f"{path}, line {number}: '{shown}' is not 0 or 1")
+        if len(entries) not in (0, columns):
+            return UserError(f"{path}, line {number}: {len(entries)} entries instead of {columns}")
+
+
+def _cached_bits(paths, columns, rows, quiet):
+    """_read_bits of every path, uint8 [rows, len(paths), ceil(columns / 8)], kept in a cache.
+
+    The cache is in $XDG_CACHE_HOME/clip_multilabel (~/.cache/clip_multilabel), and valid while
+    the files keep their sizes and modification times. UserError if a file has not `rows` rows.
+    """
+    stats = [os.stat(path) for path in paths]
+    names = [os.path.abspath(path) for path in paths]
+    key = json.dumps([columns, [(s.st_size, s.st_mtime_ns) for s in stats]])
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    directory = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = os.path.join(directory, "clip_multilabel")
+    cache = os.path.join(directory, f"{os.path.basename(paths[0])}-{digest}.npz")
+
+    shape = (rows, len(paths), (columns + 7) // 8)
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            if content["key"] == key and (bits := content["bits"]).shape == shape:
+                return bits
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # whatever is wrong with it, the sources are there
+        _note(f"{cache} cannot be read ({error}), it is made anew", quiet)
+
+    bits = []
+    size = sum(s.st_size for s in stats)
+    with tqdm(total=size, unit="B", unit_scale=True, disable=quiet or None) as progress:
+        for path in paths:
+            progress.set_description(os.path.basename(path))
+            bits.append(_read_bits(path, columns, progress))
+            if len(bits[-1]) != rows:
+                raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
+    bits = np.stack(bits, axis=1)
+
+    temporary = f"{cache}.{os.getpid()}"
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, key=key, bits=bits)
+        os.replace(temporary, cache)
+    except OSError as error:
+        _note(f"{cache} cannot be written ({error.strerror}), the next start is slow too", quiet)
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+    return bits
+
+
+def _fill_targets(targets, bits, width, rows, columns):
+    """targets [N, C] = +1 / -1 for these N rows and C columns of _cached_bits(_, width, ...)."""
+    for start in range(0, len(rows), 4096):
+        block = np.unpackbits(bits[rows[start:start + 4096]], axis=-1, count=width)
+        block = block.reshape(len(block), -1)[:, columns]  # [n, files, width] -> [n, C]
+        targets[start:start + 4096] = 2 * block.astype(np.int8) - 1
+
+
+# ---- NUS-WIDE
+
+NUSWIDE_LAYOUT = """NUS-WIDE is expected as it is distributed:
+    ConceptsList/Concepts81.txt
+    NUS_WID_Tags/TagList1k.txt  AllTags1k.txt
+    Groundtruth/AllLabels/Labels_<concept>.txt
+    ImageList/Imagelist.txt  TrainImagelist.txt  TestImagelist.txt
+    Flickr/<directory>/<image>.jpg
+Lists, tags and ground truth, and the way to the images:
+https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html"""
+NUSWIDE_IMAGES = {"train": 161_789, "test": 107_859}  # as published; other releases differ
+
+
+def _nuswide_images(root, split, quiet):
+    """Image paths of a split, their rows in the label files int64 [N], and the number of rows."""
+    flickr = _find(root, "Flickr", layout=NUSWIDE_LAYOUT)
+    lists = []
+    for name in ("Imagelist.txt", f"{split.title()}Imagelist.txt"):
+        path = _find(root, os.path.join("ImageList", name), layout=NUSWIDE_LAYOUT)
+        images = {}  # file name -> path; file names are unique across directories
+        for number, line in enumerate(_lines(path), 1):
+            line = line.replace("\\", "/")
+            name = line.rsplit("/", 1)[-1]
+            if name in images:
+                raise UserError(f"{path}, line {number}: {name} is listed twice")
+            images[name] = line
+        lists.append(images)
+    everything, chosen = lists
+    row_of = {name: row for row, name in enumerate(everything)}
+    strangers = [name for name in chosen if name not in row_of]
+    if strangers:
+        raise UserError(f"{path}: {len(strangers):,} images are not in Imagelist.txt, "
+                        f"e.g. {strangers[0]}")
+
+    published = NUSWIDE_IMAGES[split]
+    note = f"NUS-WIDE {split}: {len(chosen):,} images listed, {published:,} published"
+    if len(chosen) != published:
+        note += "; WARNING: another release, results do not compare with published ones"
+    _note(note, quiet)
+    paths = [os.path.join(flickr, everything[name]) for name in chosen]
+    return paths, np.array([row_of[name] for name in chosen]), len(everything)
+
+
+def _nuswide_concepts(root):
+    """The 81 concepts and their label files."""
+    concepts = _lines(_find(root, "ConceptsList/Concepts81.txt", "Concepts81.txt",
+                            layout=NUSWIDE_LAYOUT))
+    directory = _find(root, "Groundtruth/AllLabels", "AllLabels", layout=NUSWIDE_LAYOUT)
+    return concepts, [_find(directory, f"Labels_{concept}.txt", layout=NUSWIDE_LAYOUT)
+                      for concept in concepts]
+
+
+def _note_placeholders(dataset, quiet):
+    """Say how many images are Flickr's "photo no longer available", which comes as one file."""
+    if quiet:
+        return
+    by_size, by_content = {}, {}
+    for i in range(len(dataset)):
+        path = dataset.image_name(i)
+        by_size.setdefault(os.path.getsize(path), []).append(path)
+    for paths in by_size.values():
+        if len(paths) >= 20:  # photos seldom have the same size by chance: few files are read
+            for path in paths:
+                with open(path, "rb") as file:
+                    digest = hashlib.sha256(file.read()).digest()
+                by_content.setdefault(digest, []).append(path)
+    copies = [paths for paths in by_content.values() if len(paths) >= 20]
+    if copies:
+        count, example = sum(map(len, copies)), max(copies, key=len)[0]
+        _note(f"{dataset.name}: {count:,} of {len(dataset):,} images are copies of {len(copies)} "
+              f"file(s), probably placeholders for photos no longer available, e.g. {example}")
+
+
+def nuswide(root, split, transform=None, *, allow_missing=False, quiet=False):
+    """NUS-WIDE zero-shot: 925 seen Flickr tags, then 81 unseen concepts annotated by people.
+
+    Seen are the 1,000 tags but those among the concepts. In the training split the concepts are
+    unknown (0); in the test split every entry is known. -1 means not tagged, for the tags.
+    """
+    images, rows, total = _nuswide_images(root, split, quiet)
+    concepts, concept_files = _nuswide_concepts(root)
+    tags = _lines(_find(root, "NUS_WID_Tags/TagList1k.txt", layout=NUSWIDE_LAYOUT))
+    tag_file = _find(root, "NUS_WID_Tags/AllTags1k.txt", layout=NUSWIDE_LAYOUT)
+    columns = [column for column, tag in enumerate(tags) if tag not in concepts]
+    seen = len(columns)
+
+    targets = np.zeros((len(rows), seen + len(concepts)), np.int8)
+    bits = _cached_bits([tag_file], len(tags), total, quiet)
+    _fill_targets(targets[:, :seen], bits, len(tags), rows, columns)
+    if split == "test":
+        bits = _cached_bits(concept_files, 1, total, quiet)
+        _fill_targets(targets[:, seen:], bits, 1, rows, slice(None))
+    dataset = MultiLabelDataset(
+        [tags[column] for column in columns] + concepts, torch.from_numpy(targets), images,
+        transform=transform, unseen=range(seen, seen + len(concepts)), name="nuswide",
+        allow_missing=allow_missing, quiet=quiet)
+    _note_placeholders(dataset, quiet)
+    return dataset
+
+
+def nuswide81(root, split, transform=None, *, annotated_only=False, allow_missing=False,
+              quiet=False):
+    """NUS-WIDE with its 81 concepts as the only labels; annotated_only drops images with none."""
+    images, rows, total = _nuswide_images(root, split, quiet)
+    concepts, concept_files = _nuswide_concepts(root)
+    targets = np.empty((len(rows), len(concepts)), np.int8)
+    _fill_targets(targets, _cached_bits(concept_files, 1, total, quiet), 1, rows, slice(None))
+    if annotated_only:
+        annotated = np.flatnonzero((targets > 0).any(1))
+        targets, images = targets[annotated], [images[i] for i in annotated]
+    dataset = MultiLabelDataset(
+        concepts, torch.from_numpy(targets), images, transform=transform, name="nuswide81",
+        allow_missing=allow_missing, quiet=quiet)
+    _note_placeholders(dataset, quiet)
+    return dataset
+
+
+# ---- toy world
+
+SCENE_SIZE = 128  # pixels; drawn at twice the size and reduced
+COLOURS = {"red": (214, 40, 40), "orange": (244, 140, 30), "yellow": (242, 208, 40),
+           "green": (50, 160, 70), "blue": (40, 100, 215), "purple": (130, 60, 170),
+           "pink": (240, 130, 180), "brown": (130, 85, 50)}
+
+
+def oval(x, y, rx, ry=None, start=0, stop=360, points=22):
+    angle = np.radians(np.linspace(start, stop, points))
+    return np.stack([x + rx * np.cos(angle), y + (ry or rx) * np.sin(angle)], 1)
+
+
+def box(left, top, right, bottom):
+    return polygon(left, top, right, top, right, bottom, left, bottom)
+
+
+def polygon(*coordinates):
+    return np.array(coordinates, dtype=float).reshape(-1, 2)
+
+
+def line(x0, y0, x1, y1, width=0.16):
+    along = np.array([x1 - x0, y1 - y0])
+    side = np.array([-along[1], along[0]]) * (width / 2 / np.hypot(*along))
+    ends = np.array([[x0, y0], [x1, y1]])
+    return np.concatenate([ends + side, (ends - side)[::-1]])
+
+
+def ring(x, y, outer, inner, start=0, stop=360):
+    return np.concatenate([oval(x, y, outer, None, start, stop, 28),
+                           oval(x, y, inner, None, start, stop, 28)[::-1]])
+
+
+def rays(count, outer, inner, turn=-90):
+    angle = np.radians(turn + np.arange(2 * count) * 180 / count)
+    radius = np.where(np.arange(2 * count) % 2 == 0, outer, inner)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+
+
+# label -> outlines in [-1, 1] (y down), each in the thing's colour (0), darker (1), lighter (2),
+# white (3) or black (4); later outlines lie over earlier ones
+MAIN, DARK, LIGHT, WHITE, BLACK = range(5)
+THINGS = {
+    "anchor": [(line(0, -0.6, 0, 0.9), MAIN), (ring(0, -0.75, 0.24, 0.1), MAIN),
+               (line(-0.45, -0.3, 0.45, -0.3), MAIN), (ring(0, 0.1, 0.85, 0.65, 15, 165), MAIN),
+               (polygon(-1, 0.15, -0.8, 0.55, -0.5, 0.3), MAIN),
+               (polygon(1, 0.15, 0.8, 0.55, 0.5, 0.3), MAIN)],
+    "apple": [(oval(-0.3, 0.2, 0.55, 0.7), MAIN), (oval(0.3, 0.2, 0.55, 0.7), MAIN),
+              (line(0, -0.4, 0.12, -0.95, 0.14), BLACK), (oval(0.42, -0.7, 0.32, 0.14), LIGHT)],
+    "arrow": [(polygon(-1, -0.25, 0.1, -0.25, 0.1, -0.7, 1, 0, 0.1, 0.7, 0.1, 0.25, -1, 0.25),
+               MAIN)],
+    "balloon": [(oval(0, -0.35, 0.6, 0.65), MAIN), (polygon(0, 0.2, -0.15, 0.42, 0.15, 0.42), MAIN),
+                (line(0, 0.4, 0.12, 1, 0.07), BLACK), (oval(-0.22, -0.55, 0.12, 0.18), LIGHT)],
+    "bell": [(oval(0, -0.2, 0.5, 0.65, 180, 360), MAIN),
+             (polygon(-0.5, -0.22, 0.5, -0.22, 0.85, 0.6, -0.85, 0.6), MAIN),
+             (oval(0, 0.75, 0.22), DARK), (oval(0, -0.85, 0.14), DARK)],
+    "bird": [(oval(0, 0.1, 0.65, 0.42), MAIN), (oval(0.55, -0.35, 0.3), MAIN),
+             (polygon(0.8, -0.45, 1.05, -0.3, 0.8, -0.22), BLACK),
+             (polygon(-0.5, 0, -1.05, -0.3, -1, 0.25), MAIN), (oval(-0.1, 0.05, 0.35, 0.22), DARK),
+             (oval(0.6, -0.42, 0.07), WHITE), (line(-0.05, 0.45, -0.05, 0.9, 0.08), BLACK),
+             (line(0.2, 0.45, 0.2, 0.9, 0.08), BLACK)],
+    "boat": [(polygon(-1, 0.35, 1, 0.35, 0.65, 0.85, -0.65, 0.85), MAIN),
+             (line(0, -0.95, 0, 0.35, 0.1), BLACK), (polygon(0.1, -0.85, 0.1, 0.2, 0.85, 0.2), LIGHT),
+             (polygon(-0.1, -0.6, -0.1, 0.2, -0.65, 0.2), LIGHT)],
+    "bone": [(line(-0.55, 0, 0.55, 0, 0.34), MAIN), (oval(-0.68, -0.25, 0.3), MAIN),
+             (oval(-0.68, 0.25, 0.3), MAIN), (oval(0.68, -0.25, 0.3), MAIN),
+             (oval(0.68, 0.25, 0.3), MAIN)],
+    "book": [(polygon(-1, -0.55, 0, -0.4, 0, 0.75, -1, 0.6), MAIN),
+             (polygon(1, -0.55, 0, -0.4, 0, 0.75, 1, 0.6), DARK),
+             (polygon(-0.88, -0.42, -0.06, -0.3, -0.06, 0.6, -0.88, 0.48), WHITE),
+             (polygon(0.88, -0.42, 0.06, -0.3, 0.06, 0.6, 0.88, 0.48), WHITE),
+             (line(-0.75, -0.1, -0.2, -0.02, 0.07), BLACK),
+             (line(0.75, -0.1, 0.2, -0.02, 0.07), BLACK)],
+    "bottle": [(box(-0.36, -0.25, 0.36, 1), MAIN), (oval(0, -0.25, 0.36, 0.3), MAIN),
+               (box(-0.14, -0.85, 0.14, -0.3), MAIN), (box(-0.2, -1, 0.2, -0.82), BLACK),
+               (box(-0.36, 0.1, 0.36, 0.6), WHITE)],
+    "butterfly": [(oval(-0.52, -0.38, 0.46, 0.5), MAIN), (oval(0.52, -0.38, 0.46, 0.5), MAIN),
+                  (oval(-0.42, 0.45, 0.36, 0.42), DARK), (oval(0.42, 0.45, 0.36, 0.42), DARK),
+                  (oval(-0.52, -0.38, 0.2), LIGHT), (oval(0.52, -0.38, 0.2), LIGHT),
+                  (oval(0, 0, 0.11, 0.75), BLACK)],
+    "cactus": [(box(-0.22, -0.8, 0.22, 1), MAIN), (oval(0, -0.8, 0.22), MAIN),
+               (line(-0.75, 0.25, -0.2, 0.25, 0.26), MAIN), (box(-0.88, -0.4, -0.62, 0.38), MAIN),
+               (line(0.75, 0, 0.2, 0, 0.26), MAIN), (box(0.62, -0.6, 0.88, 0.13), MAIN)],
+    "candle": [(box(-0.26, -0.2, 0.26, 0.85), MAIN), (box(-0.55, 0.8, 0.55, 1), DARK),
+               (line(0, -0.2, 0, -0.45, 0.07), BLACK),
+               (polygon(0, -1, 0.2, -0.58, 0, -0.38, -0.2, -0.58), LIGHT)],
+    "car": [(polygon(-0.5, -0.1, -0.3, -0.55, 0.35, -0.55, 0.6, -0.1), MAIN),
+            (box(-1, -0.12, 1, 0.38), MAIN), (polygon(-0.3, -0.12, -0.2, -0.42, 0, -0.42, 0, -0.12),
+                                              WHITE),
+            (polygon(0.1, -0.12, 0.1, -0.42, 0.28, -0.42, 0.42, -0.12), WHITE),
+            (oval(-0.55, 0.4, 0.27), BLACK), (oval(0.55, 0.4, 0.27), BLACK)],
+    "chair": [(box(-0.6, -1, -0.38, 1), MAIN), (box(-0.6, 0, 0.6, 0.22), MAIN),
+              (box(0.38, 0.1, 0.6, 1), MAIN), (box(-0.4, -0.9, -0.3, 0), DARK)],
+    "clock": [(oval(0, 0, 0.95), MAIN), (oval(0, 0, 0.74), WHITE),
+              (line(0, 0, 0, -0.58, 0.12), BLACK), (line(0, 0, 0.42, 0.2, 0.12), BLACK)],
+    "cloud": [(oval(-0.5, 0.15, 0.45), MAIN), (oval(0, -0.15, 0.52), MAIN),
+              (oval(0.52, 0.15, 0.43), MAIN), (box(-0.5, 0.15, 0.55, 0.58), MAIN)],
+    "crown": [(polygon(-0.9, 0.6, -0.95, -0.5, -0.45, 0.05, 0, -0.75, 0.45, 0.05, 0.95, -0.5,
+                       0.9, 0.6), MAIN), (box(-0.9, 0.4, 0.9, 0.68), DARK),
+              (oval(0, -0.75, 0.14), LIGHT), (oval(-0.95, -0.5, 0.13), LIGHT),
+              (oval(0.95, -0.5, 0.13), LIGHT)],
+    "cup": [(polygon(-0.7, -0.55, 0.45, -0.55, 0.35, 0.7, -0.6, 0.7), MAIN),
+            (ring(0.55, 0, 0.42, 0.25, -100, 100), MAIN), (oval(-0.12, -0.55, 0.57, 0.14), DARK)],
+    "diamond": [(polygon(-0.55, -0.65, 0.55, -0.65, 1, -0.15, 0, 0.9, -1, -0.15), MAIN),
+                (polygon(-0.35, -0.15, 0.35, -0.15, 0, 0.9), LIGHT),
+                (line(-1, -0.15, 1, -0.15, 0.07), DARK)],
+    "envelope": [(box(-1, -0.65, 1, 0.65), MAIN), (polygon(-0.95, -0.62, 0.95, -0.62, 0, 0.2), LIGHT),
+                 (line(-0.97, -0.62, 0, 0.2, 0.08), DARK), (line(0.97, -0.62, 0, 0.2, 0.08), DARK)],
+    "fish": [(oval(0.15, 0, 0.75, 0.45), MAIN), (polygon(-0.45, 0, -1, -0.45, -1, 0.45), MAIN),
+             (polygon(0, -0.4, 0.35, -0.42, 0.05, -0.75), DARK), (oval(0.55, -0.12, 0.11), WHITE),
+             (oval(0.57, -0.12, 0.06), BLACK)],
+    "flag": [(line(-0.7, -1, -0.7, 1, 0.13), BLACK),
+             (polygon(-0.62, -0.92, 0.85, -0.75, 0.55, -0.35, 0.85, 0.1, -0.62, -0.05), MAIN)],
+    "flower": [*[(oval(0.42 * np.cos(a), -0.35 + 0.42 * np.sin(a), 0.28), MAIN)
+                 for a in np.radians(np.arange(0, 360, 60))], (oval(0, -0.35, 0.24), WHITE),
+               (line(0, 0.3, 0, 1, 0.1), BLACK), (oval(0.24, 0.65, 0.24, 0.1), DARK)],
+    "fork": [(line(0, -0.1, 0, 1, 0.17), MAIN), (box(-0.38, -0.3, 0.38, -0.08), MAIN),
+             *[(line(x, -1, x, -0.2, 0.13), MAIN) for x in (-0.32, 0, 0.32)]],
+    "ghost": [(oval(0, -0.3, 0.65, 0.68), MAIN),
+              (polygon(-0.65, -0.3, 0.65, -0.3, 0.65, 0.95, 0.33, 0.65, 0, 0.95, -0.33, 0.65,
+                       -0.65, 0.95), MAIN), (oval(-0.24, -0.3, 0.13, 0.19), WHITE),
+              (oval(0.24, -0.3, 0.13, 0.19), WHITE), (oval(0, 0.1, 0.13), BLACK)],
+    "glasses": [(ring(-0.52, 0, 0.46, 0.3), MAIN), (ring(0.52, 0, 0.46, 0.3), MAIN),
+                (line(-0.12, -0.08, 0.12, -0.08, 0.15), MAIN), (oval(-0.52, 0, 0.3), WHITE),
+                (oval(0.52, 0, 0.3), WHITE)],
+    "hammer": [(line(0, -0.5, 0, 1, 0.2), BLACK), (box(-0.6, -0.95, 0.45, -0.45), MAIN),
+               (polygon(0.45, -0.95, 0.9, -0.65, 0.45, -0.5), MAIN)],
+    "hat": [(oval(0, 0.5, 1, 0.25), MAIN), (polygon(-0.5, 0.45, -0.45, -0.6, 0.45, -0.6, 0.5, 0.45),
+                                            MAIN), (box(-0.5, 0.12, 0.5, 0.38), BLACK)],
+    "heart": [(oval(-0.43, -0.35, 0.48), MAIN), (oval(0.43, -0.35, 0.48), MAIN),
+              (polygon(-0.86, -0.14, 0, -0.3, 0.86, -0.14, 0, 0.9), MAIN)],
+    "house": [(box(-0.7, -0.1, 0.7, 0.9), MAIN), (polygon(-1, -0.05, 0, -0.95, 1, -0.05), DARK),
+              (box(-0.16, 0.3, 0.2, 0.9), BLACK), (box(-0.55, 0.15, -0.28, 0.42), WHITE),
+              (box(0.34, 0.15, 0.6, 0.42), WHITE)],
+    "ice cream": [(polygon(-0.45, 0, 0.45, 0, 0, 1), BLACK),
+                  (polygon(-0.33, 0.05, 0.33, 0.05, 0, 0.85), LIGHT), (oval(0, -0.45, 0.5), MAIN),
+                  (oval(-0.25, -0.1, 0.3, 0.22), MAIN), (oval(0.25, -0.1, 0.3, 0.22), MAIN)],
+    "key": [(ring(-0.6, 0, 0.42, 0.2), MAIN), (line(-0.2, 0, 1, 0, 0.17), MAIN),
+            (line(0.85, 0, 0.85, 0.4, 0.16), MAIN), (line(0.5, 0, 0.5, 0.32, 0.16), MAIN)],
+    "kite": [(polygon(0, -1, 0.55, -0.3, 0, 0.45, -0.55, -0.3), MAIN),
+             (polygon(0, -1, 0.55, -0.3, 0, -0.3), DARK), (polygon(0, 0.45, -0.55, -0.3, 0, -0.3),
+                                                           DARK),
+             (line(0, 0.45, 0.2, 0.75, 0.06), BLACK), (line(0.2, 0.75, 0, 1, 0.06), BLACK)],
+    "ladder": [(line(-0.4, -1, -0.4, 1, 0.14), MAIN), (line(0.4, -1, 0.4, 1, 0.14), MAIN),
+               *[(line(-0.4, y, 0.4, y, 0.13), MAIN) for y in (-0.72, -0.24, 0.24, 0.72)]],
+    "lamp": [(polygon(-0.35, -0.95, 0.35, -0.95, 0.75, -0.1, -0.75, -0.1), MAIN),
+             (line(0, -0.1, 0, 0.85, 0.14), BLACK), (oval(0, 0.87, 0.45, 0.14), BLACK)],
+    "leaf": [(np.concatenate([oval(0, 0.8, 1.25, None, 220, 320), oval(0, -0.8, 1.25, None, 40, 140)])
+              @ np.array([[0.8, -0.6], [0.6, 0.8]]), MAIN), (line(-0.9, 0.68, 0.5, -0.38, 0.08), DARK)],
+    "lock": [(ring(0, -0.3, 0.5, 0.32, 180, 360), DARK), (box(-0.5, -0.3, -0.32, 0), DARK),
+             (box(0.32, -0.3, 0.5, 0), DARK), (box(-0.7, -0.08, 0.7, 0.9), MAIN),
+             (oval(0, 0.3, 0.16), BLACK), (line(0, 0.3, 0, 0.65, 0.13), BLACK)],
+    "magnet": [(ring(0, -0.1, 0.8, 0.38, 180, 360), MAIN), (box(-0.8, -0.12, -0.38, 0.6), MAIN),
+               (box(0.38, -0.12, 0.8, 0.6), MAIN), (box(-0.8, 0.5, -0.38, 0.9), BLACK),
+               (box(0.38, 0.5, 0.8, 0.9), BLACK)],
+    "moon": [(np.concatenate([oval(0, 0, 0.95, None, 50, 310, 30),
+                              oval(0.42, 0, 0.74, None, 285, 75, 24)]), MAIN)],
+    "mushroom": [(box(-0.25, 0, 0.25, 0.9), WHITE), (oval(0, 0.05, 0.9, 0.9, 180, 360), MAIN),
+                 (oval(-0.4, -0.3, 0.17), WHITE), (oval(0.25, -0.5, 0.17), WHITE),
+                 (oval(0.5, -0.15, 0.12), WHITE)],
+    "pencil": [(box(-0.24, -0.7, 0.24, 0.5), MAIN), (box(-0.24, -1, 0.24, -0.75), DARK),
+               (polygon(-0.24, 0.5, 0.24, 0.5, 0, 1), WHITE),
+               (polygon(-0.1, 0.79, 0.1, 0.79, 0, 1), BLACK), (line(0, -0.7, 0, 0.5, 0.1), LIGHT)],
+    "ring": [(ring(0, 0.25, 0.7, 0.5), MAIN),
+             (polygon(-0.3, -0.9, 0.3, -0.9, 0.45, -0.65, 0, -0.2, -0.45, -0.65), DARK),
+             (polygon(-0.15, -0.65, 0.15, -0.65, 0, -0.2), LIGHT)],
+    "rocket": [(polygon(0, -1, 0.35, -0.4, 0.35, 0.5, -0.35, 0.5, -0.35, -0.4), MAIN),
+               (polygon(-0.35, 0.1, -0.75, 0.7, -0.35, 0.5), DARK),
+               (polygon(0.35, 0.1, 0.75, 0.7, 0.35, 0.5), DARK), (oval(0, -0.2, 0.18), WHITE),
+               (polygon(-0.2, 0.55, 0.2, 0.55, 0, 1), LIGHT)],
+    "scissors": [(line(-0.35, 0.35, 0.45, -0.95, 0.15), BLACK),
+                 (line(0.35, 0.35, -0.45, -0.95, 0.15), BLACK),
+                 (ring(-0.45, 0.62, 0.36, 0.17), MAIN), (ring(0.45, 0.62, 0.36, 0.17), MAIN)],
+    "shirt": [(polygon(-0.4, -0.8, 0.4, -0.8, 1, -0.35, 0.75, 0.1, 0.5, -0.1, 0.5, 0.9, -0.5, 0.9,
+                       -0.5, -0.1, -0.75, 0.1, -1, -0.35), MAIN), (oval(0, -0.8, 0.22, 0.2), WHITE)],
+    "snowman": [(oval(0, 0.5, 0.5), MAIN), (oval(0, -0.25, 0.36), MAIN), (oval(0, -0.25, 0.09), BLACK),
+                (oval(0, 0.4, 0.09), BLACK), (oval(0, 0.7, 0.09), BLACK),
+                (box(-0.42, -0.62, 0.42, -0.5), BLACK), (box(-0.26, -1, 0.26, -0.55), BLACK)],
+    "spider": [*[(line(0, y / 3, side, y, 0.09), BLACK) for side in (-0.95, 0.95)
+                 for y in (-0.75, -0.25, 0.3, 0.8)], (oval(0, 0.15, 0.45), MAIN),
+               (oval(0, -0.38, 0.25), MAIN)],
+    "star": [(rays(5, 1, 0.42), MAIN)],
+    "sun": [(rays(11, 1, 0.66), LIGHT), (oval(0, 0, 0.58), MAIN)],
+    "sword": [(polygon(-0.12, 0.35, -0.12, -0.8, 0, -1, 0.12, -0.8, 0.12, 0.35), MAIN),
+              (box(-0.45, 0.32, 0.45, 0.48), BLACK), (box(-0.09, 0.45, 0.09, 0.9), DARK),
+              (oval(0, 0.92, 0.13), BLACK)],
+    "table": [(box(-1, -0.4, 1, -0.15), MAIN), (box(-0.85, -0.2, -0.65, 0.75), DARK),
+              (box(0.65, -0.2, 0.85, 0.75), DARK)],
+    "tent": [(polygon(0, -0.75, 1, 0.75, -1, 0.75), MAIN), (polygon(0, -0.2, 0.36, 0.75, -0.36, 0.75),
+                                                            BLACK),
+             (line(0, -0.6, 0.14, -1, 0.08), BLACK), (line(0, -0.6, -0.14, -1, 0.08), BLACK)],
+    "traffic light": [(box(-0.42, -1, 0.42, 0.62), MAIN), (box(-0.08, 0.6, 0.08, 1), BLACK),
+                      (oval(0, -0.68, 0.21), WHITE), (oval(0, -0.18, 0.21), WHITE),
+                      (oval(0, 0.32, 0.21), WHITE)],
+    "tree": [(box(-0.15, 0.45, 0.15, 1), BLACK), (polygon(0, -0.2, 0.75, 0.55, -0.75, 0.55), MAIN),
+             (polygon(0, -0.6, 0.6, 0.1, -0.6, 0.1), MAIN), (polygon(0, -1, 0.42, -0.35, -0.42, -0.35),
+                                                             MAIN)],
+    "umbrella": [(oval(0, 0, 0.98, 0.85, 180, 360), MAIN),
+                 (polygon(0, -0.85, 0.3, 0, -0.3, 0), DARK), (line(0, 0, 0, 0.8, 0.1), BLACK),
+                 (ring(-0.18, 0.75, 0.24, 0.13, 0, 180), BLACK)],
+}
+TOY_LABELS = list(THINGS)  # 56, in alphabetical order
+TOY_UNSEEN = list(range(2, len(TOY_LABELS), 4))  # every fourth: a quarter, chosen blindly
+TOY_SEEN = [i for i in range(len(TOY_LABELS)) if i not in TOY_UNSEEN]
+
+
+def toy_objects(domain, seed, index, things=None):
+    """What is in a scene -> list of (thing, colour, x, y, size, angle), drawn large ones first.
+
+    domain "web" (pre-training): 1-2 objects, seldom up to 5, large; "benchmark": 2-6, smaller,
+    free to overlap a little. thing and colour are indices, x, y and size (half the width) are in
+    scene widths, angle in degrees. things: the label indices to draw from, all by default."""
+    random = np.random.default_rng((seed, index, domain == "benchmark", 0))
+    things = np.arange(len(TOY_LABELS)) if things is None else np.asarray(things)
+    if domain == "web":
+        count = random.choice(5, p=[0.46, 0.40, 0.08, 0.04, 0.02]) + 1
+        low, high = (0.24, 0.40) if count == 1 else (0.17, 0.28) if count == 2 else (0.13, 0.2)
+    else:
+        count, low, high = random.integers(2, 7), 0.10, 0.20
+    objects = []
+    for _ in range(count):
+        size = random.uniform(low, high)
+        for _ in range(30):  # a place where it covers little of the others
+            x, y = random.uniform(size * 0.9, 1 - size * 0.9, 2)
+            if all(max(abs(x - other[2]), abs(y - other[3])) > 0.8 * (size + other[4])
+                   for other in objects):
+                break
+        else:
+            continue
+        again = objects and random.random() < 0.15  # two of the same kind
+        thing = objects[-1][0] if again else int(random.choice(things))
+        colour = int(random.integers(len(COLOURS)))
+        objects.append((thing, colour, x, y, size, random.uniform(-25, 25)))
+    return sorted(objects, key=lambda thing: -thing[4])
+
+
+def toy_scene(domain, seed, index, things=None):
+    """-> RGB PIL image of SCENE_SIZE pixels square, with what toy_objects lists."""
+    random = np.random.default_rng((seed, index, domain == "benchmark", 1))
+    size, benchmark = 2 * SCENE_SIZE, domain == "benchmark"
+    ground = random.integers(150 if benchmark else 205, 256, 3)
+    image = Image.new("RGB", (size, size), tuple(ground.tolist()))
+    draw = ImageDraw.Draw(image)
+    for _ in range(random.integers(6, 15) if benchmark else 0):  # clutter
+        x, y = random.uniform(0, size, 2)
+        colour = tuple((ground + random.integers(-60, 40, 3)).clip(0, 255).tolist())
+        if random.random() < 0.5:
+            dx, dy = random.uniform(-60, 60, 2)
+            draw.line((x, y, x + dx, y + dy), colour, int(random.integers(2, 7)))
+        else:
+            rx, ry = random.uniform(3, 22, 2)
+            draw.ellipse((x - rx, y - ry, x + rx, y + ry), colour)
+    palette = np.array(list(COLOURS.values()), dtype=float)
+    for thing, colour, x, y, radius, angle in toy_objects(domain, seed, index, things):
+        main = palette[colour] + random.uniform(-14, 14, 3)
+        if benchmark:  # slightly other colours: less saturated, in another light
+            main = 0.88 * main + 0.12 * main.mean() + random.uniform(-22, 22, 3)
+        tones = np.stack([main, 0.62 * main, 0.5 * main + 127, np.full(3, 250), np.full(3, 35)])
+        tones = tones.clip(0, 255).astype(int).tolist()
+        cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+        turn = radius * size * np.array([[cosine, sine], [-sine, cosine]])
+        for outline, tone in THINGS[TOY_LABELS[thing]]:
+            points = outline @ turn + np.array([x, y]) * size
+            draw.polygon(points.ravel().tolist(), tuple(tones[tone]))
+    pixels = np.asarray(image.reduce(2), dtype=np.float32)
+    noise = random.standard_normal(pixels.shape, dtype=np.float32)
+    pixels = pixels + (14 if benchmark else 4) * noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+class ToyScenes:
+    """Scenes of the benchmark domain: [i] -> RGB PIL image, drawn at its first use, then kept."""
+
+    def __init__(self, count, seed, things=None):
+        self.seed, self.things = seed, things
+        self.pixels = np.empty((count, SCENE_SIZE, SCENE_SIZE, 3), np.uint8)
+        self.drawn = np.zeros(count, bool)
+
+    def __len__(self):
+        return len(self.drawn)
+
+    def __getitem__(self, index):
+        if not self.drawn[index]:
+            self.pixels[index] = np.asarray(toy_scene("benchmark", self.seed, index, self.things))
+            self.drawn[index] = True
+        return Image.fromarray(self.pixels[index])
+
+
+@functools.lru_cache
+def toy_targets(count, seed, seen_only):
+    """What the first scenes of a seed show: int8 [count, C], +1 or -1."""
+    targets = np.full((count, len(TOY_LABELS)), -1, np.int8)
+    for i in range(count):
+        objects = toy_objects("benchmark", seed, i, TOY_SEEN if seen_only else None)
+        targets[i, [thing[0] for thing in objects]] = 1
+    return torch.from_numpy(targets)
+
+
+def toy_dataset(root, split, transform=None, *, zero_shot=True, quiet=False):
+    """10,000 training and 2,000 test scenes of the toy world, each a function of its index.
+
+    zero_shot: a quarter of the labels is unseen; the training scenes show none of these things,
+    and their entries are unknown (0). Otherwise all labels are seen. root is not used."""
+    count, seed = (10_000, 1) if split == "train" else (2_000, 2)
+    hidden = zero_shot and split == "train"
+    things = TOY_SEEN if hidden else None
+    targets = toy_targets(count, seed, hidden).clone()
+    if hidden:
+        targets[:, TOY_UNSEEN] = 0
+    return MultiLabelDataset(TOY_LABELS, targets, ToyScenes(count, seed, things),
+                             transform=transform, unseen=TOY_UNSEEN if zero_shot else (),
+                             name="toy", quiet=quiet)
+
+
+# ---- all datasets
+
+DATASETS = {"toy": toy_dataset, "nuswide": nuswide, "nuswide81": nuswide81}
+
+
+def load_dataset(name, root=None, split="train", transform=None, **options):
+    """The "train" or "test" split of a dataset as a MultiLabelDataset.
+
+    name: a key of DATASETS. root: its directory, not needed by "toy". options: the keyword-only
+    arguments of the dataset's function. Training replaces images that cannot be decoded, test
+    stops at them. UserError for an unknown name, split or option, and for missing files.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
+    if split not in ("train", "test"):
+        raise UserError(f"unknown split '{split}', known are: train, test")
+    parameters = inspect.signature(DATASETS[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise UserError(f"{name} has no option '{option}', known are: {', '.join(known)}")
+    if root is not None:
+        root = os.path.expanduser(root)
+    elif name != "toy":
+        raise UserError(f"{name} needs the directory it is in: --root DIR (root=...)")
+    if root is not None and not os.path.isdir(root):
+        raise UserError(f"{name}: no such directory: {root}")
+    try:
+        dataset = DATASETS[name](root, split, transform, **options)
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: {error.strerror}") from None
+    dataset.on_error = "replace" if split == "train" else "raise"
+    return dataset
+
+
+# ---- files of a run
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+RUN_FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "results.json", "curves.png")
+
+
+def image_files(paths):
+    """Image files: files as given, folders recursively by name; UserError where there is none."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"no such file or folder: {path}")
+    if not files:
+        raise UserError(f"no images in {', '.join(map(str, paths))}")
+    return files
+
+
+def parse_labels(text):
+    """"owl, ice cream" -> ["owl", "ice cream"]; UserError if there is none or one comes twice."""
+    labels = [label.strip() for label in text.split(",") if label.strip()]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if not labels:
+        raise UserError("the list of labels is empty: give names, separated by commas")
+    if twice:
+        raise UserError(f"labels given more than once: {', '.join(twice)}")
+    return labels
+
+
+def write_file(path, content):
+    """Write str, bytes or what torch.save takes under a temporary name, then rename it: whatever
+    happens meanwhile, the old file or the new one is there, whole."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        if isinstance(content, (str, bytes)):
+            file.write(content.encode() if isinstance(content, str) else content)
+        else:
+            torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def start_run(output):
+    """Make the folder of a run; files of an earlier run in it move to output/previous-N."""
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    earlier = [output / name for name in RUN_FILES if (output / name).exists()]
+    if earlier:
+        number = 1 + len(list(output.glob("previous-*")))
+        (output / f"previous-{number}").mkdir()
+        for file in earlier:
+            file.rename(output / f"previous-{number}" / file.name)
+        _note(f"the earlier run in {output} is now in {output / f'previous-{number}'}")
+
+
+def read_checkpoint(path, method):
+    """The state that a method script saved; UserError if it is missing, unreadable or another's."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["method"]
+    except Exception as error:  # whatever is wrong with the file, it is the user's to replace
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint of {method}.py: {reason}") from None
+    if found != method:
+        raise UserError(f"{path} is a checkpoint of {found}.py, not of {method}.py")
+    return state
+
+
+def finish_epoch(output, state, line, quiet):
+    """Print an epoch's line, append it to the log, write log.jsonl, last.pt and best.pt.
+
+    line: {"stage", "epoch", numbers..., "seconds"}; best.pt is the epoch with the highest val_mAP,
+    or the last one where there is none."""
+    if not quiet:
+        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+    state["log"].append(line)
+    state["seconds"] += line["seconds"]
+    output, selection = Path(output), [earlier.get("val_mAP", 0) for earlier in state["log"]]
+    if "val_mAP" not in line or selection[-1] == max(selection):
+        write_file(output / "best.pt", state)
+    write_file(output / "last.pt", state)
+    write_file(output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
+
+
+def finite_means(history, names, where, output):
+    """Per-step loss terms, a list of float tensors [K] -> {name: mean}; waits for the device.
+
+    UserError with the step, its terms and the checkpoint to go back to if one is not finite."""
+    values = torch.stack(history).cpu()
+    bad = (~values.isfinite()).any(dim=1).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, values[step].tolist()))
+        raise UserError(f"the loss is not finite at {where}, step {step + 1} ({terms}); "
+                        f"{output}/last.pt holds the epoch before, if there was one (--resume); "
+                        f"try a smaller --lr or --precision fp32")
+    return dict(zip(names, values.mean(dim=0).tolist()))
+
+
+def load_split(split, transform, args):
+    """The dataset that the arguments of a script ask for."""
+    options = {} if args.data == "toy" else {"allow_missing": args.allow_missing}
+    dataset = load_dataset(args.data, args.root, split, transform, quiet=args.quiet, **options)
+    return dataset.subset(range(min(args.limit, len(dataset)))) if args.limit else dataset
+
+
+def hold_out(dataset, fraction, transform):
+    """-> (the other images, a fraction of the images with this transform or None for 0)."""
+    if not fraction:
+        return dataset, None
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    count = max(1, round(fraction * len(dataset)))
+    validation = dataset.subset(order[:count])
+    validation.transform = transform
+    return dataset.subset(order[count:]), validation
+
+
+def make_loader(dataset, args, shuffle=False):
+    """Batches of (images, targets [B, C]) in --batch-size, loaded by --workers processes."""
+    return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
+                      pin_memory=args.device.startswith("cuda"),
+                      persistent_workers=args.workers > 0)
+
+
+def progress(iterable, title, quiet=False):
+    """A progress bar where there is a terminal to draw it on."""
+    return tqdm(iterable, desc=title, leave=False, disable=True if quiet else None)
+
+
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or a float within [least, most]."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not within [{least}, {most}]")
+        return value
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors become UserError: one line instead of the usage and a line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def add_run_arguments(parser, method):
+    """The options that every method has and that mean the same in each."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=list(DATASETS), help="default: toy")
+    add("--root", help="the dataset's folder, laid out as the README shows")
+    add("--val-fraction", type=number(float, 0, 0.9), default=0.0,
+        help="of the training images, held out to select the best epoch (default: 0, the last)")
+    add("--limit", type=number(int, 1), help="only so many images of each split: a quick look")
+    add("--allow-missing", action="store_true", help="go on although over 5%% of images are missing")
+    add("--workers", type=number(int, 0), help="processes that load images (default: 8, toy: 0)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s here")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
+    add("--compile", action="store_true", help="torch.compile what is trained")
+    add("--seed", type=number(int, 0), default=0, help="of shuffling, noise, augmentation (default: 0)")
+    add("--output", help=f"the run's folder (default: runs/{method}-DATA)")
+    add("--resume", action="store_true", help="continue the run in --output")
+    add("--quiet", action="store_true", help="print the results only")
+    add = parser.add_argument_group("use a trained model").add_argument
+    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split, do not train")
+    add("--predict", nargs="+", metavar="IMAGE_OR_DIR", help="print a JSON object per image")
+    add("--checkpoint", metavar="FILE", help="the trained model for --predict")

@@ -1,0 +1,236 @@
+"""Average precision, F1 at k, and precision / recall / F1 at a threshold.
+
+    scores   float [images, labels], any floating dtype; higher means more likely present
+    targets  integer [images, labels]: +1 present, -1 absent, 0 unknown (the entry is left out)
+
+Tensors on any device, or anything torch.as_tensor takes (NumPy arrays, lists). A 0/1 matrix is not
+in this encoding: convert it with 2 * t - 1, or every absent label counts as unknown.
+
+Every function raises ValueError for scores that are not floating point, targets that are not
+integers in {-1, 0, +1}, shapes that differ or are not two-dimensional, and NaN scores (the message
+names the label's column). Infinite scores are ordinary values.
+
+    >>> scores = torch.tensor([[0.9, 0.2], [0.8, 0.7], [0.1, 0.3]])
+    >>> targets = torch.tensor([[1, -1], [-1, 1], [1, 0]], dtype=torch.int8)
+    >>> average_precision(scores, targets)
+    tensor([0.8333, 1.0000], dtype=torch.float64)
+"""
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+# Entries of the matrix that are worked on at a time; bounds the memory, never changes a result.
+CHUNK = 2 ** 22
+
+
+def average_precision(scores, targets):
+    """Area under each label's precision-recall steps, as scikit-learn's average_precision_score.
+
+    AP = sum over score values v of (recall(v) - recall(just above v)) * precision(v), images ranked
+    by descending score. Images with equal scores enter together, so the order of the images never
+    matters. Scores are compared in their own dtype, exactly.
+
+    Returns float64 [labels] on the scores' device: values in (0, 1], NaN where a label has no
+    positive (so everywhere if there are no images). average_precision(...).isnan().sum() is the
+    number of labels that the mean leaves out.
+
+    Labels are worked on in chunks, on the CPU spread over torch.get_num_threads() threads. The
+    extra memory is about 30 MB a thread for 107,859 x 1,006 float32 scores. It does not grow with
+    the number of labels, and stays below 30 MB + 60 bytes an image for any number of images.
+    """
+    scores, targets = _check(scores, targets)
+    images, labels = scores.shape
+    if images == 0:
+        return torch.full((labels,), torch.nan, dtype=torch.float64, device=scores.device)
+    width = max(1, CHUNK // images)
+
+    def chunk(start):
+        columns = slice(start, start + width)
+        s, t = _transposed(scores[:, columns]), _transposed(targets[:, columns])
+        return torch.stack([_average_precision(*label) for label in zip(s, t)])
+
+    starts = range(0, labels, width)
+    if scores.device.type != "cpu" or len(starts) < 2:
+        parts = [chunk(start) for start in starts]
+    else:
+        # A label a thread beats many threads on one label: sorting hardly gains from a second one.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                parts = list(pool.map(chunk, starts))
+        finally:
+            torch.set_num_threads(threads)
+    return torch.cat([scores.new_empty(0, dtype=torch.float64), *parts])
+
+
+def _average_precision(scores, targets):
+    """One label: scores [images], targets [images] -> float64 scalar."""
+    # Integers sort several times faster than floats (radix sort). The bits of a float, read as an
+    # integer, are in the float's order once the magnitude of the negative ones is flipped.
+    # 0 - scores: highest score first, and -0.0 becomes 0.0, which it must tie with.
+    bits = torch.iinfo({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()])
+    keys = (0 - scores).view(getattr(torch, bits.dtype))
+    keys ^= (keys >> (bits.bits - 1)) & bits.max
+    if targets.abs().amin() == 0:
+        keys.masked_fill_(targets == 0, bits.max)   # unknown: behind all others, even -inf
+    keys, order = keys.sort()
+    # 0-based ranks of the positives; index_select is much faster here than targets[order]
+    ranks = targets.clamp(min=0).index_select(0, order).nonzero().squeeze(1)
+    hits = torch.arange(1, len(ranks) + 1, device=ranks.device)   # positives down to this one
+    items = ranks + 1                                             # all images down to this one
+    # Where the next image has the same score, both counts go on to the end of the tie.
+    positive_keys = keys[ranks]
+    tied = (positive_keys == keys[items.clamp(max=len(keys) - 1)]).nonzero().squeeze(1)
+    hits[tied] = torch.searchsorted(positive_keys, positive_keys[tied], right=True)
+    items[tied] = torch.searchsorted(keys, positive_keys[tied], right=True)
+    return (hits.double() / items).mean()
+
+
+def _transposed(columns):
+    """[images, width] -> contiguous [width, images]; in blocks, as the rows lie far apart."""
+    out = columns.new_empty(columns.shape[::-1])
+    for row in range(0, len(columns), 4096):
+        out[:, row:row + 4096] = columns[row:row + 4096].contiguous().t()
+    return out
+
+
+def mean_average_precision(scores, targets):
+    """Mean of average_precision over the labels that have a positive: a float in (0, 1].
+
+    NaN if no label has one. Memory as average_precision.
+    """
+    return average_precision(scores, targets).nanmean().item()
+
+
+def precision_recall_f1_at_k(scores, targets, k):
+    """Predict the k highest-scoring labels of every image; counts pooled over all images (micro).
+
+    The F1@k of multi-label zero-shot papers (He et al., AAAI 2023, section "Experimental Setup"):
+        precision = hits / predictions, recall = hits / positives, F1 = their harmonic mean.
+    Only an image's known labels are ranked: an unknown one takes none of the k places and counts
+    neither as predicted nor as a positive. An image with fewer than k known labels predicts those.
+    Of labels with equal scores the one with the lower column index goes first, on every device.
+
+    Returns three floats in [0, 1]; a ratio whose denominator is 0 (no positives, no known entry,
+    no images) is 0. Raises ValueError unless k is an integer from 1 to the number of labels.
+    Extra memory: under 50 MB.
+    """
+    scores, targets = _check(scores, targets)
+    if k != int(k) or not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"k must be an integer from 1 to the number of labels, "
+                         f"{scores.shape[1]}; it is {k}")
+    hits = predictions = positives = 0
+    for s, t in _row_chunks(scores, targets):
+        known, positive = t != 0, t == 1
+        s = s.masked_fill(~known, -torch.inf)
+        kth = s.topk(int(k), dim=1).values[:, -1:]   # [rows, 1]
+        # Which of equal scores topk picks is not defined, so only its k-th value is used.
+        above, equal = s > kth, (s == kth) & known
+        places = k - above.sum(1, keepdim=True)
+        predicted = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= places))
+        hits += (predicted & positive).sum()
+        predictions += predicted.sum()
+        positives += positive.sum()
+    return _precision_recall_f1(int(hits), int(predictions), int(positives))
+
+
+def f1_at_threshold(scores, targets, threshold):
+    """Precision, recall and F1 of the predictions score >= threshold, per label and overall.
+
+    As Chen et al. (ML-GCN, CVPR 2019, section 4.1) and the partial-label papers report them:
+        CP, CR  mean over labels of the label's precision and recall
+        OP, OR  precision and recall of the entries of all labels pooled
+        CF1     harmonic mean of CP and CR (not the mean of the labels' F1);  OF1 of OP and OR
+    CP and CR take in the labels that have a positive, as mean average precision does; one of these
+    that is never predicted has precision 0. OP and OR take in every known entry. Unknown entries
+    are neither predicted nor positives. The threshold is rounded to the scores' dtype.
+
+    Returns {"CP", "CR", "CF1", "OP", "OR", "OF1"}, floats in [0, 1]; a ratio whose denominator is 0
+    is 0, never NaN. Extra memory: under 50 MB.
+    """
+    scores, targets = _check(scores, targets)
+    counts = torch.zeros(3, scores.shape[1], dtype=torch.int64, device=scores.device)
+    for s, t in _row_chunks(scores, targets):
+        predicted, positive = (s >= threshold) & (t != 0), t == 1
+        counts += torch.stack([x.sum(0) for x in (predicted & positive, predicted, positive)])
+    overall = _precision_recall_f1(*counts.sum(1).tolist())
+    hits, predictions, positives = counts[:, counts[2] > 0].double()
+    labels = max(1, len(positives))
+    cp = (hits / predictions.clamp(min=1)).sum().item() / labels
+    cr = (hits / positives).sum().item() / labels
+    return {"CP": cp, "CR": cr, "CF1": _harmonic_mean(cp, cr),
+            "OP": overall[0], "OR": overall[1], "OF1": overall[2]}
+
+
+def _precision_recall_f1(hits, predictions, positives):
+    precision, recall = hits / max(1, predictions), hits / max(1, positives)
+    return precision, recall, _harmonic_mean(precision, recall)
+
+
+def _harmonic_mean(a, b):
+    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+
+
+def _row_chunks(scores, targets):
+    rows = max(1, CHUNK // 8 // max(1, scores.shape[1]))   # an eighth: many temporaries an entry
+    return zip(scores.split(rows), targets.split(rows))
+
+
+def _check(scores, targets):
+    """Both as tensors on the scores' device, targets int8; ValueError as the module says."""
+    scores = torch.as_tensor(scores).detach()
+    targets = torch.as_tensor(targets, device=scores.device)
+    if scores.dim() != 2 or scores.shape != targets.shape:
+        raise ValueError(f"scores and targets must both be [images, labels]; they are "
+                         f"{list(scores.shape)} and {list(targets.shape)}")
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating point; they are {scores.dtype}")
+    if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+        raise ValueError(f"targets must be integers, +1 present, -1 absent, 0 unknown; they are "
+                         f"{targets.dtype} (a 0/1 matrix t becomes 2 * t - 1)")
+    if scores.numel():
+        low, high = (x.item() for x in targets.aminmax())
+        if low < -1 or high > 1:
+            raise ValueError(f"targets must be +1 (present), -1 (absent) or 0 (unknown); they go "
+                             f"from {low} to {high}")
+    # One fast pass: the sum is NaN if any score is (and if infinities cancel, hence the second).
+    if scores.sum().isnan():
+        columns = torch.stack([column.isnan().any() for column in scores.unbind(1)]).nonzero()
+        if len(columns):
+            raise ValueError(f"scores have NaN in label column {columns[0].item()} "
+                             f"({len(columns)} such columns)")
+    return scores, targets.to(torch.int8)
+
+
+def summary(scores, targets, ks, prefix=""):
+    """{prefix + "mAP", "P@k", "R@k", "F1@k" for every k up to the number of labels}: floats."""
+    result = {prefix + "mAP": mean_average_precision(scores, targets)}
+    for k in ks:
+        if k <= targets.shape[1]:
+            for name, value in zip("P R F1".split(), precision_recall_f1_at_k(scores, targets, k)):
+                result[f"{prefix}{name}@{k}"] = value
+    return result
+
+
+def print_table(rows):
+    """Print rows of {"name", "kind", metric: value in [0, 1]} in percent; a table a setting.
+
+    Settings are the metrics' prefixes: zsl_ (unseen labels alone), gzsl_ (all labels), or none.
+    A star marks the zero-shot row with the highest mAP."""
+    titles = {"zsl_": "ZSL, unseen labels (%)", "gzsl_": "GZSL, all labels (%)", "": "all labels (%)"}
+    for prefix, title in titles.items():
+        names = [name for name in rows[-1] if name.startswith(prefix + "mAP")
+                 or re.match(f"{prefix}(P|R|F1)@", name)]
+        if not names:
+            continue
+        width = max(len(row["name"]) for row in rows) + 3
+        best = max((row for row in rows if row["kind"] == "zero-shot"), default=None,
+                   key=lambda row: row[prefix + "mAP"])
+        print(f"\n{title:{width}}" + "".join(f"{name[len(prefix):]:>7}" for name in names))
+        for row in rows:
+            print(f"{row['name'] + ' *' * (row is best):{width}}"
+                  + "".join(f"{100 * row[name]:7.1f}" for name in names))
+    if best:
+        print("* the best zero-shot scoring")

@@ -1,0 +1,559 @@
+"""MKT: open-vocabulary multi-label classification by multi-modal knowledge transfer.
+
+He et al., "Open-Vocabulary Multi-Label Classification via Multi-Modal Knowledge Transfer",
+AAAI 2023 (arXiv 2207.01887). Some labels are annotated in training (seen), others are only
+names at test time (unseen). CLIP knows all of them, but matches a text with a whole image:
+
+ 1. two streams: an image scores a label by its class token and by its best patches,
+        a_c = mean of the top-k over patches i of <o_i, z_c>,   g_c = <o_cls, z_c>,
+        s   = (a / |a| + g / |g|) / 2,  each norm taken over the labels in play;
+ 2. ranking: every present label above every absent one, max(0, 1 + s_n - s_p) averaged over the
+    pairs that violate the margin;
+ 3. distillation: |o_cls - CLIP's own embedding of the image|_1 keeps the image encoder in the
+    space of CLIP's text, where unseen labels live;
+ 4. prompt tuning, with the image encoder frozen: the words around the label in "There is a
+    {label} in the scene" become learned embeddings, shared by all labels, unseen ones too.
+
+    python mkt.py                                     # toy world, nothing to download
+    python mkt.py --data nuswide --root data/nuswide  # the paper's first table
+    python mkt.py --predict photos/ --checkpoint runs/mkt-toy/best.pt --labels "owl, ice cream"
+
+B images, L patches, C labels, T tokens, W width, D joint embedding. Targets: +1 present,
+-1 absent, 0 unknown.
+
+Implementation details
+ 1. Teacher and student share the frozen blocks: they run once, without gradients.
+ 2. The teacher's last block computes its class token alone.
+ 3. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
+ 4. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
+Where this differs from the paper
+ 1. CLIP's own normalisation of pixels, not ImageNet's: the frozen blocks were trained with it
+    (--normalization imagenet for the authors').
+ 2. Images without a seen label are dropped before batching, so batches stay full.
+ 3. The last epoch is reported; --val-fraction selects on held-out training images.
+"""
+import argparse
+import copy
+import functools
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+from torchvision import transforms
+
+import clip_model
+import data
+import metrics
+from data import UserError
+
+PROMPT = ("There is a", "in the scene")  # around the label
+# what the paper trains with, and what the toy world's small CLIP and 10,000 scenes ask for
+PAPER = {"clip": "ViT-B/16", "epochs": 20, "prompt_epochs": 4, "batch_size": 64, "lr": 1e-3,
+         "prompt_lr": 1e-3, "warmup_epochs": 2, "weight_decay": 0.05, "distillation": 1.0,
+         "topk": 16, "augment": "yes", "workers": 8}
+TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 2, "batch_size": 64, "lr": 1e-3,
+       "prompt_lr": 1e-3, "warmup_epochs": 1, "weight_decay": 0.05, "distillation": 0.1,
+       "topk": 4, "augment": "no", "workers": 0}
+
+
+# ---------------------------------------------------------------------------------------------
+# model
+
+def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
+    """MKT's score of every label, the mean of two unit-length score vectors (section 3.2).
+
+    local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> [B, C]. streams:
+    "both", or "global" or "local" alone. The scores depend on which labels are in play."""
+    scores = []
+    if streams != "global":
+        patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
+        scores.append(F.normalize(patches.topk(topk, dim=-1).values.mean(dim=-1), dim=-1))
+    if streams != "local":
+        scores.append(F.normalize(global_ @ label_embeddings.T, dim=-1))
+    return sum(scores) / len(scores)
+
+
+class Prompts:
+    """The labels' prompts as token ids, and which of the tokens are context.
+
+    tokens int64 [C, T]; slots int64 [C, T]: 0, or 1 + the index of the context word;
+    eot int64 [C] (on the CPU). Raises UserError naming a label that is too long."""
+
+    def __init__(self, clip, labels):
+        tokenizer = clip.tokenizer or clip_model.official_tokenizer()
+        before, after = (tokenizer.encode(part) for part in PROMPT)
+        start, end = tokenizer.ids[tokenizer.start], tokenizer.ids[tokenizer.end]
+        names = [tokenizer.encode(label) for label in labels]
+        length = max(map(len, names)) + len(before) + len(after) + 2
+        if length > clip.context_length:
+            label = max(labels, key=lambda label: len(tokenizer.encode(label)))
+            raise UserError(f"the label {label!r} makes a prompt of {length} tokens, "
+                            f"{clip.context_length} is the most CLIP takes")
+        self.tokens = torch.zeros(len(labels), length, dtype=torch.int64)
+        self.slots = torch.zeros_like(self.tokens)
+        for tokens, slots, name in zip(self.tokens, self.slots, names):
+            row = [start, *before, *name, *after, end]
+            tokens[:len(row)] = torch.tensor(row)
+            slots[1:1 + len(before)] = torch.arange(len(before)) + 1
+            slots[len(row) - 1 - len(after):len(row) - 1] = (torch.arange(len(after)) + 1
+                                                             + len(before))
+        self.eot = self.tokens.argmax(dim=1)
+        self.context = torch.tensor([*before, *after])
+
+
+class MKT(nn.Module):
+    """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and
+    the prompt's context. CLIP's own last two blocks are the teacher."""
+
+    def __init__(self, clip, topk=16, streams="both"):
+        super().__init__()
+        visual = clip.visual
+        if not isinstance(visual, clip_model.VisionTransformer):
+            raise UserError("MKT is defined for ViTs (it trains the last two blocks and scores "
+                            "patch tokens), and this CLIP is a ResNet: use --clip ViT-B/16")
+        patches = (visual.input_resolution // visual.patch_size) ** 2
+        if not 1 <= topk <= patches:
+            raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
+        self.clip = clip.requires_grad_(False)
+        self.topk, self.streams = topk, streams
+        self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:]).requires_grad_()
+        self.ln_post = copy.deepcopy(visual.ln_post).requires_grad_()
+        self.proj = nn.Parameter(visual.proj.clone())
+        context = Prompts(clip, ["label"]).context.to(visual.proj.device)
+        self.context = nn.Parameter(clip.token_embedding(context).detach().clone())  # [words, W]
+
+    @torch.no_grad()
+    def trunk(self, images):
+        """Images [B, 3, H, W] -> tokens [B, 1 + L, W] below the first trained block."""
+        x = self.clip.visual.embed(images)
+        for block in self.clip.visual.transformer.resblocks[:-2]:
+            x = block(x)
+        return x
+
+    def student(self, x):
+        """Trunk tokens -> (global [B, D], local [B, L, D])."""
+        for block in self.blocks:
+            x = block(x)
+        x = self.ln_post(x) @ self.proj
+        return x[:, 0], x[:, 1:]
+
+    @torch.no_grad()
+    def teacher(self, x):
+        """Trunk tokens -> CLIP's image embedding [B, D]."""
+        visual = self.clip.visual
+        x = visual.transformer.resblocks[-2](x)
+        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return visual.ln_post(visual.transformer.resblocks[-1].one_token(x, first)) @ visual.proj
+
+    def label_embeddings(self, prompts, chunk=256):
+        """Prompts -> [C, D], differentiable in the context.
+
+        With gradients, chunks of labels are recomputed in the backward pass: 7,000 labels would
+        otherwise keep the activations of 7,000 texts."""
+        device = self.context.device
+        context = torch.cat([torch.zeros_like(self.context[:1]), self.context])  # slot 0: none
+
+        def encode(tokens, slots, eot):
+            fixed = self.clip.token_embedding(tokens).masked_fill(slots[..., None] > 0, 0)
+            return self.clip.encode_prompts(fixed + context[slots], eot)  # [c, T, W] -> [c, D]
+
+        pieces = [(tokens.to(device), slots.to(device), eot) for tokens, slots, eot in
+                  zip(*(x.split(chunk) for x in (prompts.tokens, prompts.slots, prompts.eot)))]
+        if len(pieces) == 1 or not (torch.is_grad_enabled() and self.context.requires_grad):
+            return torch.cat([encode(*piece) for piece in pieces])
+        return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
+
+    def scores(self, global_, local, label_embeddings):
+        return two_stream_scores(local, global_, label_embeddings, self.topk, self.streams)
+
+    def trained(self):
+        """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
+
+
+# ---------------------------------------------------------------------------------------------
+# losses
+
+def ranking_loss(scores, targets):
+    """Pairwise ranking with margin 1 (section 3.3): scores [B, C], targets [B, C] -> scalar.
+
+    Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
+    of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
+    pairs. An image without a present or without an absent label adds 0."""
+    rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P] present labels
+    margins = (1 + scores[rows] - scores[rows, columns][:, None]).relu()  # [P, C]
+    margins = margins * (targets[rows] == -1)
+    total = margins.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
+    violated = margins.new_zeros(len(scores)).index_add(
+        0, rows, (margins > 0).sum(dim=1).to(margins.dtype))
+    return (total / (violated + 1e-8)).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# train
+
+def parameter_groups(model, weight_decay, layer_decay=0.65):
+    """Stage 1: layer-wise learning-rate decay, scale layer_decay^(layers + 1 - id).
+
+    Block i of CLIP's image encoder has id i + 1, what comes after the blocks layers + 1. No
+    weight decay on one-dimensional tensors (norms, biases)."""
+    layers = len(model.clip.visual.transformer.resblocks)
+    parts = [(model.blocks[0], layers - 1), (model.blocks[1], layers), (model.ln_post, layers + 1)]
+    tensors = [(p, layer) for part, layer in parts for p in part.parameters()]
+    groups = {}
+    for parameter, layer in [*tensors, (model.proj, layers + 1)]:
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((layer, decay), {
+            "params": [], "weight_decay": decay, "scale": layer_decay ** (layers + 1 - layer)})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
+    """Linear warm-up, then half a cosine down to the minimum; epoch may be a fraction."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-8)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def stage_loss(model, stage, images, targets, label_embeddings, args):
+    """One batch -> (loss, {term: value}); label_embeddings is a Prompts in stage 2."""
+    tokens = model.trunk(images)
+    if stage == 1:
+        global_, local = model.student(tokens)
+        ranking = ranking_loss(model.scores(global_, local, label_embeddings).float(), targets)
+        if not args.distillation:
+            return ranking, {"ranking": ranking}
+        distillation = F.l1_loss(global_.float(), model.teacher(tokens).float())
+        return (ranking + args.distillation * distillation,
+                {"ranking": ranking, "distillation": distillation})
+    with torch.no_grad():
+        global_, local = model.student(tokens)
+    scores = model.scores(global_, local, model.label_embeddings(label_embeddings))
+    ranking = ranking_loss(scores.float(), targets)
+    return ranking, {"ranking": ranking}
+
+
+def train(model, stage, epochs, dataset, validation, args, state):
+    """One stage, epoch by epoch, from wherever `state` is; a checkpoint after every epoch.
+
+    Every epoch seeds its own shuffling and augmentation, so a resumed run repeats the epoch it
+    was killed in exactly."""
+    if state["stage"] > stage or epochs == 0:
+        return
+    if state["stage"] < stage:
+        state.update(stage=stage, epoch=0, optimizer=None, scaler=None)
+    device, seen = torch.device(args.device), dataset.seen
+    loader = data.make_loader(dataset, args, shuffle=True)
+    label_embeddings = Prompts(model.clip, [dataset.labels[i] for i in seen])
+    if stage == 1:
+        groups = parameter_groups(model, args.weight_decay)
+        peak, minimum, warmup = args.lr, 1e-6, args.warmup_epochs
+        with torch.no_grad(), autocast(args):
+            label_embeddings = model.label_embeddings(label_embeddings)
+    else:
+        groups = [{"params": [model.context], "scale": 1.0, "weight_decay": args.weight_decay}]
+        peak, minimum, warmup = args.prompt_lr, 1e-8, 0
+    model.requires_grad_(False)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    for epoch in range(state["epoch"], epochs):
+        torch.manual_seed(1_000_003 * args.seed + 1_000 * stage + epoch)
+        begin, history = time.time(), []
+        batches = data.progress(loader, f"stage {stage} epoch {epoch + 1}", args.quiet)
+        for step, (images, targets) in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * learning_rate(
+                    epoch + step / len(loader), peak, minimum, epochs, warmup)
+            images = images.to(device, non_blocking=True)
+            targets = targets[:, seen].to(device, non_blocking=True)
+            with autocast(args):
+                loss, terms = stage_loss(model, stage, images, targets, label_embeddings, args)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            history.append(torch.stack([loss.detach(), *(t.detach() for t in terms.values())]))
+            if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
+                means = data.finite_means(history, ["loss", *terms],
+                                          f"stage {stage}, epoch {epoch + 1}", args.output)
+        line = {"stage": stage, "epoch": epoch + 1, **means,
+                "lr": optimizer.param_groups[-1]["lr"], "seconds": time.time() - begin}
+        if dataset.replaced:
+            line["unreadable_images"] = dataset.replaced
+        if validation is not None:
+            line["val_mAP"] = model_row(model, validation, args, settings={"": seen})["mAP"]
+        state.update(stage=stage, epoch=epoch + 1, model=model.trained(),
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        data.finish_epoch(args.output, state, line, args.quiet)
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluate
+
+@torch.no_grad()
+def evaluate(encode, scorers, dataset, args, settings=None):
+    """{name: score function} -> {name: metrics}, all from one pass over the images.
+
+    encode: images -> (global [B, D], local [B, L, D]). A score function takes these and the label
+    indices in play, [B, D], [B, L, D], [c] -> [B, c]. settings: {prefix of the metrics: labels in
+    play}: by default ZSL ranks the unseen labels alone and GZSL all labels."""
+    everything = torch.arange(len(dataset.labels))
+    settings = settings or ({"zsl_": dataset.unseen, "gzsl_": everything}
+                            if len(dataset.unseen) else {"": everything})
+    scores = {(name, prefix): torch.empty(len(dataset), len(index))
+              for name in scorers for prefix, index in settings.items()}
+    begin = 0
+    for images, _ in data.progress(data.make_loader(dataset, args), "evaluating", args.quiet):
+        with autocast(args):
+            global_, local = encode(images.to(args.device, non_blocking=True))
+            for (name, prefix), rows in scores.items():
+                rows[begin:begin + len(images)] = scorers[name](global_, local, settings[prefix])
+        begin += len(images)
+    results = {name: {} for name in scorers}
+    for (name, prefix), rows in scores.items():
+        targets = dataset.targets[:, settings[prefix]]
+        ks = (10, 20) if dataset.name == "openimages" else (3, 5)
+        results[name].update(metrics.summary(rows, targets, ks, prefix))
+    return results
+
+
+@torch.no_grad()
+def model_row(model, dataset, args, name="MKT", kind="method", settings=None):
+    embeddings = model.label_embeddings(Prompts(model.clip, dataset.labels))
+    results = evaluate(
+        lambda images: model.student(model.trunk(images)),
+        {name: lambda global_, local, index: model.scores(global_, local, embeddings[index])},
+        dataset, args, settings)
+    return {"name": name, "kind": kind, **results[name]}
+
+
+@torch.no_grad()
+def zero_shot_rows(model, dataset, args):
+    """CLIP as it is: cosines of the global embedding, of the best patch and of both, with two
+    prompts; and MKT's own two-stream score before any training."""
+    clip, scorers = model.clip, {}
+
+    def cosine(texts, mode, global_, local, index):
+        total = F.normalize(global_, dim=-1) @ texts[index].T
+        if mode == "global":
+            return total
+        best = (F.normalize(local, dim=-1) @ texts[index].T).amax(dim=1)  # [B, L, c] -> [B, c]
+        return best if mode == "local" else (total + best) / 2
+
+    for prompt in ("a photo of a {}.", "{} {{}} {}".format(*PROMPT)):
+        tokens = clip.tokenize([prompt.format(label) for label in dataset.labels])
+        texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
+        for mode in ("global", "local", "both"):
+            scorers[f'zero-shot, {mode}, "{prompt}"'] = functools.partial(
+                cosine, F.normalize(texts, dim=-1), mode)
+    scorers["zero-shot, two-stream score"] = lambda global_, local, index: two_stream_scores(
+        local, global_, texts[index], model.topk)
+    results = evaluate(clip.encode_image_dense, scorers, dataset, args)
+    return [{"name": name, "kind": "zero-shot", **row} for name, row in results.items()]
+
+
+# ---------------------------------------------------------------------------------------------
+# predict
+
+@torch.no_grad()
+def predict(args):
+    """Print a JSON object per image: its path, and the labels with scores, best first."""
+    labels = None if args.labels is None else data.parse_labels(args.labels)
+    files = data.image_files(args.predict)
+    model, preprocess, state = load_checkpoint(args.checkpoint, args)
+    labels, size = labels or state["labels"], args.batch_size or 64
+    embeddings = model.label_embeddings(Prompts(model.clip, labels))
+    for i in data.progress(range(0, len(files), size), "predicting", args.quiet):
+        images = torch.stack([preprocess(data.open_image(file)) for file in files[i:i + size]])
+        with autocast(args):
+            global_, local = model.student(model.trunk(images.to(args.device)))
+            scores = model.scores(global_, local, embeddings).float().cpu()
+        for file, row in zip(files[i:], scores):
+            ranking = row.argsort(descending=True, stable=True).tolist()
+            print(json.dumps({"path": str(file), "labels": [
+                {"label": labels[j], "score": round(row[j].item(), 4)} for j in ranking]},
+                ensure_ascii=False))
+
+
+# ---------------------------------------------------------------------------------------------
+# arguments
+
+def parse_arguments(arguments=None):
+    parser = data.Parser(description="\n\n".join(__doc__.split("\n\n")[:4]),
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = data.number
+
+    def add(name, type, text):  # an option whose value the paper and the toy world differ in
+        group.add_argument("--" + name.replace("_", "-"), type=type,
+                           help=f"{text} (paper: {PAPER[name]}, toy: {TOY[name]})")
+
+    group = parser.add_argument_group("model")
+    add("clip", str, "a ViT: a name of clip_model.available_models() or a path to weights")
+    add("topk", number(int, 1), "patches that the local score averages")
+    group.add_argument("--streams", choices=["both", "global", "local"], default="both",
+                       help="which of the two scores count (default: both)")
+    group = parser.add_argument_group("optimization")
+    add("epochs", number(int, 0), "of stage 1")
+    add("prompt_epochs", number(int, 0), "of stage 2, prompt tuning; 0 leaves it out")
+    add("batch_size", number(int, 1), "images")
+    add("lr", number(float, 0), "peak learning rate of stage 1")
+    add("prompt_lr", number(float, 0), "peak learning rate of stage 2")
+    add("warmup_epochs", number(float, 0), "of stage 1")
+    add("weight_decay", number(float, 0), "AdamW's")
+    add("distillation", number(float, 0), "weight of the distillation loss; 0 leaves it out")
+    add("augment", str, "random crop, flip and RandAugment, yes or no")
+    group.add_argument("--normalization", choices=["clip", "imagenet"], default="clip",
+                       help="of pixels (default: clip; the authors' code: imagenet)")
+    data.add_run_arguments(parser, "mkt")
+    parser.add_argument("--labels", help='any labels, for --predict: "owl, ice cream"')
+    args = parser.parse_args(arguments)
+    if args.augment not in (None, "yes", "no"):
+        raise UserError(f"--augment {args.augment}: yes or no")
+    if args.predict and not args.checkpoint:
+        raise UserError("--predict needs --checkpoint FILE")
+    if args.epochs == 0 and args.prompt_epochs == 0:
+        raise UserError("--epochs 0 and --prompt-epochs 0 leave nothing to train")
+    return args
+
+
+def fill_defaults(args):
+    args.data = args.data or "toy"
+    for name, value in (TOY if args.data == "toy" else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.output = args.output or f"runs/mkt-{args.data}"
+
+
+# ---------------------------------------------------------------------------------------------
+# main
+
+def load_checkpoint(path, args):
+    """-> (MKT, preprocess, state). UserError for what is no MKT checkpoint or of another CLIP."""
+    state = data.read_checkpoint(path, "mkt")
+    if args.clip not in (None, state["clip"]):
+        raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
+    clip, preprocess = clip_model.load(state["clip"], args.device)
+    if clip.fingerprint() != state["clip_fingerprint"]:
+        raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
+    model = MKT(clip, state["args"]["topk"], state["args"]["streams"])
+    model.load_state_dict(state["model"], strict=False)
+    return model.eval(), normalize_as(preprocess, state["args"]["normalization"]), state
+
+
+def normalize_as(preprocess, normalization):
+    if normalization == "imagenet":
+        preprocess.transforms[-1] = transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
+    return preprocess
+
+
+def autocast(args):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
+
+
+def load_training(preprocess, args):
+    """-> (training images with a seen label, held-out validation images or None)."""
+    size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
+    augment = data.train_transform(size, normalize.mean, normalize.std)
+    dataset = data.load_split("train", augment if args.augment == "yes" else preprocess, args)
+    dataset = dataset.subset((dataset.targets[:, dataset.seen] == 1).any(dim=1))
+    return data.hold_out(dataset, args.val_fraction, preprocess)
+
+
+def start(args):
+    """-> (model, preprocess, state, test split): new, or as a checkpoint holds it."""
+    if args.eval:
+        model, preprocess, state = load_checkpoint(args.eval, args)
+        args.data, args.clip = args.data or state["data"], state["clip"]
+    fill_defaults(args)
+    if args.resume:
+        model, preprocess, state = load_checkpoint(Path(args.output) / "last.pt", args)
+        for name in (*PAPER, "streams", "normalization", "seed", "limit", "val_fraction", "data"):
+            if name != "workers" and getattr(args, name) != state["args"][name]:
+                raise UserError(f"--resume: {args.output} was started with --"
+                                f"{name.replace('_', '-')} {state['args'][name]}, not "
+                                f"{getattr(args, name)}")
+    elif not args.eval:
+        clip, preprocess = clip_model.load(args.clip, args.device)
+        preprocess = normalize_as(preprocess, args.normalization)
+        model = MKT(clip, args.topk, args.streams).eval()
+        state = {"method": "mkt", "data": args.data, "clip": args.clip, "labels": None,
+                 "clip_fingerprint": clip.fingerprint(), "args": vars(args), "stage": 0,
+                 "epoch": 0, "optimizer": None, "scaler": None, "log": [], "rows": [],
+                 "seconds": 0.0}
+    test = data.load_split("test", preprocess, args)
+    if test.labels != (state["labels"] or test.labels):
+        raise UserError(f"the checkpoint belongs to the {len(state['labels'])} labels of "
+                        f"{state['data']}; {args.data} has {len(test.labels)} others")
+    state["labels"] = test.labels
+    return model, preprocess, state, test
+
+
+def run(args):
+    """Train unless --eval, evaluate -> the results that results.json holds."""
+    begin, keep = time.time(), bool(args.output or not args.eval)
+    model, preprocess, state, test = start(args)
+    output, rows = Path(args.output), [] if args.eval else state["rows"]
+    if args.compile:
+        model.student = torch.compile(model.student)
+    if not args.eval:
+        dataset, validation = load_training(preprocess, args)
+        print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
+              f"{len(test):,} test images, {len(test.unseen)} unseen labels\n{args.clip}: training "
+              f"{sum(x.numel() for x in model.trained().values()):,} weights beside "
+              f"{sum(x.numel() for x in model.clip.parameters()):,} frozen ones", flush=True)
+        if not args.resume:
+            data.start_run(output)
+            data.write_file(output / "args.json", json.dumps(vars(args), indent=1))
+    if not rows:
+        rows += zero_shot_rows(model, test, args)
+    if not args.eval:
+        train(model, 1, args.epochs, dataset, validation, args, state)
+        if args.epochs and args.prompt_epochs and rows[-1]["kind"] == "zero-shot":
+            rows.append(model_row(model, test, args, "MKT without prompt tuning", "ablation"))
+        train(model, 2, args.prompt_epochs, dataset, validation, args, state)
+        best = data.read_checkpoint(output / "best.pt", "mkt")  # the last epoch, or --val-fraction
+        model.load_state_dict(best["model"], strict=False)
+    rows = rows + [model_row(model, test, args)]
+    results = {"method": "mkt", "data": args.data, "clip": args.clip, "seed": args.seed,
+               "seconds": round(state["seconds"], 1), "rows": rows}
+    if keep:
+        output.mkdir(parents=True, exist_ok=True)
+        data.write_file(output / "results.json", json.dumps(results, indent=1))
+    metrics.print_table(rows)
+    if test.missing:
+        print(f"{test.missing} test images are missing: not comparable with complete results")
+    print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints are in {output}" * keep)
+    return results
+
+
+def main(arguments=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args = parse_arguments(arguments)
+        return predict(args) if args.predict else run(args)
+    except (UserError, clip_model.ClipError) as error:
+        print(f"mkt.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues after the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

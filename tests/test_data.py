@@ -1,0 +1,653 @@
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from data import UserError, MultiLabelDataset, load_dataset, open_image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """No test reads or leaves anything in the user's own cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+    return directory / "clip_multilabel"
+
+
+def save(path, colour=(200, 30, 40), size=(8, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return str(path)
+
+
+# ---- open_image
+
+def test_upright_whatever_the_exif_orientation_says(tmp_path):
+    corners = np.zeros((20, 30, 3), np.uint8)
+    corners[:10, :15] = 255  # the upper left quarter is white
+    upright = Image.fromarray(corners)
+    # how each orientation is stored: undoing it must give `upright` back
+    stored = {1: upright, 2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+              3: upright.transpose(Image.Transpose.ROTATE_180),
+              6: upright.transpose(Image.Transpose.ROTATE_90),
+              8: upright.transpose(Image.Transpose.ROTATE_270)}
+    for orientation, image in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for suffix in ("png", "jpg"):
+            path = tmp_path / f"{orientation}.{suffix}"
+            image.save(path, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+            opened = np.asarray(open_image(path)).astype(int)
+            assert opened.shape == (20, 30, 3)
+            assert abs(opened - corners).mean() < 8, (orientation, suffix)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_does_not_hide_the_pixels(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8), (0, 0, 255)).save(path, exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\0")
+    assert open_image(path).getpixel((4, 4))[2] > 250
+
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("L", 100, (100, 100, 100)),
+    ("1", 1, (255, 255, 255)),
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ("LA", (0, 0), (255, 255, 255)),
+    ("LA", (100, 255), (100, 100, 100)),
+    ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+    ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+    ("RGBA", (255, 0, 0, 51), (255, 204, 204)),  # a fifth red on white
+    ("I;16", 65535, (255, 255, 255)),
+    ("I;16", 257 * 100, (100, 100, 100)),
+    ("I;16", 1000, (4, 4, 4)),  # 3.9; not clipped to white
+    ("I", 257 * 100, (100, 100, 100)),
+])
+def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    Image.new(mode, (4, 3), colour).save(path)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (4, 3))
+    assert np.abs(np.subtract(image.getpixel((1, 1)), expected)).max() <= 1
+
+
+def test_cmyk_jpeg(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    red, green, blue = open_image(tmp_path / "a.jpg").getpixel((8, 8))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_palette(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "transparent.png", transparency=0)
+    image.save(tmp_path / "half.png", transparency=bytes([128, 255]))
+    plain, transparent, half = (open_image(tmp_path / f"{name}.png")
+                                for name in ("plain", "transparent", "half"))
+    assert [plain.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
+    assert [transparent.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
+    assert half.getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_colour_marked_as_transparent_in_an_rgb_file(tmp_path):
+    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "a.png", transparency=(9, 8, 7))
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_file_object_stays_open():
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(file, "PNG")
+    file.seek(0)
+    assert open_image(file).getpixel((0, 0)) == (1, 2, 3)
+    assert not file.closed
+
+
+def png_without_pixels(width, height):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 9) + b"IDAT"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_unreadable_files_are_named_with_the_reason(tmp_path):
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8))
+    for suffix in ("jpg", "png"):
+        noise.save(tmp_path / f"whole.{suffix}")
+        whole = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"truncated.{suffix}").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("<html>404 not found</html>")
+    (tmp_path / "bomb.png").write_bytes(png_without_pixels(30000, 30000))
+    (tmp_path / "large.png").write_bytes(png_without_pixels(15000, 15000))
+    (tmp_path / "folder.jpg").mkdir()
+    Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
+    Image.new("I", (2, 2), 70000).save(tmp_path / "integer.tif")
+    for name, reason in [
+            ("truncated.jpg", "truncated"), ("truncated.png", "truncated"),
+            ("empty.jpg", "is empty"), ("text.jpg", "not an image"),
+            ("bomb.png", "decompression bomb"),
+            ("large.png", "15000 x 15000 is more than 200,000,000 pixels"),
+            ("absent.jpg", "No such file"), ("folder.jpg", "Is a directory"),
+            ("float.tif", "no defined range"), ("integer.tif", "no defined range")]:
+        with pytest.raises(UserError) as error:
+            open_image(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: ")
+        assert reason in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+# ---- MultiLabelDataset
+
+def dataset_of(images, **options):
+    """Labels "0".."3"; image i has the target row that spells i in binary, as +1 and -1."""
+    bits = [[1 if i >> b & 1 else -1 for b in range(4)] for i in range(len(images))]
+    return MultiLabelDataset(["0", "1", "2", "3"], torch.tensor(bits, dtype=torch.int8), images,
+                             **options)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [save(tmp_path / f"{i % 3}" / f"{i}.png", colour=(i, 0, 0)) for i in range(10)]
+
+
+def image_number(image):
+    return image.getpixel((0, 0))[0]
+
+
+def to_number(image):
+    return torch.tensor(image_number(image))
+
+
+def test_items_and_label_split(files):
+    dataset = dataset_of(files, unseen=[3, 1])
+    assert len(dataset) == 10 and dataset.missing == dataset.replaced == 0
+    assert dataset.seen.tolist() == [0, 2] and dataset.unseen.tolist() == [1, 3]
+    assert dataset.seen.dtype == dataset.unseen.dtype == torch.int64
+    for i in range(10):
+        image, target = dataset[i]
+        assert image_number(image) == i and torch.equal(target, dataset.targets[i])
+        assert dataset.image_name(i) == files[i]
+    assert image_number(dataset[-1][0]) == 9
+    with pytest.raises(IndexError):
+        dataset[10]
+    assert len(list(dataset)) == 10
+
+
+def test_images_from_an_object():
+    class Scenes:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (2, 2), (i, 0, 0))
+
+    dataset = dataset_of(Scenes(), transform=to_number, name="scenes")
+    assert [int(image) for image, _ in dataset] == [0, 1, 2]
+    assert dataset.image_name(2) == "scenes image 2"
+    assert [int(image) for image, _ in dataset.subset([2, 0])] == [2, 0]
+
+
+def test_subset(files):
+    dataset = dataset_of(files, transform=to_number)
+    subset = dataset.subset([7, 2])
+    assert [(int(image), target.tolist()) for image, target in subset] == [
+        (7, [1, 1, 1, -1]), (2, [-1, 1, -1, -1])]
+    assert subset.image_name(0) == files[7]
+    assert [int(image) for image, _ in subset.subset(torch.tensor([False, True]))] == [2]
+    assert [int(image) for image, _ in dataset.subset(range(3))] == [0, 1, 2]
+    subset.transform, subset.on_error = None, "replace"
+    assert dataset.transform is to_number and dataset.on_error == "raise"
+    with pytest.raises(UserError, match="no images"):
+        dataset.subset(torch.zeros(10, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("labels, targets, message", [
+    ([], torch.zeros(2, 0, dtype=torch.int8), "no labels"),
+    (["cat", " cat", "dog"], torch.zeros(2, 3, dtype=torch.int8), "more than once: cat"),
+    (["cat", " "], torch.zeros(2, 2, dtype=torch.int8), "label 1"),
+    (["cat", "dog"], torch.zeros(2, 3, dtype=torch.int8), r"\[2, 2\].*\[2, 3\]"),
+    (["cat", "dog"], torch.zeros(3, 2, dtype=torch.int8), r"\[2, 2\].*\[3, 2\]"),
+    (["cat", "dog"], torch.zeros(2, dtype=torch.int8), r"\[2, 2\].*\[2\]"),
+    (["cat", "dog"], torch.zeros(2, 2), "int8"),
+    (["cat", "dog"], torch.tensor([[1, 2], [0, 0]], dtype=torch.int8), r"\+1 \(present\)"),
+    (["cat", "dog"], torch.tensor([[1, -2], [0, 0]], dtype=torch.int8), r"\+1 \(present\)"),
+])
+def test_what_does_not_fit_together(files, labels, targets, message):
+    with pytest.raises(UserError, match=message):
+        MultiLabelDataset(labels, targets, files[:2])
+
+
+def test_labels_that_differ_in_case_are_different(files):
+    dataset = MultiLabelDataset(["Turkey", "turkey "], torch.zeros(10, 2, dtype=torch.int8), files)
+    assert dataset.labels == ["Turkey", "turkey"]
+
+
+def test_no_images_and_unknown_on_error(files):
+    with pytest.raises(UserError, match="no images"):
+        dataset_of([], unseen=[])
+    with pytest.raises(UserError, match="on_error"):
+        dataset_of(files, on_error="ignore")
+
+
+def test_missing_files(files, tmp_path, capsys):
+    many = [save(tmp_path / "many" / f"{i}.png", colour=(i, 0, 0)) for i in range(40)]
+    targets = (torch.arange(40) % 3 - 1).to(torch.int8)[:, None]
+    for i in (5, 6):  # exactly 5%
+        os.remove(many[i])
+    dataset = MultiLabelDataset(["a"], targets, many, transform=to_number)
+    assert dataset.missing == 2 and len(dataset) == 38
+    assert f"2 of 40 images missing, e.g. {many[5]}" in capsys.readouterr().err
+    numbers = [int(image) for image, _ in dataset]
+    assert numbers == [i for i in range(40) if i not in (5, 6)]
+    assert [int(target) for _, target in dataset] == [i % 3 - 1 for i in numbers]
+    assert dataset.image_name(5) == many[7]
+
+    os.remove(many[20])
+    with pytest.raises(UserError, match="3 of 40 .*--allow-missing"):
+        MultiLabelDataset(["a"], targets, many)
+    allowed = MultiLabelDataset(["a"], targets, many, allow_missing=True, quiet=True)
+    assert allowed.missing == 3 and len(allowed) == 37
+    assert capsys.readouterr().err == ""
+
+    with pytest.raises(UserError, match="10 of 10"):
+        dataset_of([str(tmp_path / "nowhere" / f"{i}.png") for i in range(10)], allow_missing=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_in_evaluation_stops_with_its_name(files, workers):
+    with open(files[4], "wb"):
+        pass
+    dataset = dataset_of(files, transform=to_number)
+    with pytest.raises(UserError) as error:
+        list(DataLoader(dataset, batch_size=2, num_workers=workers))
+    assert str(error.value) == f"{files[4]}: the file is empty"  # without the worker's traceback
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_in_training_is_replaced_named_once_and_counted(files, workers, capfd):
+    for i in (2, 3, 9):
+        with open(files[i], "wb"):
+            pass
+    dataset = dataset_of(files, transform=to_number, on_error="replace")
+    shown = [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
+    for _ in range(2):
+        batches = list(DataLoader(dataset, batch_size=5, num_workers=workers))
+        assert torch.cat([images for images, _ in batches]).tolist() == shown
+        targets = torch.cat([targets for _, targets in batches])
+        assert torch.equal(targets, dataset.targets[shown])
+        assert dataset.replaced == 3
+    messages = capfd.readouterr().err
+    assert all(messages.count(files[i]) == 1 for i in (2, 3, 9)), messages
+    assert dataset.subset(range(5)).replaced == 2
+
+
+def test_training_stops_when_nothing_can_be_read(tmp_path):
+    files = [str(tmp_path / f"{i}.jpg") for i in range(16)]
+    for path in files:
+        with open(path, "wb"):
+            pass
+    dataset = dataset_of(files, on_error="replace")
+    with pytest.raises(UserError, match="3.jpg"):
+        dataset[3]
+    assert dataset.replaced == 10
+
+
+def test_train_transform():
+    transform = data.train_transform(32)
+    rng = np.random.RandomState(0)
+    image = Image.fromarray(rng.randint(0, 256, (50, 70, 3), np.uint8))
+    first, second = transform(image), transform(image)
+    assert first.shape == (3, 32, 32) and first.dtype == torch.float32
+    assert not torch.equal(first, second)
+    # black and white are fixed by the normalisation: 0 -> -mean / std, 1 -> (1 - mean) / std
+    mean, std = torch.tensor(data.CLIP_MEAN), torch.tensor(data.CLIP_STD)
+    low, high = (-mean / std)[:, None, None], ((1 - mean) / std)[:, None, None]
+    assert (first >= low - 1e-4).all() and (first <= high + 1e-4).all()
+    plain = data.train_transform(8, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    assert 0 <= plain.min() and plain.max() <= 1
+
+
+# ---- partial labels
+
+def random_targets(images, labels, seed=0):
+    values = np.random.RandomState(seed).randint(-1, 2, (images, labels))
+    return torch.from_numpy(values).to(torch.int8)
+
+
+def test_keep_partial_is_the_published_convention():
+    targets = random_targets(5000, 7)  # more rows than are drawn at a time
+    mask = np.random.RandomState(3).rand(5000, 7) < 0.3
+    expected = np.where(mask, targets.numpy(), 0)
+    before = targets.clone()
+    kept = data.keep_partial(targets, 0.3, seed=3)
+    assert kept.dtype == torch.int8 and np.array_equal(kept.numpy(), expected)
+    assert torch.equal(targets, before)
+    assert torch.equal(data.keep_partial(targets, 1.0, seed=3), targets)
+
+
+def test_keep_partial_grows_with_the_proportion():
+    targets = random_targets(300, 20)
+    smaller = None
+    for proportion in (0.1, 0.3, 0.5, 0.9):
+        kept = data.keep_partial(targets, proportion, seed=0)
+        assert ((kept == targets) | (kept == 0)).all()
+        if smaller is not None:
+            assert (kept[smaller != 0] == smaller[smaller != 0]).all()
+            assert (kept != 0).sum() > (smaller != 0).sum()
+        smaller = kept
+    assert not torch.equal(data.keep_partial(targets, 0.5, 0), data.keep_partial(targets, 0.5, 1))
+
+
+@pytest.mark.parametrize("proportion", [0, -0.1, 1.01, float("nan"), float("inf")])
+def test_keep_partial_refuses(proportion):
+    with pytest.raises(ValueError, match="proportion"):
+        data.keep_partial(random_targets(2, 2), proportion, seed=0)
+
+
+def test_keep_single_positive():
+    targets = random_targets(200, 6)
+    targets[17] = -1
+    before = targets.clone()
+    kept = data.keep_single_positive(targets, seed=1200)
+    assert kept.dtype == torch.int8 and torch.equal(targets, before)
+    assert torch.equal(kept.sum(1), (targets > 0).any(1).long())
+    assert ((kept == 0) | ((kept == 1) & (targets == 1))).all()
+    assert torch.equal(kept, data.keep_single_positive(targets, seed=1200))
+    assert not torch.equal(kept, data.keep_single_positive(targets, seed=1))
+
+
+def test_keep_single_positive_is_uniform():
+    targets = torch.tensor([[1, -1, 1, 0, 1]], dtype=torch.int8).repeat(30000, 1)
+    counts = data.keep_single_positive(targets, seed=0).sum(0, dtype=torch.int64)
+    assert counts[[1, 3]].tolist() == [0, 0]
+    assert (counts[[0, 2, 4]] - 10000).abs().max() < 5 * (30000 * 2 / 9) ** 0.5  # 5 deviations
+
+
+# ---- load_dataset
+
+def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match="'nus'.*nuswide, nuswide81"):
+        load_dataset("nus", tmp_path)
+    with pytest.raises(UserError, match="'val'.*train, test"):
+        load_dataset("nuswide", tmp_path, split="val")
+    with pytest.raises(UserError, match="'annotated'.*annotated_only, allow_missing, quiet"):
+        load_dataset("nuswide81", tmp_path, annotated=True)
+    with pytest.raises(UserError, match="--root"):
+        load_dataset("nuswide")
+    with pytest.raises(UserError, match="no such directory: .*nowhere"):
+        load_dataset("nuswide", tmp_path / "nowhere")
+
+
+# ---- NUS-WIDE
+
+TAGS = ["nature", "sky", "blue", "water", "red", "dog", "light", "girl", "green"]
+CONCEPTS = ["dog", "fire", "sky", "water"]  # fire is no tag, as in the official lists
+SEEN = ["nature", "blue", "red", "light", "girl", "green"]
+IMAGES = ["actor\\0001_2124494179.jpg", "actor\\0002_174174086.jpg", "zoo\\0003_1.jpg",
+          "bird house\\0004_99.jpg", "zoo\\0005_7.jpg", "actor\\0006_8.jpg", "zoo\\0007_9.jpg"]
+TRAIN, TEST = [4, 0, 6, 2], [3, 5, 1]  # rows of IMAGES, not in their order
+HAS_TAG = np.array([[(3 * row + 5 * column) % 4 == 0 for column in range(9)] for row in range(7)])
+HAS_TAG[2] = False  # an image without tags
+HAS_CONCEPT = np.array([[row * column % 3 == 1 for column in range(4)] for row in range(7)])
+HAS_CONCEPT[5, 1] = True
+
+
+def write_nuswide(root):
+    def write(path, text):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(text.encode())
+
+    write("ConceptsList/Concepts81.txt", "".join(f"{name}\r\n" for name in CONCEPTS))
+    write("NUS_WID_Tags/TagList1k.txt", "\r\n".join(TAGS) + "\r\n")
+    write("NUS_WID_Tags/AllTags1k.txt",
+          "".join("".join(f"{entry:d}\t" for entry in row) + "\r\n" for row in HAS_TAG))
+    for column, name in enumerate(CONCEPTS):
+        lines = "".join(f"{entry:d} \r\n" for entry in HAS_CONCEPT[:, column])
+        write(f"Groundtruth/AllLabels/Labels_{name}.txt", lines)
+    write("ImageList/Imagelist.txt", "".join(f"{path} \r\n" for path in IMAGES))
+    write("ImageList/TrainImagelist.txt", "".join(f"{IMAGES[row]}\r\n" for row in TRAIN))
+    write("ImageList/TestImagelist.txt", "\r\n".join(IMAGES[row] for row in TEST))
+    for row, path in enumerate(IMAGES):
+        save(root / "Flickr" / path.replace("\\", "/"), colour=(40 * row, 0, 0), size=(40, 40))
+
+
+@pytest.fixture
+def nuswide_root(tmp_path):
+    write_nuswide(tmp_path / "nus")
+    return tmp_path / "nus"
+
+
+def signs(values):
+    return torch.from_numpy(np.where(values, 1, -1)).to(torch.int8)
+
+
+def rows_of(dataset):
+    """Which row of IMAGES every image of the dataset is, by its pixels."""
+    return [round(np.asarray(image)[..., 0].mean() / 40) for image, _ in dataset]
+
+
+def test_nuswide(nuswide_root):
+    columns = [TAGS.index(tag) for tag in SEEN]
+    train = load_dataset("nuswide", nuswide_root, "train")
+    test = load_dataset("nuswide", str(nuswide_root), "test")
+    for dataset in (train, test):
+        assert dataset.labels == SEEN + CONCEPTS
+        assert dataset.seen.tolist() == [0, 1, 2, 3, 4, 5]
+        assert dataset.unseen.tolist() == [6, 7, 8, 9]
+    assert rows_of(train) == TRAIN and rows_of(test) == TEST
+    assert torch.equal(train.targets[:, :6], signs(HAS_TAG[TRAIN][:, columns]))
+    assert (train.targets[:, 6:] == 0).all()
+    assert torch.equal(test.targets[:, :6], signs(HAS_TAG[TEST][:, columns]))
+    assert torch.equal(test.targets[:, 6:], signs(HAS_CONCEPT[TEST]))
+    assert train.on_error == "replace" and test.on_error == "raise"
+
+
+def test_nuswide81(nuswide_root):
+    for split, rows in (("train", TRAIN), ("test", TEST)):
+        dataset = load_dataset("nuswide81", nuswide_root, split)
+        assert dataset.labels == CONCEPTS and not len(dataset.unseen)
+        assert rows_of(dataset) == rows
+        assert torch.equal(dataset.targets, signs(HAS_CONCEPT[rows]))
+        annotated = [row for row in rows if HAS_CONCEPT[row].any()]
+        assert 0 < len(annotated) < len(rows)
+        dataset = load_dataset("nuswide81", nuswide_root, split, annotated_only=True)
+        assert rows_of(dataset) == annotated
+        assert torch.equal(dataset.targets, signs(HAS_CONCEPT[annotated]))
+
+
+def test_nuswide_in_the_other_layout(nuswide_root, cache):
+    before = load_dataset("nuswide", nuswide_root, "test")
+    (nuswide_root / "ConceptsList/Concepts81.txt").rename(nuswide_root / "Concepts81.txt")
+    (nuswide_root / "Groundtruth/AllLabels").rename(nuswide_root / "AllLabels")
+    tags = nuswide_root / "NUS_WID_Tags/TagList1k.txt"
+    tags.write_bytes(b"\xef\xbb\xbf" + tags.read_bytes())  # a byte-order mark
+    after = load_dataset("nuswide", nuswide_root, "test")
+    assert after.labels == before.labels and torch.equal(after.targets, before.targets)
+    assert len(list(cache.iterdir())) == 3  # the tags, and the concepts of both places
+
+
+def test_nuswide_tells_the_counts(nuswide_root, capsys):
+    load_dataset("nuswide", nuswide_root, "train")
+    message = capsys.readouterr().err
+    assert "4 images listed, 161,789 published" in message and "WARNING" in message
+    load_dataset("nuswide", nuswide_root, "test", quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_nuswide_counts_placeholders(tmp_path, capsys):
+    paths = [save(tmp_path / f"{i}.png") for i in range(22)]
+    paths += [save(tmp_path / f"other{i}.png", colour=(i, i, 99)) for i in range(30)]
+    dataset = MultiLabelDataset(["a"], torch.zeros(52, 1, dtype=torch.int8), paths)
+    data._note_placeholders(dataset, quiet=False)
+    assert "22 of 52 images are copies of 1 file" in capsys.readouterr().err
+    data._note_placeholders(dataset.subset(range(3, 52)), quiet=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", [
+    "ConceptsList/Concepts81.txt", "NUS_WID_Tags/TagList1k.txt", "NUS_WID_Tags/AllTags1k.txt",
+    "Groundtruth/AllLabels/Labels_fire.txt", "ImageList/Imagelist.txt",
+    "ImageList/TestImagelist.txt"])
+def test_nuswide_missing_file(nuswide_root, path):
+    (nuswide_root / path).unlink()
+    with pytest.raises(UserError) as error:
+        load_dataset("nuswide", nuswide_root, "test")
+    first_line, _, layout = str(error.value).partition("\n")
+    assert path.rsplit("/", 1)[-1] in first_line and str(nuswide_root) in first_line
+    assert "Flickr/<directory>/<image>.jpg" in layout
+
+
+def test_nuswide_missing_images(nuswide_root):
+    (nuswide_root / "Flickr" / "zoo" / "0003_1.jpg").unlink()
+    with pytest.raises(UserError, match="1 of 4 images missing, e.g. .*zoo/0003_1.jpg"):
+        load_dataset("nuswide", nuswide_root, "train")
+    dataset = load_dataset("nuswide", nuswide_root, "train", allow_missing=True)
+    assert dataset.missing == 1 and rows_of(dataset) == [4, 0, 6]
+
+
+def replace_line(path, number, line):
+    lines = path.read_bytes().split(b"\r\n")
+    lines[number - 1] = line
+    path.write_bytes(b"\r\n".join(lines))
+
+
+TAG_FILE = "NUS_WID_Tags/AllTags1k.txt"
+
+
+@pytest.mark.parametrize("line, problem", [
+    (b"0\t1\t2\t0\t0\t0\t0\t0\t0\t", "'2' is not 0 or 1"),
+    (b"0\t1\t-1\t0\t0\t0\t0\t0\t0\t", "'-1' is not 0 or 1"),
+    (b"0\t01\t0\t0\t0\t0\t0\t0\t0\t", "'01' is not 0 or 1"),
+    (b"0\t01\t0\t0\t0\t0\t0\t0\t", "'01' is not 0 or 1"),  # nine digits, but eight entries
+    (b"0\t1\tx\t0\t0\t0\t0\t0\t0\t", "'x' is not 0 or 1"),
+    (b"0\t1\0\t0\t0\t0\t0\t0\t0\t0", "is not 0 or 1"),
+    (b"0\t1\t0\t0\t0\t0\t0\t0\t", "8 entries instead of 9"),
+    (b"0\t1\t0\t0\t0\t0\t0\t0\t0\t0", "10 entries instead of 9"),
+])
+def test_nuswide_bad_entry(nuswide_root, line, problem, cache):
+    replace_line(nuswide_root / TAG_FILE, 5, line)
+    with pytest.raises(UserError) as error:
+        load_dataset("nuswide", nuswide_root, "train")
+    assert f"{nuswide_root / TAG_FILE}, line 5: " in str(error.value)
+    assert problem in str(error.value)
+    assert not cache.exists()
+
+
+def test_nuswide_bad_entry_in_a_label_file(nuswide_root):
+    path = nuswide_root / "Groundtruth/AllLabels/Labels_sky.txt"
+    replace_line(path, 7, b"yes")
+    with pytest.raises(UserError) as error:
+        load_dataset("nuswide81", nuswide_root, "train")
+    assert str(error.value) == f"{path}, line 7: 'yes' is not 0 or 1"
+
+
+def test_bad_entry_far_into_a_large_file(tmp_path):
+    class Progress:
+        def update(self, size):
+            pass
+
+    rows = np.random.RandomState(0).rand(30000, 100) < 0.1  # 6 MB, several blocks
+    text = np.full((30000, 202), ord("\t"), np.uint8)
+    text[:, 0:200:2] = ord("0") + rows
+    text[:, 200:] = [13, 10]
+    path = tmp_path / "table.txt"
+    path.write_bytes(text.tobytes())
+    bits = data._read_bits(path, 100, Progress())
+    assert np.array_equal(np.unpackbits(bits, axis=1, count=100), rows)
+    text[23456, 50] = ord("7")
+    path.write_bytes(text.tobytes())
+    with pytest.raises(UserError, match="line 23457: '7'"):
+        data._read_bits(path, 100, Progress())
+
+
+@pytest.mark.parametrize("change", ["one less", "one more", "blank lines", "spaces",
+                                    "no last newline"])
+def test_nuswide_number_of_rows(nuswide_root, change):
+    path = nuswide_root / TAG_FILE
+    text = path.read_bytes()
+    lines = text.split(b"\r\n")[:-1]
+    path.write_bytes({
+        "one less": b"\r\n".join(lines[:-1]), "one more": text + lines[0],
+        "blank lines": text + b"\r\n \r\n", "spaces": text.replace(b"\t", b"  "),
+        "no last newline": text.rstrip().replace(b"\r\n", b"\n")}[change])
+    if change.startswith("one"):
+        count = 6 if change == "one less" else 8
+        with pytest.raises(UserError, match=f"AllTags1k.txt: {count} rows for 7 images"):
+            load_dataset("nuswide", nuswide_root, "train")
+    else:
+        targets = load_dataset("nuswide", nuswide_root, "train").targets
+        columns = [TAGS.index(tag) for tag in SEEN]
+        assert torch.equal(targets[:, :6], signs(HAS_TAG[TRAIN][:, columns]))
+
+
+def test_nuswide_image_lists_that_disagree(nuswide_root):
+    path = nuswide_root / "ImageList/TrainImagelist.txt"
+    text = path.read_bytes()
+    path.write_bytes(text + b"zoo\\0008_5.jpg\r\n")
+    with pytest.raises(UserError, match="1 images are not in Imagelist.txt, e.g. 0008_5.jpg"):
+        load_dataset("nuswide", nuswide_root, "train")
+    path.write_bytes(text + b"elsewhere/0003_1.jpg\r\n")
+    with pytest.raises(UserError, match="TrainImagelist.txt, line 5: 0003_1.jpg is listed twice"):
+        load_dataset("nuswide", nuswide_root, "train")
+    path.write_bytes(text.replace(b"zoo\\0007_9.jpg", b""))
+    with pytest.raises(UserError, match="TrainImagelist.txt, line 3: the line is empty"):
+        load_dataset("nuswide", nuswide_root, "train")
+
+
+def test_nuswide_cache(nuswide_root, cache, monkeypatch, capsys):
+    first = load_dataset("nuswide", nuswide_root, "test").targets
+    assert len(list(cache.iterdir())) == 2  # tags and concepts, nothing temporary
+    read, reads = data._read_bits, []
+    monkeypatch.setattr(data, "_read_bits", lambda *args: reads.append(args[0]) or read(*args))
+    assert torch.equal(load_dataset("nuswide", nuswide_root, "test").targets, first)
+    assert reads == []
+
+    path = nuswide_root / TAG_FILE
+    row = TEST[1]
+    replace_line(path, row + 1, b"\t".join(b"%d" % entry for entry in ~HAS_TAG[row]) + b"\t")
+    os.utime(path, (1, 1))
+    second = load_dataset("nuswide", nuswide_root, "test").targets
+    assert torch.equal(second[1, :6], -first[1, :6])
+    assert torch.equal(second[[0, 2]], first[[0, 2]])
+    assert reads == [str(path)]
+
+    capsys.readouterr()
+    for damage in (lambda content: b"", lambda content: content[:len(content) // 2],
+                   lambda content: b"\x80\x04." + content, flip_a_bit):
+        reads.clear()
+        for file in cache.iterdir():
+            file.write_bytes(damage(file.read_bytes()))
+        assert torch.equal(load_dataset("nuswide", nuswide_root, "test").targets, second)
+        assert len(reads) == 5 and "made anew" in capsys.readouterr().err
+    reads.clear()
+    load_dataset("nuswide", nuswide_root, "test")
+    assert reads == []
+
+
+def flip_a_bit(content):
+    """A bit of the array "bits" in the archive, 130 bytes after the start of its npy header."""
+    start = content.index(b"\x93NUMPY", content.index(b"bits.npy")) + 130
+    return content[:start] + bytes([content[start] ^ 1]) + content[start + 1:]
+
+
+def test_nuswide_without_a_place_for_the_cache(nuswide_root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    dataset = load_dataset("nuswide81", nuswide_root, "test")
+    assert torch.equal(dataset.targets, signs(HAS_CONCEPT[TEST]))
+    assert "cannot be written" in capsys.readouterr().err
