@@ -69,7 +69,7 @@ VOCABULARY_SIZE = 49408
 
 
 class ClipError(RuntimeError):
-    """Weights or vocabulary that cannot be had; the message says what to do."""
+    """Weights or a vocabulary that cannot be had, or a text that is too long; says what to do."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ class Tokenizer:
             ids = [self.ids[self.start], *self.encode(text), self.ids[self.end]]
             if len(ids) > context_length:
                 if not truncate:
-                    raise RuntimeError(f"text of {len(ids)} tokens is too long for a context "
-                                       f"length of {context_length}: {text!r}")
+                    raise ClipError(f"text of {len(ids)} tokens is too long for a context length "
+                                    f"of {context_length}: {text!r}")
                 ids = ids[:context_length - 1] + ids[-1:]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
@@ -690,8 +690,11 @@ def read_state_dict(path):
 
 
 def file_sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def download(url, sha256, path):

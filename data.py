@@ -549,7 +549,8 @@ THINGS = {
              (oval(0.6, -0.42, 0.07), WHITE), (line(-0.05, 0.45, -0.05, 0.9, 0.08), BLACK),
              (line(0.2, 0.45, 0.2, 0.9, 0.08), BLACK)],
     "boat": [(polygon(-1, 0.35, 1, 0.35, 0.65, 0.85, -0.65, 0.85), MAIN),
-             (line(0, -0.95, 0, 0.35, 0.1), BLACK), (polygon(0.1, -0.85, 0.1, 0.2, 0.85, 0.2), LIGHT),
+             (line(0, -0.95, 0, 0.35, 0.1), BLACK),
+             (polygon(0.1, -0.85, 0.1, 0.2, 0.85, 0.2), LIGHT),
              (polygon(-0.1, -0.6, -0.1, 0.2, -0.65, 0.2), LIGHT)],
     "bone": [(line(-0.55, 0, 0.55, 0, 0.34), MAIN), (oval(-0.68, -0.25, 0.3), MAIN),
              (oval(-0.68, 0.25, 0.3), MAIN), (oval(0.68, -0.25, 0.3), MAIN),
@@ -593,7 +594,8 @@ THINGS = {
     "diamond": [(polygon(-0.55, -0.65, 0.55, -0.65, 1, -0.15, 0, 0.9, -1, -0.15), MAIN),
                 (polygon(-0.35, -0.15, 0.35, -0.15, 0, 0.9), LIGHT),
                 (line(-1, -0.15, 1, -0.15, 0.07), DARK)],
-    "envelope": [(box(-1, -0.65, 1, 0.65), MAIN), (polygon(-0.95, -0.62, 0.95, -0.62, 0, 0.2), LIGHT),
+    "envelope": [(box(-1, -0.65, 1, 0.65), MAIN),
+                 (polygon(-0.95, -0.62, 0.95, -0.62, 0, 0.2), LIGHT),
                  (line(-0.97, -0.62, 0, 0.2, 0.08), DARK), (line(0.97, -0.62, 0, 0.2, 0.08), DARK)],
     "fish": [(oval(0.15, 0, 0.75, 0.45), MAIN), (polygon(-0.45, 0, -1, -0.45, -1, 0.45), MAIN),
              (polygon(0, -0.4, 0.35, -0.42, 0.05, -0.75), DARK), (oval(0.55, -0.12, 0.11), WHITE),
@@ -634,8 +636,10 @@ THINGS = {
                *[(line(-0.4, y, 0.4, y, 0.13), MAIN) for y in (-0.72, -0.24, 0.24, 0.72)]],
     "lamp": [(polygon(-0.35, -0.95, 0.35, -0.95, 0.75, -0.1, -0.75, -0.1), MAIN),
              (line(0, -0.1, 0, 0.85, 0.14), BLACK), (oval(0, 0.87, 0.45, 0.14), BLACK)],
-    "leaf": [(np.concatenate([oval(0, 0.8, 1.25, None, 220, 320), oval(0, -0.8, 1.25, None, 40, 140)])
-              @ np.array([[0.8, -0.6], [0.6, 0.8]]), MAIN), (line(-0.9, 0.68, 0.5, -0.38, 0.08), DARK)],
+    "leaf": [(np.concatenate([oval(0, 0.8, 1.25, None, 220, 320),
+                              oval(0, -0.8, 1.25, None, 40, 140)])
+              @ np.array([[0.8, -0.6], [0.6, 0.8]]), MAIN),
+             (line(-0.9, 0.68, 0.5, -0.38, 0.08), DARK)],
     "lock": [(ring(0, -0.3, 0.5, 0.32, 180, 360), DARK), (box(-0.5, -0.3, -0.32, 0), DARK),
              (box(0.32, -0.3, 0.5, 0), DARK), (box(-0.7, -0.08, 0.7, 0.9), MAIN),
              (oval(0, 0.3, 0.16), BLACK), (line(0, 0.3, 0, 0.65, 0.13), BLACK)],
@@ -661,8 +665,10 @@ THINGS = {
                  (line(0.35, 0.35, -0.45, -0.95, 0.15), BLACK),
                  (ring(-0.45, 0.62, 0.36, 0.17), MAIN), (ring(0.45, 0.62, 0.36, 0.17), MAIN)],
     "shirt": [(polygon(-0.4, -0.8, 0.4, -0.8, 1, -0.35, 0.75, 0.1, 0.5, -0.1, 0.5, 0.9, -0.5, 0.9,
-                       -0.5, -0.1, -0.75, 0.1, -1, -0.35), MAIN), (oval(0, -0.8, 0.22, 0.2), WHITE)],
-    "snowman": [(oval(0, 0.5, 0.5), MAIN), (oval(0, -0.25, 0.36), MAIN), (oval(0, -0.25, 0.09), BLACK),
+                       -0.5, -0.1, -0.75, 0.1, -1, -0.35), MAIN),
+              (oval(0, -0.8, 0.22, 0.2), WHITE)],
+    "snowman": [(oval(0, 0.5, 0.5), MAIN), (oval(0, -0.25, 0.36), MAIN),
+                (oval(0, -0.25, 0.09), BLACK),
                 (oval(0, 0.4, 0.09), BLACK), (oval(0, 0.7, 0.09), BLACK),
                 (box(-0.42, -0.62, 0.42, -0.5), BLACK), (box(-0.26, -1, 0.26, -0.55), BLACK)],
     "spider": [*[(line(0, y / 3, side, y, 0.09), BLACK) for side in (-0.95, 0.95)
@@ -675,15 +681,15 @@ THINGS = {
               (oval(0, 0.92, 0.13), BLACK)],
     "table": [(box(-1, -0.4, 1, -0.15), MAIN), (box(-0.85, -0.2, -0.65, 0.75), DARK),
               (box(0.65, -0.2, 0.85, 0.75), DARK)],
-    "tent": [(polygon(0, -0.75, 1, 0.75, -1, 0.75), MAIN), (polygon(0, -0.2, 0.36, 0.75, -0.36, 0.75),
-                                                            BLACK),
+    "tent": [(polygon(0, -0.75, 1, 0.75, -1, 0.75), MAIN),
+             (polygon(0, -0.2, 0.36, 0.75, -0.36, 0.75), BLACK),
              (line(0, -0.6, 0.14, -1, 0.08), BLACK), (line(0, -0.6, -0.14, -1, 0.08), BLACK)],
     "traffic light": [(box(-0.42, -1, 0.42, 0.62), MAIN), (box(-0.08, 0.6, 0.08, 1), BLACK),
                       (oval(0, -0.68, 0.21), WHITE), (oval(0, -0.18, 0.21), WHITE),
                       (oval(0, 0.32, 0.21), WHITE)],
     "tree": [(box(-0.15, 0.45, 0.15, 1), BLACK), (polygon(0, -0.2, 0.75, 0.55, -0.75, 0.55), MAIN),
-             (polygon(0, -0.6, 0.6, 0.1, -0.6, 0.1), MAIN), (polygon(0, -1, 0.42, -0.35, -0.42, -0.35),
-                                                             MAIN)],
+             (polygon(0, -0.6, 0.6, 0.1, -0.6, 0.1), MAIN),
+             (polygon(0, -1, 0.42, -0.35, -0.42, -0.35), MAIN)],
     "umbrella": [(oval(0, 0, 0.98, 0.85, 180, 360), MAIN),
                  (polygon(0, -0.85, 0.3, 0, -0.3, 0), DARK), (line(0, 0, 0, 0.8, 0.1), BLACK),
                  (ring(-0.18, 0.75, 0.24, 0.13, 0, 180), BLACK)],
@@ -705,7 +711,7 @@ def toy_objects(domain, seed, index, things=None):
         count = random.choice(5, p=[0.46, 0.40, 0.08, 0.04, 0.02]) + 1
         low, high = (0.24, 0.40) if count == 1 else (0.17, 0.28) if count == 2 else (0.13, 0.2)
     else:
-        count, low, high = random.integers(2, 7), 0.10, 0.20
+        count, low, high = random.integers(2, 7), 0.15, 0.27
     objects = []
     for _ in range(count):
         size = random.uniform(low, high)
@@ -727,10 +733,10 @@ def toy_scene(domain, seed, index, things=None):
     """-> RGB PIL image of SCENE_SIZE pixels square, with what toy_objects lists."""
     random = np.random.default_rng((seed, index, domain == "benchmark", 1))
     size, benchmark = 2 * SCENE_SIZE, domain == "benchmark"
-    ground = random.integers(150 if benchmark else 205, 256, 3)
+    ground = random.integers(195 if benchmark else 205, 256, 3)
     image = Image.new("RGB", (size, size), tuple(ground.tolist()))
     draw = ImageDraw.Draw(image)
-    for _ in range(random.integers(6, 15) if benchmark else 0):  # clutter
+    for _ in range(random.integers(3, 8) if benchmark else 0):  # clutter
         x, y = random.uniform(0, size, 2)
         colour = tuple((ground + random.integers(-60, 40, 3)).clip(0, 255).tolist())
         if random.random() < 0.5:
@@ -743,7 +749,7 @@ def toy_scene(domain, seed, index, things=None):
     for thing, colour, x, y, radius, angle in toy_objects(domain, seed, index, things):
         main = palette[colour] + random.uniform(-14, 14, 3)
         if benchmark:  # slightly other colours: less saturated, in another light
-            main = 0.88 * main + 0.12 * main.mean() + random.uniform(-22, 22, 3)
+            main = 0.88 * main + 0.12 * main.mean() + random.uniform(-12, 12, 3)
         tones = np.stack([main, 0.62 * main, 0.5 * main + 127, np.full(3, 250), np.full(3, 35)])
         tones = tones.clip(0, 255).astype(int).tolist()
         cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
@@ -753,8 +759,9 @@ def toy_scene(domain, seed, index, things=None):
             draw.polygon(points.ravel().tolist(), tuple(tones[tone]))
     pixels = np.asarray(image.reduce(2), dtype=np.float32)
     noise = random.standard_normal(pixels.shape, dtype=np.float32)
-    pixels = pixels + (14 if benchmark else 4) * noise
+    pixels = pixels + (6 if benchmark else 4) * noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
 
 class ToyScenes:
     """Scenes of the benchmark domain: [i] -> RGB PIL image, drawn at its first use, then kept."""
@@ -805,6 +812,16 @@ def toy_dataset(root, split, transform=None, *, zero_shot=True, quiet=False):
 DATASETS = {"toy": toy_dataset, "nuswide": nuswide, "nuswide81": nuswide81}
 
 
+def check_root(name, root):
+    """UserError unless there is such a dataset and, but for "toy", a directory for it."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
+    if root is None and name != "toy":
+        raise UserError(f"{name} needs the directory it is in: --root DIR (root=...)")
+    if root is not None and not os.path.isdir(os.path.expanduser(root)):
+        raise UserError(f"{name}: no such directory: {root}")
+
+
 def load_dataset(name, root=None, split="train", transform=None, **options):
     """The "train" or "test" split of a dataset as a MultiLabelDataset.
 
@@ -812,8 +829,7 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
     arguments of the dataset's function. Training replaces images that cannot be decoded, test
     stops at them. UserError for an unknown name, split or option, and for missing files.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
+    check_root(name, root)
     if split not in ("train", "test"):
         raise UserError(f"unknown split '{split}', known are: train, test")
     parameters = inspect.signature(DATASETS[name]).parameters.values()
@@ -821,12 +837,7 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
     for option in options:
         if option not in known:
             raise UserError(f"{name} has no option '{option}', known are: {', '.join(known)}")
-    if root is not None:
-        root = os.path.expanduser(root)
-    elif name != "toy":
-        raise UserError(f"{name} needs the directory it is in: --root DIR (root=...)")
-    if root is not None and not os.path.isdir(root):
-        raise UserError(f"{name}: no such directory: {root}")
+    root = None if root is None else os.path.expanduser(root)
     try:
         dataset = DATASETS[name](root, split, transform, **options)
     except OSError as error:
@@ -838,6 +849,7 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
 # ---- files of a run
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+SAME = ("data", "seed", "limit", "val_fraction", "precision")  # fixed for the length of a run
 RUN_FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "results.json", "curves.png")
 
 
@@ -850,9 +862,9 @@ def image_files(paths):
         elif path.exists():
             files.append(path)
         else:
-            raise UserError(f"no such file or folder: {path}")
+            raise UserError(f"--predict: no such file or folder: {path}")
     if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths))}")
+        raise UserError(f"--predict: no images in {', '.join(map(str, paths))}")
     return files
 
 
@@ -861,9 +873,9 @@ def parse_labels(text):
     labels = [label.strip() for label in text.split(",") if label.strip()]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if not labels:
-        raise UserError("the list of labels is empty: give names, separated by commas")
+        raise UserError("--labels is empty: give names, separated by commas")
     if twice:
-        raise UserError(f"labels given more than once: {', '.join(twice)}")
+        raise UserError(f"--labels names more than once: {', '.join(twice)}")
     return labels
 
 
@@ -871,19 +883,23 @@ def write_file(path, content):
     """Write str, bytes or what torch.save takes under a temporary name, then rename it: whatever
     happens meanwhile, the old file or the new one is there, whole."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        if isinstance(content, (str, bytes)):
-            file.write(content.encode() if isinstance(content, str) else content)
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(content, (str, bytes)):
+                file.write(content.encode() if isinstance(content, str) else content)
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def start_run(output):
-    """Make the folder of a run; files of an earlier run in it move to output/previous-N."""
-    output = Path(output)
+def start_run(args):
+    """Make --output and write args.json; files of an earlier run move to output/previous-N."""
+    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     earlier = [output / name for name in RUN_FILES if (output / name).exists()]
     if earlier:
@@ -892,6 +908,17 @@ def start_run(output):
         for file in earlier:
             file.rename(output / f"previous-{number}" / file.name)
         _note(f"the earlier run in {output} is now in {output / f'previous-{number}'}")
+    write_file(output / "args.json", json.dumps(vars(args), indent=1))
+
+
+def write_results(method, args, state, rows, keep=True):
+    """-> the results of a run, written to results.json in --output if keep."""
+    results = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,
+               "seconds": round(state["seconds"], 1), "rows": rows}
+    if keep:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        write_file(Path(args.output) / "results.json", json.dumps(results, indent=1))
+    return results
 
 
 def read_checkpoint(path, method):
@@ -907,6 +934,22 @@ def read_checkpoint(path, method):
     if found != method:
         raise UserError(f"{path} is a checkpoint of {found}.py, not of {method}.py")
     return state
+
+
+def check_same(args, before, names):
+    """UserError if an option has another value than the run that is to be resumed had."""
+    for name in names:
+        if name != "workers" and getattr(args, name) != before[name]:
+            raise UserError(f"--resume: the run in {args.output} was started with --"
+                            f"{name.replace('_', '-')} {before[name]}, not {getattr(args, name)}")
+
+
+def check_labels(dataset, state):
+    """Fill in a new state's labels; UserError if a checkpoint's are not the dataset's."""
+    state["labels"] = state["labels"] or dataset.labels
+    if state["labels"] != dataset.labels:
+        raise UserError(f"the checkpoint belongs to the {len(state['labels'])} labels of "
+                        f"{state['data']}; {dataset.name} has {len(dataset.labels)} other labels")
 
 
 def finish_epoch(output, state, line, quiet):
@@ -996,17 +1039,17 @@ def add_run_arguments(parser, method):
     add("--val-fraction", type=number(float, 0, 0.9), default=0.0,
         help="of the training images, held out to select the best epoch (default: 0, the last)")
     add("--limit", type=number(int, 1), help="only so many images of each split: a quick look")
-    add("--allow-missing", action="store_true", help="go on although over 5%% of images are missing")
+    add("--allow-missing", action="store_true", help="go on without over 5%% of the images")
     add("--workers", type=number(int, 0), help="processes that load images (default: 8, toy: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s here")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
     add("--compile", action="store_true", help="torch.compile what is trained")
-    add("--seed", type=number(int, 0), default=0, help="of shuffling, noise, augmentation (default: 0)")
+    add("--seed", type=number(int, 0), default=0, help="of everything drawn (default: 0)")
     add("--output", help=f"the run's folder (default: runs/{method}-DATA)")
     add("--resume", action="store_true", help="continue the run in --output")
     add("--quiet", action="store_true", help="print the results only")
     add = parser.add_argument_group("use a trained model").add_argument
-    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split, do not train")
+    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split instead of training")
     add("--predict", nargs="+", metavar="IMAGE_OR_DIR", help="print a JSON object per image")
     add("--checkpoint", metavar="FILE", help="the trained model for --predict")

@@ -1,6 +1,6 @@
 """Average precision, F1 at k, and precision / recall / F1 at a threshold.
 
-    scores   float [images, labels], any floating dtype; higher means more likely present
+    scores   float16, bfloat16, float32 or float64 [images, labels]; higher: more likely present
     targets  integer [images, labels]: +1 present, -1 absent, 0 unknown (the entry is left out)
 
 Tensors on any device, or anything torch.as_tensor takes (NumPy arrays, lists). A 0/1 matrix is not
@@ -36,8 +36,8 @@ def average_precision(scores, targets):
     number of labels that the mean leaves out.
 
     Labels are worked on in chunks, on the CPU spread over torch.get_num_threads() threads. The
-    extra memory is about 30 MB a thread for 107,859 x 1,006 float32 scores. It does not grow with
-    the number of labels, and stays below 30 MB + 60 bytes an image for any number of images.
+    extra memory is about 30 MB a thread for 107,859 x 1,006 float32 scores, whatever the number
+    of labels; from a million images on it is about 50 bytes an image and thread.
     """
     scores, targets = _check(scores, targets)
     images, labels = scores.shape
@@ -50,18 +50,7 @@ def average_precision(scores, targets):
         s, t = _transposed(scores[:, columns]), _transposed(targets[:, columns])
         return torch.stack([_average_precision(*label) for label in zip(s, t)])
 
-    starts = range(0, labels, width)
-    if scores.device.type != "cpu" or len(starts) < 2:
-        parts = [chunk(start) for start in starts]
-    else:
-        # A label a thread beats many threads on one label: sorting hardly gains from a second one.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(chunk, starts))
-        finally:
-            torch.set_num_threads(threads)
+    parts = _map(chunk, range(0, labels, width), scores.device)
     return torch.cat([scores.new_empty(0, dtype=torch.float64), *parts])
 
 
@@ -70,11 +59,11 @@ def _average_precision(scores, targets):
     # Integers sort several times faster than floats (radix sort). The bits of a float, read as an
     # integer, are in the float's order once the magnitude of the negative ones is flipped.
     # 0 - scores: highest score first, and -0.0 becomes 0.0, which it must tie with.
-    bits = torch.iinfo({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()])
-    keys = (0 - scores).view(getattr(torch, bits.dtype))
-    keys ^= (keys >> (bits.bits - 1)) & bits.max
+    keys = (0 - scores).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.itemsize])
+    largest = torch.iinfo(keys.dtype).max
+    keys ^= (keys >> (8 * keys.itemsize - 1)) & largest
     if targets.abs().amin() == 0:
-        keys.masked_fill_(targets == 0, bits.max)   # unknown: behind all others, even -inf
+        keys.masked_fill_(targets == 0, largest)   # unknown: behind all others, even -inf
     keys, order = keys.sort()
     # 0-based ranks of the positives; index_select is much faster here than targets[order]
     ranks = targets.clamp(min=0).index_select(0, order).nonzero().squeeze(1)
@@ -115,14 +104,14 @@ def precision_recall_f1_at_k(scores, targets, k):
 
     Returns three floats in [0, 1]; a ratio whose denominator is 0 (no positives, no known entry,
     no images) is 0. Raises ValueError unless k is an integer from 1 to the number of labels.
-    Extra memory: under 50 MB.
+    Extra memory: about 20 MB a thread.
     """
     scores, targets = _check(scores, targets)
     if k != int(k) or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must be an integer from 1 to the number of labels, "
                          f"{scores.shape[1]}; it is {k}")
-    hits = predictions = positives = 0
-    for s, t in _row_chunks(scores, targets):
+
+    def count(s, t):
         known, positive = t != 0, t == 1
         s = s.masked_fill(~known, -torch.inf)
         kth = s.topk(int(k), dim=1).values[:, -1:]   # [rows, 1]
@@ -130,10 +119,9 @@ def precision_recall_f1_at_k(scores, targets, k):
         above, equal = s > kth, (s == kth) & known
         places = k - above.sum(1, keepdim=True)
         predicted = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= places))
-        hits += (predicted & positive).sum()
-        predictions += predicted.sum()
-        positives += positive.sum()
-    return _precision_recall_f1(int(hits), int(predictions), int(positives))
+        return torch.stack([x.sum() for x in (predicted & positive, predicted, positive)])
+
+    return _precision_recall_f1(*_sum_over_rows(count, scores, targets, shape=3).tolist())
 
 
 def f1_at_threshold(scores, targets, threshold):
@@ -148,13 +136,15 @@ def f1_at_threshold(scores, targets, threshold):
     are neither predicted nor positives. The threshold is rounded to the scores' dtype.
 
     Returns {"CP", "CR", "CF1", "OP", "OR", "OF1"}, floats in [0, 1]; a ratio whose denominator is 0
-    is 0, never NaN. Extra memory: under 50 MB.
+    is 0, never NaN. Extra memory: about 20 MB a thread.
     """
     scores, targets = _check(scores, targets)
-    counts = torch.zeros(3, scores.shape[1], dtype=torch.int64, device=scores.device)
-    for s, t in _row_chunks(scores, targets):
+
+    def count(s, t):
         predicted, positive = (s >= threshold) & (t != 0), t == 1
-        counts += torch.stack([x.sum(0) for x in (predicted & positive, predicted, positive)])
+        return torch.stack([x.sum(0) for x in (predicted & positive, predicted, positive)])
+
+    counts = _sum_over_rows(count, scores, targets, shape=(3, scores.shape[1]))
     overall = _precision_recall_f1(*counts.sum(1).tolist())
     hits, predictions, positives = counts[:, counts[2] > 0].double()
     labels = max(1, len(positives))
@@ -173,9 +163,33 @@ def _harmonic_mean(a, b):
     return 2 * a * b / (a + b) if a + b > 0 else 0.0
 
 
-def _row_chunks(scores, targets):
+def _sum_over_rows(count, scores, targets, shape):
+    """count(scores, targets) -> int64 [shape], summed over chunks of rows."""
     rows = max(1, CHUNK // 8 // max(1, scores.shape[1]))   # an eighth: many temporaries an entry
-    return zip(scores.split(rows), targets.split(rows))
+
+    def chunk(start):
+        return count(scores[start:start + rows], targets[start:start + rows])
+
+    zero = torch.zeros(shape, dtype=torch.int64, device=scores.device)
+    return sum(_map(chunk, range(0, len(scores), rows), scores.device), zero)
+
+
+def _map(function, items, device):
+    """Generator of function(item) for each item, in order; on the CPU an item a thread.
+
+    That beats many threads on one item, by far where other programs keep the cores busy: a sort
+    hardly gains from a second thread, and small steps wait for the slowest one.
+    """
+    if device.type != "cpu" or len(items) < 2:
+        yield from map(function, items)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(function, items)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check(scores, targets):
@@ -214,12 +228,34 @@ def summary(scores, targets, ks, prefix=""):
     return result
 
 
+@torch.no_grad()
+def evaluate(encode, scorers, batches, targets, settings, ks):
+    """Several score functions in one pass over the images -> {name: summary}.
+
+    encode: a batch of images -> features, a tuple. scorers: {name: function(*features, index) ->
+    scores [B, len(index)]}. batches: of (images, ...) in the order of targets int8 [N, C].
+    settings: {prefix: label indices that compete}; a summary a setting. ks: see summary."""
+    scores = {(name, prefix): torch.empty(len(targets), len(index))
+              for name in scorers for prefix, index in settings.items()}
+    begin = 0
+    for images, *_ in batches:
+        features = encode(images)
+        for (name, prefix), rows in scores.items():
+            rows[begin:begin + len(images)] = scorers[name](*features, settings[prefix])
+        begin += len(images)
+    results = {name: {} for name in scorers}
+    for (name, prefix), rows in scores.items():
+        results[name].update(summary(rows, targets[:, settings[prefix]], ks, prefix))
+    return results
+
+
 def print_table(rows):
     """Print rows of {"name", "kind", metric: value in [0, 1]} in percent; a table a setting.
 
     Settings are the metrics' prefixes: zsl_ (unseen labels alone), gzsl_ (all labels), or none.
     A star marks the zero-shot row with the highest mAP."""
-    titles = {"zsl_": "ZSL, unseen labels (%)", "gzsl_": "GZSL, all labels (%)", "": "all labels (%)"}
+    titles = {"zsl_": "ZSL, unseen labels (%)", "gzsl_": "GZSL, all labels (%)",
+              "": "all labels (%)"}
     for prefix, title in titles.items():
         names = [name for name in rows[-1] if name.startswith(prefix + "mAP")
                  or re.match(f"{prefix}(P|R|F1)@", name)]

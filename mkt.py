@@ -81,31 +81,22 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 
 
 class Prompts:
-    """The labels' prompts as token ids, and which of the tokens are context.
+    """The labels' prompts as token ids, and which of the tokens are learned context.
 
-    tokens int64 [C, T]; slots int64 [C, T]: 0, or 1 + the index of the context word;
-    eot int64 [C] (on the CPU). Raises UserError naming a label that is too long."""
+    tokens int64 [C, T]; slots int64 [C, T]: 0, or 1 + the index of the context word; eot int64
+    [C], all on the CPU. Raises ClipError naming a label that is too long."""
 
     def __init__(self, clip, labels):
-        tokenizer = clip.tokenizer or clip_model.official_tokenizer()
-        before, after = (tokenizer.encode(part) for part in PROMPT)
-        start, end = tokenizer.ids[tokenizer.start], tokenizer.ids[tokenizer.end]
-        names = [tokenizer.encode(label) for label in labels]
-        length = max(map(len, names)) + len(before) + len(after) + 2
-        if length > clip.context_length:
-            label = max(labels, key=lambda label: len(tokenizer.encode(label)))
-            raise UserError(f"the label {label!r} makes a prompt of {length} tokens, "
-                            f"{clip.context_length} is the most CLIP takes")
-        self.tokens = torch.zeros(len(labels), length, dtype=torch.int64)
-        self.slots = torch.zeros_like(self.tokens)
-        for tokens, slots, name in zip(self.tokens, self.slots, names):
-            row = [start, *before, *name, *after, end]
-            tokens[:len(row)] = torch.tensor(row)
-            slots[1:1 + len(before)] = torch.arange(len(before)) + 1
-            slots[len(row) - 1 - len(after):len(row) - 1] = (torch.arange(len(after)) + 1
-                                                             + len(before))
-        self.eot = self.tokens.argmax(dim=1)
-        self.context = torch.tensor([*before, *after])
+        before, after = PROMPT
+        tokens = clip.tokenize([f"{before} {label} {after}" for label in labels])
+        words = [clip.tokenize(part)[0].argmax().item() - 1 for part in PROMPT]  # how many tokens
+        self.eot = tokens.argmax(dim=1)
+        self.tokens = tokens[:, :self.eot.max() + 1]
+        position = torch.arange(self.tokens.shape[1])
+        second = position - self.eot[:, None] + words[1]  # 0, 1, ... at the words after the label
+        self.slots = position.where(position <= words[0], 0) + (1 + words[0] + second).where(
+            (second >= 0) & (second < words[1]), 0)  # start of text is position and slot 0
+        self.context = self.tokens[0][self.slots[0] > 0]
 
 
 class MKT(nn.Module):
@@ -305,31 +296,21 @@ def train(model, stage, epochs, dataset, validation, args, state):
 # ---------------------------------------------------------------------------------------------
 # evaluate
 
-@torch.no_grad()
 def evaluate(encode, scorers, dataset, args, settings=None):
-    """{name: score function} -> {name: metrics}, all from one pass over the images.
-
-    encode: images -> (global [B, D], local [B, L, D]). A score function takes these and the label
-    indices in play, [B, D], [B, L, D], [c] -> [B, c]. settings: {prefix of the metrics: labels in
-    play}: by default ZSL ranks the unseen labels alone and GZSL all labels."""
+    """encode: images -> (global [B, D], local [B, L, D]). scorers: {name: function of these and of
+    the label indices in play -> [B, c]} -> {name: metrics}. By default ZSL ranks the unseen labels
+    alone and GZSL all labels; settings: {prefix of the metrics: label indices in play}."""
     everything = torch.arange(len(dataset.labels))
     settings = settings or ({"zsl_": dataset.unseen, "gzsl_": everything}
                             if len(dataset.unseen) else {"": everything})
-    scores = {(name, prefix): torch.empty(len(dataset), len(index))
-              for name in scorers for prefix, index in settings.items()}
-    begin = 0
-    for images, _ in data.progress(data.make_loader(dataset, args), "evaluating", args.quiet):
+
+    def encode_batch(images):
         with autocast(args):
-            global_, local = encode(images.to(args.device, non_blocking=True))
-            for (name, prefix), rows in scores.items():
-                rows[begin:begin + len(images)] = scorers[name](global_, local, settings[prefix])
-        begin += len(images)
-    results = {name: {} for name in scorers}
-    for (name, prefix), rows in scores.items():
-        targets = dataset.targets[:, settings[prefix]]
-        ks = (10, 20) if dataset.name == "openimages" else (3, 5)
-        results[name].update(metrics.summary(rows, targets, ks, prefix))
-    return results
+            return encode(images.to(args.device, non_blocking=True))
+
+    loader = data.progress(data.make_loader(dataset, args), "evaluating", args.quiet)
+    ks = (10, 20) if dataset.name == "openimages" else (3, 5)
+    return metrics.evaluate(encode_batch, scorers, loader, dataset.targets, settings, ks)
 
 
 @torch.no_grad()
@@ -442,28 +423,24 @@ def fill_defaults(args):
 # ---------------------------------------------------------------------------------------------
 # main
 
+def build(options, device):
+    """-> (MKT, preprocess) with the options "clip", "topk", "streams", "normalization"."""
+    clip, preprocess = clip_model.load(options["clip"], device)
+    if options["normalization"] == "imagenet":
+        preprocess.transforms[-1] = transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
+    return MKT(clip, options["topk"], options["streams"]).eval(), preprocess
+
+
 def load_checkpoint(path, args):
     """-> (MKT, preprocess, state). UserError for what is no MKT checkpoint or of another CLIP."""
     state = data.read_checkpoint(path, "mkt")
     if args.clip not in (None, state["clip"]):
         raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
-    clip, preprocess = clip_model.load(state["clip"], args.device)
-    if clip.fingerprint() != state["clip_fingerprint"]:
+    model, preprocess = build(state["args"], args.device)
+    if model.clip.fingerprint() != state["clip_fingerprint"]:
         raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
-    model = MKT(clip, state["args"]["topk"], state["args"]["streams"])
     model.load_state_dict(state["model"], strict=False)
-    return model.eval(), normalize_as(preprocess, state["args"]["normalization"]), state
-
-
-def normalize_as(preprocess, normalization):
-    if normalization == "imagenet":
-        preprocess.transforms[-1] = transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
-    return preprocess
-
-
-def autocast(args):
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
+    return model, preprocess, state
 
 
 def load_training(preprocess, args):
@@ -475,42 +452,33 @@ def load_training(preprocess, args):
     return data.hold_out(dataset, args.val_fraction, preprocess)
 
 
-def start(args):
-    """-> (model, preprocess, state, test split): new, or as a checkpoint holds it."""
+def autocast(args):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
+
+
+def run(args):
+    """Train, unless --eval, and evaluate -> the results that results.json holds."""
+    begin, keep = time.time(), bool(args.output or not args.eval)
     if args.eval:
         model, preprocess, state = load_checkpoint(args.eval, args)
         args.data, args.clip = args.data or state["data"], state["clip"]
     fill_defaults(args)
+    data.check_root(args.data, args.root)
     if args.resume:
-        model, preprocess, state = load_checkpoint(Path(args.output) / "last.pt", args)
-        for name in (*PAPER, "streams", "normalization", "seed", "limit", "val_fraction", "data"):
-            if name != "workers" and getattr(args, name) != state["args"][name]:
-                raise UserError(f"--resume: {args.output} was started with --"
-                                f"{name.replace('_', '-')} {state['args'][name]}, not "
-                                f"{getattr(args, name)}")
+        model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
+        data.check_same(args, state["args"], (*PAPER, *data.SAME, "streams", "normalization"))
     elif not args.eval:
-        clip, preprocess = clip_model.load(args.clip, args.device)
-        preprocess = normalize_as(preprocess, args.normalization)
-        model = MKT(clip, args.topk, args.streams).eval()
+        model, preprocess = build(vars(args), args.device)
         state = {"method": "mkt", "data": args.data, "clip": args.clip, "labels": None,
-                 "clip_fingerprint": clip.fingerprint(), "args": vars(args), "stage": 0,
+                 "clip_fingerprint": model.clip.fingerprint(), "args": vars(args), "stage": 0,
                  "epoch": 0, "optimizer": None, "scaler": None, "log": [], "rows": [],
                  "seconds": 0.0}
     test = data.load_split("test", preprocess, args)
-    if test.labels != (state["labels"] or test.labels):
-        raise UserError(f"the checkpoint belongs to the {len(state['labels'])} labels of "
-                        f"{state['data']}; {args.data} has {len(test.labels)} others")
-    state["labels"] = test.labels
-    return model, preprocess, state, test
-
-
-def run(args):
-    """Train unless --eval, evaluate -> the results that results.json holds."""
-    begin, keep = time.time(), bool(args.output or not args.eval)
-    model, preprocess, state, test = start(args)
-    output, rows = Path(args.output), [] if args.eval else state["rows"]
+    data.check_labels(test, state)
     if args.compile:
         model.student = torch.compile(model.student)
+    rows = [] if args.eval else state["rows"]
     if not args.eval:
         dataset, validation = load_training(preprocess, args)
         print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
@@ -518,8 +486,7 @@ def run(args):
               f"{sum(x.numel() for x in model.trained().values()):,} weights beside "
               f"{sum(x.numel() for x in model.clip.parameters()):,} frozen ones", flush=True)
         if not args.resume:
-            data.start_run(output)
-            data.write_file(output / "args.json", json.dumps(vars(args), indent=1))
+            data.start_run(args)
     if not rows:
         rows += zero_shot_rows(model, test, args)
     if not args.eval:
@@ -527,19 +494,14 @@ def run(args):
         if args.epochs and args.prompt_epochs and rows[-1]["kind"] == "zero-shot":
             rows.append(model_row(model, test, args, "MKT without prompt tuning", "ablation"))
         train(model, 2, args.prompt_epochs, dataset, validation, args, state)
-        best = data.read_checkpoint(output / "best.pt", "mkt")  # the last epoch, or --val-fraction
+        best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
         model.load_state_dict(best["model"], strict=False)
     rows = rows + [model_row(model, test, args)]
-    results = {"method": "mkt", "data": args.data, "clip": args.clip, "seed": args.seed,
-               "seconds": round(state["seconds"], 1), "rows": rows}
-    if keep:
-        output.mkdir(parents=True, exist_ok=True)
-        data.write_file(output / "results.json", json.dumps(results, indent=1))
     metrics.print_table(rows)
     if test.missing:
         print(f"{test.missing} test images are missing: not comparable with complete results")
-    print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints are in {output}" * keep)
-    return results
+    print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
+    return data.write_results("mkt", args, state, rows, keep)
 
 
 def main(arguments=None):

@@ -52,7 +52,7 @@ def as_transformers(model):
         text_config=dict(tower(model.transformer, text_width), vocab_size=model.vocab_size,
                          max_position_embeddings=model.context_length,
                          bos_token_id=model.vocab_size - 2, eos_token_id=model.vocab_size - 1)))
-    names = {  # in this order: "visual." goes before what is left without it
+    names = {
         "visual.transformer.resblocks": "vision_model.encoder.layers",
         "visual.class_embedding": "vision_model.embeddings.class_embedding",
         "visual.conv1": "vision_model.embeddings.patch_embedding",
@@ -72,7 +72,7 @@ def as_transformers(model):
     for key, value in model.state_dict().items():
         if key in ("visual.proj", "text_projection"):
             value = value.T
-        prefix = next((name for name in names if key.startswith(name)), "")
+        prefix = next((name for name in names if key.startswith(name)), "")  # "": logit_scale
         key = names.get(prefix, "") + key[len(prefix):]
         for ours, other in parts.items():
             key = key.replace(ours, other)
@@ -168,7 +168,7 @@ def main():
         print("transformers is not installed: left out")
 
     compare("ViT-B/16 encode_image", vit_functions, images, rounds)
-    compare("RN50 encode_image", resnet_functions, images, rounds)
+    compare("RN50 encode_image", resnet_functions, images, 3 * rounds)  # cheap, so more often
     # in eight parts, so that a single pass over all prompts gives eight paired measurements
     compare(f"encode_text of {prompts:,} short prompts", text_functions,
             list(random_prompts(prompts).chunk(8)))

@@ -3,6 +3,7 @@
 open_clip and transformers are compared with where they are installed. Everything runs on random
 weights: nothing is downloaded, apart from OpenAI's vocabulary where no package brings it along.
 """
+import copy
 import gzip
 import hashlib
 import http.server
@@ -178,10 +179,13 @@ STRINGS = [
     "", " ", "\t\n  \r\n", "a", "A photo of a dog.", "There is a traffic light in the scene",
     "it's they're I've I'm we'll he'd don't", "IT'S", "rock 'n' roll", "2014 3,677,856 1/2 0.5",
     "a1b2c3", "caf\u00e9 na\u00efve \u00dcber stra\u00dfe \u0130stanbul", "cafe\u0301",
-    "\u732b\u3068\u72ac", "\u043a\u043e\u0448\u043a\u0430", "\u0642\u0637\u0629", "\u0e41\u0e21\u0e27",
+    "\u732b\u3068\u72ac", "\u043a\u043e\u0448\u043a\u0430", "\u0642\u0637\u0629",
+    "\u0e41\u0e21\u0e27",
     "\U0001f600\U0001f680 rocket", "\U0001f468\u200d\U0001f469\u200d\U0001f467 family",
     "\U0001f1eb\U0001f1f7", "&amp; &lt;b&gt; &amp;lt; &eacute; &#39; &nbsp;x", "&amp;amp;amp;",
-    "\u2018quoted\u2019 \u201ctext\u201d \u2014 dash\u2026", "schÃ¶n", "\u00e2\u20ac\u2122",
+    "a < b &amp;lt; c &amp;eacute;",  # ftfy leaves entities alone where it sees a "<"
+    "\u2018quoted\u2019 \u201ctext\u201d \u2014 dash\u2026", "sch\u00c3\u00b6n",
+    "\u00e2\u20ac\u2122",
     "\ufb01nd \uff26\uff35\uff2c\uff2c", "\u00a0no\u00a0break\u3000wide", "\u200bzero\u200bwidth",
     "#hash @at $5 100% a_b-c+d=e^f~g`h|i\\j", "...!!!???", "</w> a</w>", "x" * 60,
     "antidisestablishmentarianism", "hello <|endoftext|> world", "<|startoftext|>",
@@ -230,7 +234,8 @@ def test_official_tokenizer_properties(official):
     assert tokens.dtype == torch.int64 and tokens.shape == (1, 77)
     # the ids of OpenAI's README example: <start> a diagram <end>
     assert tokens[0, :5].tolist() == [49406, 320, 22697, 49407, 0]
-    assert official.decode([49406, 320, 22697, 49407]) == "<|startoftext|> a diagram <|endoftext|> "
+    text = "<|startoftext|> a diagram <|endoftext|> "
+    assert official.decode([49406, 320, 22697, 49407]) == text
 
 
 def test_decode_gives_the_text_back(official):
@@ -252,30 +257,23 @@ def merges_path(tmp_path):
     return path
 
 
-def brute_force_bpe(word, merges):
-    """Tries the merges one after the other, most frequent first, until none applies."""
-    printable = [b for b in range(256)
-                 if chr(b).isprintable() and not chr(b).isspace()]  # of Latin-1
+def brute_force_bpe(word):
+    """Applies the first of the merges that applies, from left to right, until none does."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]  # of Latin-1
     others = [b for b in range(256) if b not in printable]
     symbol = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    order = [symbol[b] for b in printable + others]
-    entries = order + [s + "</w>" for s in order] + [m.replace(" ", "") for m in merges]
+    entries = [*symbol.values(), *(s + "</w>" for s in symbol.values())]
+    entries += [merge.replace(" ", "") for merge in MERGES]
     parts = [symbol[b] for b in word.encode()]
     parts[-1] += "</w>"
-    applied = True
-    while applied:
-        applied = False
-        for left, right in (merge.split() for merge in merges):
-            positions = [i for i in range(len(parts) - 1) if parts[i:i + 2] == [left, right]]
-            if positions:
-                i = positions[0]
-                while i < len(parts) - 1:  # left to right
-                    if parts[i:i + 2] == [left, right]:
-                        parts[i:i + 2] = [left + right]
-                    i += 1
-                applied = True
-                break
-    return [entries.index(part) for part in parts]
+    while True:
+        pairs = [" ".join(parts[i:i + 2]) for i in range(len(parts) - 1)]
+        merge = next((merge for merge in MERGES if merge in pairs), None)
+        if merge is None:
+            return [entries.index(part) for part in parts]
+        for i in range(len(parts)):
+            if " ".join(parts[i:i + 2]) == merge:
+                parts[i:i + 2] = [merge.replace(" ", "")]
 
 
 def test_small_vocabulary_equals_brute_force(merges_path):
@@ -286,11 +284,11 @@ def test_small_vocabulary_equals_brute_force(merges_path):
     words = ["the", "dogs", "cat", "caf\u00e9", "\U0001f680"]
     words += ["".join(rng.choices("aacdghottes", k=rng.randint(1, 12))) for _ in range(200)]
     for word in words:
-        expected = brute_force_bpe(word, MERGES)
+        expected = brute_force_bpe(word)
         assert tokenizer.encode(word) == expected, word
         assert tokenizer.encode(word) == expected, word  # now from the cache
         assert tokenizer.decode(expected) == word + " "
-    separate = [i for word in words for i in brute_force_bpe(word, MERGES)]
+    separate = [i for word in words for i in brute_force_bpe(word)]
     assert tokenizer.encode(" ".join(words)) == separate
 
 
@@ -384,22 +382,25 @@ def reference_tokens(model, images):
     return x
 
 
-def gradients(model, function, *inputs):
-    """The output, and the gradients of a random projection of it: inputs', then parameters'."""
+def gradients(model, function, x):
+    """The output for x, and the gradients of a random projection of it: the text tower's
+    parameters', and x's if it has one."""
     parameters = [p.requires_grad_() for name, p in model.named_parameters()
                   if not name.startswith(("visual", "logit_scale"))]
-    inputs = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    output = function(*inputs)
+    wanted = parameters
+    if x.is_floating_point():
+        x = x.clone().requires_grad_()
+        wanted = [x, *parameters]
+    output = function(x)
     torch.manual_seed(3)
     loss = (output * torch.randn_like(output)).sum()
-    wanted = [x for x in inputs if x.is_floating_point()] + parameters
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
     model.requires_grad_(False)
     return output.detach(), [torch.zeros(1) if grad is None else grad for grad in grads]
 
 
 def assert_gradients_equal(ours, expected):
-    torch.testing.assert_close(ours[0], expected[0], atol=1e-4, rtol=0)
+    assert_equal(ours[0], expected[0])
     assert len(ours[1]) == len(expected[1])
     for own, other in zip(ours[1], expected[1]):
         assert (own - other).abs().max() <= 1e-4 * max(1, other.abs().max())
@@ -409,17 +410,13 @@ def assert_gradients_equal(ours, expected):
 def test_cut_text_equals_all_77_tokens(vit, longest):
     tokens = random_tokens(5, longest)
     eot = (tokens == VOCABULARY - 1).int().argmax(dim=1)
-    weight = vit.token_embedding
-
-    def reference(tokens):
-        return reference_prompts(vit, F.embedding(tokens, weight.weight), eot)
-
-    expected = gradients(vit, reference, tokens)
+    expected = gradients(
+        vit, lambda x: reference_prompts(vit, vit.token_embedding.weight[x], eot), tokens)
     assert_gradients_equal(gradients(vit, vit.encode_text, tokens), expected)
     # tokens shorter than the context give the same
     assert_equal(vit.encode_text(tokens[:, :longest]), expected[0])
 
-    embeddings = weight(tokens) + 0.1 * torch.randn(5, 77, 128)
+    embeddings = vit.token_embedding(tokens) + 0.1 * torch.randn(5, 77, 128)
     expected = gradients(vit, lambda x: reference_prompts(vit, x, eot), embeddings)
     ours = gradients(vit, lambda x: vit.encode_prompts(x, eot), embeddings)
     assert_gradients_equal(ours, expected)
@@ -462,16 +459,14 @@ def test_layer_norm_in_half_precision():
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     for dtype, tolerance in ((torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
-        x = (torch.randn(8, 64) * 0.01 + 4).to(dtype)  # small variance around a large mean
-        exact = x.double()
-        centred = exact - exact.mean(1, keepdim=True)
+        x = (torch.randn(8, 64) * 0.01 + 4).to(dtype)  # a small variance around a large mean
+        centred = x.double() - x.double().mean(1, keepdim=True)
         exact = centred / (centred.pow(2).mean(1, keepdim=True) + norm.eps).sqrt()
-        exact = exact * norm.weight.double() + norm.bias.double()
-        for layer in (norm, clip_model.LayerNorm(64).to(dtype)):
+        exact = exact * norm.weight + norm.bias
+        for layer in (norm, copy.deepcopy(norm).to(dtype)):  # weights in float32, in half
             y = layer(x)
             assert y.dtype == dtype
-            if layer is norm:
-                torch.testing.assert_close(y.double(), exact, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(y.double(), exact, atol=tolerance, rtol=tolerance)
 
 
 def test_bfloat16_autocast_is_close(model):
@@ -482,7 +477,7 @@ def test_bfloat16_autocast_is_close(model):
         ours = [model.encode_image(images), model.encode_text(tokens),
                 *(x.flatten(0, -2) for x in model.encode_image_dense(images))]
     for own, exact in zip(ours, expected):
-        assert F.cosine_similarity(own.float(), exact).min() > 0.999
+        assert F.cosine_similarity(own.float(), exact).min() > 0.995
         assert not torch.equal(own.float(), exact)  # it was in effect
 
 
@@ -578,7 +573,7 @@ def test_positions_are_interpolated():
 
 
 def test_other_image_sizes(model):
-    for size, grid in (((64, 64), 64), ((64, 128), 128), ((128, 96), 192)):
+    for size in ((64, 64), (64, 128), (128, 96)):
         images = random_images(model, 2, size)
         global_, local = model.encode_image_dense(images)
         locations = size[0] * size[1] // (64 if model.visual.input_resolution == 32 else 1024)
@@ -620,6 +615,8 @@ def test_random_initialisation(kind):
                                 (block.mlp.c_fc.weight, 256 ** -0.5),
                                 (block.mlp.c_proj.weight, 128 ** -0.5 / 2)):
         assert abs(parameter.std() / expected - 1) < 0.05  # OpenAI's
+    if kind == "ResNet":  # every block starts as the identity
+        assert model.visual.layer2[0].bn3.weight.abs().max() == 0
     torch.testing.assert_close(model.logit_scale.exp().item(), 1 / 0.07)
 
 
@@ -650,8 +647,8 @@ def test_preprocessing_takes_every_colour_mode(mode):
 def test_preprocessing_can_be_sent_to_worker_processes():
     transform = clip_model.preprocess_transform(32)
     image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50)
-    copy = pickle.loads(pickle.dumps(transform))  # what data loaders do on macOS and Windows
-    assert torch.equal(copy(image), transform(image))
+    sent = pickle.loads(pickle.dumps(transform))  # what data loaders do on macOS and Windows
+    assert torch.equal(sent(image), transform(image))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -659,10 +656,10 @@ def test_preprocessing_can_be_sent_to_worker_processes():
 
 def test_build_model_copies(model):
     state_dict = {key: value.clone() for key, value in model.state_dict().items()}
-    copy = clip_model.build_model(state_dict)
-    assert not copy.training
+    built = clip_model.build_model(state_dict)
+    assert not built.training
     with torch.no_grad():
-        for value in copy.state_dict().values():
+        for value in built.state_dict().values():
             value += 1
     for key, value in model.state_dict().items():
         assert torch.equal(state_dict[key], value), key
@@ -741,6 +738,20 @@ def test_load_reads_every_format(model, merges_path):
         size = model.visual.input_resolution
         assert preprocess(Image.new("RGB", (120, 150))).shape == (3, size, size)
         assert loaded.tokenize("dog")[0, 1] == 512 + 1  # the second merge
+    assert clip_model.load(path, device="meta")[0].logit_scale.device.type == "meta"
+
+
+def test_toy_clips_load_with_their_own_vocabulary():
+    for name, kind in (("toy-RN", clip_model.ModifiedResNet),
+                       ("toy-ViT", clip_model.VisionTransformer),
+                       ("toy", clip_model.VisionTransformer)):
+        model, preprocess = clip_model.load(name)
+        assert isinstance(model.visual, kind)
+        tokens = model.tokenize(["a red star", "a blue boat"])
+        assert tokens.shape == (2, model.context_length)
+        assert tokens.max() == len(model.tokenizer) - 1
+        logits, _ = model(preprocess(Image.new("RGB", (60, 50)))[None], tokens)
+        assert logits.shape == (1, 2) and logits.isfinite().all()
 
 
 def test_load_wants_the_vocabulary_that_belongs_to_the_weights(vit, merges_path):
@@ -785,7 +796,8 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"hello\n", b"<!DOCTYPE html>\n<html>404</html>\n", b"0", b"e", b"version https://git-lfs",
+    b"", b"hello\n", b"<!DOCTYPE html>\n<html>404</html>\n", b"0", b"e",
+    b"version https://git-lfs.github.com/spec/v1\n",
     b"\x80\x02.", b"PK\x03\x04", pickle.dumps([1, 2, 3], protocol=2)], ids=repr)
 def test_other_files_are_no_weights(tmp_path, content):
     path = tmp_path / "weights.pt"

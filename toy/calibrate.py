@@ -47,13 +47,15 @@ def image_features(clip, preprocess, domain, seed, count, value_path=False):
 
 @torch.no_grad()
 def label_embeddings(clip):
-    return F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {x}." for x in LABELS])), dim=-1)
+    tokens = clip.tokenize([f"a photo of a {label}." for label in LABELS])
+    return F.normalize(clip.encode_text(tokens), dim=-1)
 
 
 def zero_shot(global_, local, texts):
     """-> cosine scores: of the global embedding, of the best location, of both."""
     global_scores = F.normalize(global_, dim=-1) @ texts.T
-    local_scores = torch.cat([(F.normalize(part, dim=-1) @ texts.T).amax(1) for part in local.split(500)])
+    local_scores = torch.cat([(F.normalize(part, dim=-1) @ texts.T).amax(dim=1)
+                              for part in local.split(500)])
     return {"global": global_scores, "local": local_scores,
             "both": (global_scores + local_scores) / 2}
 
@@ -88,13 +90,15 @@ def supervised_head(train, test, epochs=20):
     def forward(global_, local):
         return whole((global_ - mean) / std) + part((local - mean) / std).logsumexp(dim=1)
 
-    train_probe(forward, [*whole.parameters(), *part.parameters()], (global_, local), targets, epochs)
+    parameters = [*whole.parameters(), *part.parameters()]
+    train_probe(forward, parameters, (global_, local), targets, epochs)
     with torch.no_grad():
-        scores = torch.cat([forward(*x) for x in zip(test_global.split(500), test_local.split(500))])
+        parts = zip(test_global.split(500), test_local.split(500))
+        scores = torch.cat([forward(*part) for part in parts])
     return metrics.mean_average_precision(scores, test_targets)
 
 
-def text_probe(clip, count=8000):
+def text_probe(clip, count=24_000):
     """mAP of a linear classifier of sentence embeddings that name 1-5 things."""
     random = np.random.default_rng(7)
     embeddings, objects = [], []
@@ -102,28 +106,27 @@ def text_probe(clip, count=8000):
         things = random.choice(len(LABELS), random.integers(1, 6), replace=False)
         objects.append([(int(thing), int(random.integers(8)), *random.random(2), 0.2, 0)
                         for thing in things])
-    # every thing is named: a caption of each alone, joined, would be no sentence of the grammar
     texts = [caption(things, random, name_all=True) for things in objects]
     with torch.no_grad():
         for start in range(0, count, 500):
             embeddings.append(clip.encode_text(clip.tokenize(texts[start:start + 500])))
-    embeddings = F.normalize(torch.cat(embeddings), dim=-1) * 10
+    embeddings = F.normalize(torch.cat(embeddings), dim=-1) * 20
     torch.manual_seed(0)
     linear, split = torch.nn.Linear(embeddings.shape[1], len(LABELS)), count * 3 // 4
     targets = targets_of(objects)
-    train_probe(linear, linear.parameters(), (embeddings[:split],), targets[:split], 40)
+    train_probe(linear, linear.parameters(), (embeddings[:split],), targets[:split], 60, lr=1e-2)
     with torch.no_grad():
         return metrics.mean_average_precision(linear(embeddings[split:]), targets[split:])
 
 
-def contact_sheet(path, columns=8, rows=4):
+def contact_sheet(path, columns=8, rows=2):
     size = data.SCENE_SIZE + 2
     sheet = Image.new("RGB", (columns * size, (2 * rows) * size + 8), "white")
     for half, domain in enumerate(("web", "benchmark")):
         for i in range(columns * rows):
             place = (i % columns * size, (half * rows + i // columns) * size + 8 * half)
             sheet.paste(data.toy_scene(domain, 9, i), place)
-    sheet.save(path)
+    sheet.quantize(200, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)  # noise packs badly
 
 
 def main():
@@ -166,10 +169,11 @@ def main():
         images = F.normalize(web[0], dim=-1)
         pairs = (images * captions).sum(1).mean()
         gap = (images.mean(0) - captions.mean(0)).norm()
-        print(f"  web: modality gap {gap:.2f} (distance of the centroids), cosine of matching pairs "
+        print(f"  web: modality gap (distance of the centroids) {gap:.2f}; cosine of matching pairs "
               f"{pairs:.2f}, of two images {(images @ images.T).mean():.2f}, of two captions "
               f"{(captions @ captions.T).mean():.2f}")
-        print(f"  sentences of 1-5 labels, linear probe mAP: {100 * text_probe(clip):.1f}", flush=True)
+        print(f"  sentences of 1-5 labels, linear probe mAP: {100 * text_probe(clip):.1f}",
+              flush=True)
         for value_path in paths if args.train else ():
             train = image_features(clip, preprocess, "benchmark", 1, args.train, value_path)
             if value_path != paths[-1]:

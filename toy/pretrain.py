@@ -39,10 +39,11 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 # the web's captions say much that no picture shows; a text tower must have met such words
 ADJECTIVES = ("old", "new", "nice", "lovely", "simple", "beautiful", "plain", "funny", "wooden")
 VERBS = ("standing", "lying", "placed", "shown", "resting", "hanging", "sitting", "waiting")
-SETTINGS = ("on the street", "in a park", "in the garden", "on a table top", "at home", "on the wall",
-            "in a room", "by the sea", "on the floor", "on a sunny day", "in the city", "in a field",
-            "on a plain background", "in the background", "on a shelf", "in the kitchen", "outside",
-            "in the rain", "on the grass", "near the window", "for sale", "on the beach")
+SETTINGS = ("on the street", "in a park", "in the garden", "on a table top", "at home",
+            "on the wall", "in a room", "by the sea", "on the floor", "on a sunny day",
+            "in the city", "in a field", "on a plain background", "in the background",
+            "on a shelf", "in the kitchen", "outside", "in the rain", "on the grass",
+            "near the window", "for sale", "on the beach")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,7 +72,8 @@ def phrase(things, random):
 
 def place(thing):
     x, y = thing[2], thing[3]
-    sides = [(x, "on the left"), (1 - x, "on the right"), (y, "at the top"), (1 - y, "at the bottom")]
+    sides = [(x, "on the left"), (1 - x, "on the right"), (y, "at the top"),
+             (1 - y, "at the bottom")]
     distance, words = min(sides)
     return words if distance < 0.38 else "in the middle"
 
@@ -161,7 +163,8 @@ def scene_pool(path, count, seed):
     """Draw the scenes once: uint8 [count, size, size, 3], memory-mapped, shared by both CLIPs."""
     if not path.exists():
         temporary = path.with_name(f"{path.stem}-{os.getpid()}.npy")
-        pool = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, SCENE_SIZE, SCENE_SIZE, 3))
+        shape = (count, SCENE_SIZE, SCENE_SIZE, 3)
+        pool = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         for i in tqdm(range(count), desc="scenes", disable=None):
             pool[i] = np.asarray(toy_scene("web", seed, i))
         pool.flush()
@@ -175,14 +178,15 @@ def scene_pool(path, count, seed):
 def learning_rate(step, args):
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup)))
+    progress = (step - args.warmup) / (args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(ARCHITECTURES), required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, help="default: 2600 (RN), 3000 (ViT)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -192,9 +196,12 @@ def main():
     parser.add_argument("--scenes", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stop-at", type=int, help="stop after this step, to continue later")
+    parser.add_argument("--save-every", type=int, default=250, help="steps")
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="scenes, checkpoints")
     args = parser.parse_args()
+    args.steps = args.steps or {"RN": 2600, "ViT": 3000}[args.model]
     torch.set_num_threads(args.threads)
     args.cache.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -222,7 +229,7 @@ def main():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, stage, running, since = state["step"], state["stage"], state["running"], state["since"]
+        step, stage, running, since = (state[k] for k in ("step", "stage", "running", "since"))
         print(f"continuing at step {step}", flush=True)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     diagonal = torch.arange(args.batch_size)
@@ -238,7 +245,7 @@ def main():
         torch.save(half, args.output / f"toy-{args.model}.tmp")
         (args.output / f"toy-{args.model}.tmp").replace(args.output / f"toy-{args.model}.pt")
 
-    while step < args.steps:
+    while step < min(args.steps, args.stop_at or args.steps):
         random = np.random.default_rng((args.seed, step))  # a resumed run draws the same batches
         chosen = random.choice(stages[stage], args.batch_size, replace=False)
         images = torch.from_numpy(pool[np.sort(chosen)]).permute(0, 3, 1, 2)  # channels last
@@ -262,7 +269,7 @@ def main():
         if step % 50 == 0:
             print(f"step {step} loss {running:.3f} scale {model.logit_scale.exp():.1f} "
                   f"{time.time() - start:.0f} s", flush=True)
-        if step % 250 == 0 or step == args.steps:
+        if step % args.save_every == 0 or step == args.steps:
             save()
 
 
