@@ -24,10 +24,9 @@ import functools
 import gzip
 import hashlib
 import html
+import http.client
 import importlib.util
 import os
-import pickle
-import tempfile
 import urllib.request
 import warnings
 from pathlib import Path
@@ -376,7 +375,8 @@ class Bottleneck(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(self.avgpool(x)))
-        return self.relu(x + identity)
+        x += identity  # in place: nothing reads the norm's output again
+        return self.relu(x)
 
 
 class AttentionPool2d(nn.Module):
@@ -588,12 +588,16 @@ def available_models():
     return ["toy-RN", "toy-ViT", *WEIGHTS]
 
 
+def to_rgb(image):  # a named function, so that the transform can be pickled for worker processes
+    return image.convert("RGB")
+
+
 def preprocess_transform(size):
     """OpenAI's test-time transform: PIL image -> float32 [3, size, size], CLIP's normalisation."""
     return transforms.Compose([
         transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(size),
-        transforms.Lambda(lambda image: image.convert("RGB")),
+        transforms.Lambda(to_rgb),
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ])
@@ -632,7 +636,8 @@ def build_model(state_dict):
     try:
         model.load_state_dict(copies, assign=True)
     except RuntimeError as error:
-        raise ClipError(f"not a CLIP state dict in OpenAI's format: {error}") from None
+        reasons = " ".join(str(error).split())  # a line per key
+        raise ClipError(f"not a CLIP state dict in OpenAI's format: {reasons}") from None
     return model.eval()
 
 
@@ -682,9 +687,10 @@ def read_state_dict(path):
         pass
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a broken file can make the unpickler raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ClipError(f"{path} is neither a TorchScript archive nor a saved state dict: "
-                        f"{str(error).splitlines()[0]}") from None
+                        f"{reason}") from None
     state_dict = state_dict.get("state_dict", state_dict) if isinstance(state_dict, dict) else {}
     return state_dict
 
@@ -707,12 +713,10 @@ def download(url, sha256, path):
             return path
         warnings.warn(f"{path} is corrupt (its SHA-256 is not {sha256}); fetching it again")
     help_text = f"Download {url} (SHA-256 {sha256}) elsewhere and put it at {path}"
-    digest, temporary = hashlib.sha256(), None
+    digest, temporary = hashlib.sha256(), path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as source, \
-                tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
-            temporary = target.name
+        with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as target:
             size = int(source.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name,
                       disable=None) as progress:
@@ -724,9 +728,9 @@ def download(url, sha256, path):
             raise ClipError(f"what came from {url} is corrupt: its SHA-256 is "
                             f"{digest.hexdigest()}. {help_text}.")
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ClipError(f"cannot fetch {path.name}: {error}. {help_text}.") from None
     finally:
-        if temporary and os.path.exists(temporary):
-            os.remove(temporary)
+        if temporary.exists():
+            temporary.unlink()
     return path
