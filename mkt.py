@@ -58,7 +58,7 @@ PROMPT = ("There is a", "in the scene")  # around the label
 PAPER = {"clip": "ViT-B/16", "epochs": 20, "prompt_epochs": 4, "batch_size": 64, "lr": 1e-3,
          "prompt_lr": 1e-3, "warmup_epochs": 2, "weight_decay": 0.05, "distillation": 1.0,
          "topk": 16, "augment": "yes", "workers": 8}
-TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 2, "batch_size": 64, "lr": 1e-3,
+TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "batch_size": 64, "lr": 1e-3,
        "prompt_lr": 1e-3, "warmup_epochs": 1, "weight_decay": 0.05, "distillation": 0.1,
        "topk": 4, "augment": "no", "workers": 0}
 

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import struct
 import zlib
@@ -651,3 +652,126 @@ def test_nuswide_without_a_place_for_the_cache(nuswide_root, tmp_path, monkeypat
     dataset = load_dataset("nuswide81", nuswide_root, "test")
     assert torch.equal(dataset.targets, signs(HAS_CONCEPT[TEST]))
     assert "cannot be written" in capsys.readouterr().err
+
+
+# ---- a run: its options and files
+
+def arguments_of(tmp_path, *given):
+    parser = data.Parser()
+    data.add_run_arguments(parser, "mkt")
+    args = parser.parse_args(["--data", "toy", "--output", str(tmp_path), *given])
+    args.batch_size, args.workers = 4, args.workers or 0
+    return args
+
+
+def test_write_file_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    data.write_file(path, "old")
+    for content in (b"new", {"tensor": torch.arange(3)}):
+        data.write_file(path, content)
+    assert torch.load(path, weights_only=True)["tensor"].tolist() == [0, 1, 2]
+    data.write_file(path, "old")
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "fsync", full_disk)
+    with pytest.raises(data.UserError, match="file: No space left"):
+        data.write_file(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_start_run_moves_earlier_runs_aside_and_nothing_else(tmp_path):
+    args = arguments_of(tmp_path / "run")
+    for number in (1, 2, 3):
+        data.start_run(args)
+        (tmp_path / "run" / "last.pt").write_text(str(number))
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+    earlier = [tmp_path / "run" / f"previous-{i}" / "last.pt" for i in (1, 2)]
+    assert [file.read_text() for file in earlier] == ["1", "2"]
+    assert (tmp_path / "run" / "notes.txt").exists()
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["data"] == "toy"
+
+
+def test_finish_epoch_keeps_the_epoch_with_the_best_validation(tmp_path, capsys):
+    state = {"method": "mkt", "log": [], "seconds": 0.0}
+    for epoch, score in enumerate([0.2, 0.5, 0.4], 1):
+        line = {"epoch": epoch, "val_mAP": score, "seconds": 2.0}
+        data.finish_epoch(tmp_path, state, line, False)
+    assert len(data.read_checkpoint(tmp_path / "best.pt", "mkt")["log"]) == 2
+    assert len(data.read_checkpoint(tmp_path / "last.pt", "mkt")["log"]) == 3
+    assert state["seconds"] == 6 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert "val_mAP 0.5" in capsys.readouterr().out
+    data.finish_epoch(tmp_path, state, {"epoch": 4, "seconds": 1.0}, True)  # none: the last
+    assert len(data.read_checkpoint(tmp_path / "best.pt", "mkt")["log"]) == 4
+    with pytest.raises(data.UserError, match="mkt.py, not of trm_ml.py"):
+        data.read_checkpoint(tmp_path / "best.pt", "trm_ml")
+
+
+def test_finite_means_names_the_first_bad_step():
+    history = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    assert data.finite_means(history, ["loss", "ranking"], "epoch 1", "runs") == {
+        "loss": 2.0, "ranking": 3.0}
+    history.append(torch.tensor([1.0, torch.inf]))
+    with pytest.raises(data.UserError, match=r"epoch 1, step 3 \(loss 1, ranking inf\).*runs/last"):
+        data.finite_means(history, ["loss", "ranking"], "epoch 1", "runs")
+
+
+def test_options_have_limits_and_errors_are_one_line(tmp_path):
+    number = data.number(float, 0, 1)
+    assert number("0.5") == 0.5 and data.number(int, 1)("7") == 7
+    for text in ("-0.1", "1.5", "nan", "inf"):
+        with pytest.raises(data.argparse.ArgumentTypeError):
+            number(text)
+    for given in (["--limit", "0"], ["--seed", "x"], ["--precision", "fp8"], ["--nosuch"]):
+        with pytest.raises(data.UserError, match=given[0]):
+            arguments_of(tmp_path, *given)
+
+
+def test_load_split_limits_and_hold_out_divides(tmp_path):
+    args = arguments_of(tmp_path, "--limit", "10")
+    dataset = data.load_split("test", None, args)
+    assert len(dataset) == 10
+    rest, validation = data.hold_out(dataset, 0.3, "transform")
+    assert len(validation) == 3 and len(rest) == 7 and validation.transform == "transform"
+    assert rest.transform is None
+    assert sorted([*rest.indices.tolist(), *validation.indices.tolist()]) == list(range(10))
+    assert data.hold_out(dataset, 0, None) == (dataset, None)
+    dataset.transform = lambda image: torch.zeros(1)
+    assert [len(images) for images, _ in data.make_loader(dataset, args)] == [4, 4, 2]
+
+
+def test_check_same_and_check_labels(tmp_path):
+    args = arguments_of(tmp_path)
+    data.check_same(args, vars(args), data.SAME)
+    with pytest.raises(data.UserError, match="--seed 3, not 0"):
+        data.check_same(args, {**vars(args), "seed": 3}, data.SAME)
+    dataset = data.load_split("test", None, args)
+    state = {"labels": None, "data": "toy"}
+    data.check_labels(dataset, state)
+    assert state["labels"] == data.TOY_LABELS
+    with pytest.raises(data.UserError, match="1 labels of toy; toy has 56"):
+        data.check_labels(dataset, {"labels": ["owl"], "data": "toy"})
+
+
+def test_image_files_and_label_lists(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in ("b.JPG", "inner/a.png", "notes.txt"):
+        (tmp_path / name).touch()
+    files = data.image_files([str(tmp_path), str(tmp_path / "notes.txt")])
+    assert [file.name for file in files] == ["b.JPG", "a.png", "notes.txt"]  # what is named, counts
+    for paths in (["/no/such"], [str(tmp_path / "inner" / "nothing")]):
+        with pytest.raises(data.UserError, match="no such"):
+            data.image_files(paths)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.UserError, match="no images"):
+        data.image_files([tmp_path / "empty"])
+    assert data.parse_labels(" owl, ice cream,") == ["owl", "ice cream"]
+    for text in ("", " , ", "owl,cat,owl"):
+        with pytest.raises(data.UserError, match="--labels"):
+            data.parse_labels(text)
+
+
+def test_progress_yields_everything_and_is_silent_without_a_terminal(capsys):
+    assert list(data.progress(range(3), "three")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")

@@ -297,3 +297,51 @@ def test_bad_input_is_refused(function, scores, targets, message):
 def test_the_docstrings_example():
     result = doctest.testmod(metrics)
     assert result.attempted and not result.failed
+
+
+# ---- what the method scripts share
+
+def test_summary_is_the_single_metrics_under_their_names():
+    torch.manual_seed(0)
+    scores, targets = torch.rand(20, 4), torch.where(torch.rand(20, 4) < 0.4, 1, -1)
+    result = metrics.summary(scores, targets, (2, 4, 5), "zsl_")
+    assert list(result) == ["zsl_mAP", "zsl_P@2", "zsl_R@2", "zsl_F1@2", "zsl_P@4", "zsl_R@4",
+                            "zsl_F1@4"]  # 5 is more than there are labels
+    assert result["zsl_mAP"] == mean_average_precision(scores, targets)
+    assert result["zsl_R@4"] == 1
+    values = tuple(result[f"zsl_{name}@2"] for name in ("P", "R", "F1"))
+    assert values == precision_recall_f1_at_k(scores, targets, 2)
+
+
+def test_evaluate_scores_every_image_once_and_only_the_labels_in_play():
+    torch.manual_seed(0)
+    images, weight = torch.randn(23, 6), torch.randn(6, 5)
+    targets = torch.where(torch.rand(23, 5) < 0.5, 1, -1).to(torch.int8)
+    batches = [(part, None) for part in images.split(7)]
+    seen = []
+
+    def encode(batch):
+        seen.append(len(batch))
+        return batch, -batch
+
+    results = metrics.evaluate(
+        encode, {"plus": lambda a, b, index: (a @ weight)[:, index],
+                 "minus": lambda a, b, index: (b @ weight)[:, index]},
+        batches, targets, {"zsl_": torch.tensor([1, 3]), "gzsl_": torch.arange(5)}, (1,))
+    assert seen == [7, 7, 7, 2]
+    for name, sign in (("plus", 1), ("minus", -1)):
+        scores = sign * images @ weight
+        assert results[name] == {
+            **metrics.summary(scores[:, [1, 3]], targets[:, [1, 3]], (1,), "zsl_"),
+            **metrics.summary(scores, targets, (1,), "gzsl_")}
+
+
+def test_the_table_stars_the_best_zero_shot_row(capsys):
+    metrics.print_table([{"name": "a", "kind": "zero-shot", "mAP": 0.25, "F1@3": 0.5},
+                         {"name": "bb", "kind": "zero-shot", "mAP": 0.5, "F1@3": 0.125},
+                         {"name": "ours", "kind": "method", "mAP": 0.75, "F1@3": 1.0}])
+    title, *rows, note = capsys.readouterr().out.strip().splitlines()
+    assert title.split() == ["all", "labels", "(%)", "mAP", "F1@3"]
+    assert [row.split() for row in rows] == [["a", "25.0", "50.0"], ["bb", "*", "50.0", "12.5"],
+                                             ["ours", "75.0", "100.0"]]
+    assert note.startswith("*") and len({len(row) for row in rows}) == 1
