@@ -32,7 +32,8 @@ def test_domains_have_the_number_and_size_of_things_they_promise():
     counts = collections.Counter(map(len, web))
     assert counts[1] + counts[2] > 800 and 0 < counts[4] + counts[5] < 120
     benchmark = [data.toy_objects("benchmark", 0, i) for i in range(500)]
-    assert set(map(len, benchmark)) == {2, 3, 4, 5, 6}
+    counts = collections.Counter(map(len, benchmark))  # of 2-6, those that find a place
+    assert counts[2] + counts[3] + counts[4] > 440 and max(counts) <= 6
     for objects in web + benchmark:
         sizes = [thing[4] for thing in objects]
         assert sizes == sorted(sizes, reverse=True)
@@ -75,6 +76,13 @@ def test_targets_are_what_is_drawn_and_training_hides_the_unseen():
     assert (everything.targets[:, data.TOY_UNSEEN] == 1).any(dim=0).all()
 
 
+def without_settings(text):
+    """Leave out "on a table top" and the like, which are said of any scene."""
+    for setting in pretrain.SETTINGS:
+        text = text.replace(" " + setting, "")
+    return text
+
+
 def test_captions_name_only_what_is_there():
     random = np.random.default_rng(0)
     nouns = {name: label for label in data.TOY_LABELS
@@ -83,14 +91,14 @@ def test_captions_name_only_what_is_there():
     named, present = 0, 0
     for i in range(500):
         objects = data.toy_objects("web", 11, i)
-        text = pretrain.caption(objects, random)
+        text = without_settings(pretrain.caption(objects, random))
         found = {nouns[name] for name in pattern.findall(text)}
         labels = [data.TOY_LABELS[thing[0]] for thing in objects]
         assert found and found <= set(labels), text
         assert labels[0] in found, text  # the largest is always named
         assert len(pretrain.Tokenizer(ROOT / "toy" / "merges.txt.gz").encode(text)) < 75
         named, present = named + len(found), present + len(set(labels))
-        complete = pretrain.caption(objects, random, name_all=True)
+        complete = without_settings(pretrain.caption(objects, random, name_all=True))
         assert {nouns[name] for name in pattern.findall(complete)} == set(labels), complete
     assert 0.8 < named / present < 1
 
