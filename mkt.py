@@ -179,8 +179,8 @@ def ranking_loss(scores, targets):
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
     pairs. An image without a present or without an absent label adds 0."""
     rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P] present labels
-    margins = (1 + scores[rows] - scores[rows, columns][:, None]).relu()  # [P, C]
-    margins = margins * (targets[rows] == -1)
+    absent = scores.masked_fill(targets != -1, -torch.inf)  # others fall below every margin
+    margins = (absent[rows] + (1 - scores[rows, columns])[:, None]).relu()  # [P, C]
     total = margins.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
     violated = margins.new_zeros(len(scores)).index_add(
         0, rows, (margins > 0).sum(dim=1).to(margins.dtype))
