@@ -703,8 +703,9 @@ def toy_objects(domain, seed, index, things=None):
     """What is in a scene -> list of (thing, colour, x, y, size, angle), drawn large ones first.
 
     domain "web" (pre-training): 1-2 objects, seldom up to 5, large; "benchmark": 2-6, smaller,
-    free to overlap a little; one that finds no place is left out, so mostly 2-4 remain. thing and colour are indices, x, y and size (half the width) are in
-    scene widths, angle in degrees. things: the label indices to draw from, all by default."""
+    free to overlap a little; one that finds no place is left out, so mostly 2-4 remain. thing and
+    colour are indices, x, y and size (half the width) are in scene widths, angle in degrees.
+    things: the label indices to draw from, all by default."""
     random = np.random.default_rng((seed, index, domain == "benchmark", 0))
     things = np.arange(len(TOY_LABELS)) if things is None else np.asarray(things)
     if domain == "web":

@@ -157,7 +157,8 @@ def test_label_embeddings_start_as_clips_and_only_the_context_learns(toy):
     torch.testing.assert_close(chunked, whole)
     gradients = [torch.autograd.grad(z.square().sum(), model.context)[0] for z in (whole, chunked)]
     assert gradients[0].abs().amax(dim=1).min() > 0  # every context word matters
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    scale = gradients[0].abs().max()  # sums of float32 in another order
+    torch.testing.assert_close(gradients[0] / scale, gradients[1] / scale, rtol=0, atol=1e-5)
     assert not any(p.requires_grad for p in model.clip.parameters())
 
 
