@@ -912,6 +912,13 @@ def start_run(args):
     write_file(output / "args.json", json.dumps(vars(args), indent=1))
 
 
+def check_new(output):
+    """UserError if --eval would write over the results of a run; output: a folder or None."""
+    if output and (Path(output) / "results.json").exists():
+        raise UserError(f"--output {output} holds the results.json of a run: choose another folder "
+                        f"for --eval, or leave --output out")
+
+
 def write_results(method, args, state, rows, keep=True):
     """-> the results of a run, written to results.json in --output if keep."""
     results = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,

@@ -886,6 +886,7 @@ def run(args):
     """Train, unless --eval, and evaluate -> the results that results.json holds."""
     begin, keep = time.time(), bool(args.output or not args.eval)
     if args.eval:
+        data.check_new(args.output)
         clip, model, preprocess, state = load_checkpoint(args.eval, args)
         args.data, args.clip = args.data or state["data"], state["clip"]
         if args.data == "labels":

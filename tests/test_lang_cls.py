@@ -860,6 +860,7 @@ def test_evaluating_the_checkpoint_repeats_the_rows(trained, tmp_path):
     lang_cls.main(["--limit", "48", "--quiet", "--device", "cpu", "--eval",
                    str(trained / "best.pt"), "--output", str(tmp_path)])
     assert rows_of(tmp_path) == rows_of(trained)
+    tmp_path = tmp_path / "other"  # results are not written over
     lang_cls.main(["--limit", "48", "--quiet", "--device", "cpu", "--eval",
                    str(trained / "best.pt"), "--output", str(tmp_path), "--mapping-weight", "0",
                    "--streams", "local"])

@@ -411,3 +411,26 @@ def test_resume_with_other_settings_is_refused(trained, capsys):
         mkt.main([*QUICK, "--epochs", "5", "--prompt-epochs", "1", "--output", str(trained),
                   "--resume"])
     assert "--epochs 2, not 5" in capsys.readouterr().err
+
+
+def test_nuswide_from_its_official_files(tmp_path, monkeypatch, capsys):
+    """Both stages with the paper's settings but for their length, on a tree of six images."""
+    from test_data import CONCEPTS, SEEN, write_nuswide
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_nuswide(tmp_path / "nus")
+    arguments = ["--data", "nuswide", "--root", str(tmp_path / "nus"), "--clip", "toy-ViT",
+                 "--workers", "0", "--output", str(tmp_path / "run"), "--quiet"]
+    mkt.main([*arguments, "--epochs", "1", "--prompt-epochs", "1"])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["data"] == "nuswide"
+    assert {"zsl_mAP", "gzsl_mAP", "zsl_F1@3", "gzsl_F1@5"} <= results["rows"][-1].keys()
+    state = data.read_checkpoint(tmp_path / "run" / "best.pt", "mkt")
+    assert state["labels"] == SEEN + CONCEPTS
+    options = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert options["topk"] == 16 and options["augment"] == "yes" and options["distillation"] == 1
+    with pytest.raises(SystemExit):  # it would write over the run's results
+        mkt.main([*arguments, "--eval", str(tmp_path / "run" / "best.pt")])
+    assert "results.json" in capsys.readouterr().err
+    mkt.main([*arguments, "--eval", str(tmp_path / "run" / "best.pt"),
+              "--output", str(tmp_path / "evaluated")])
+    assert rows_of(tmp_path / "evaluated")[-1] == results["rows"][-1]
