@@ -304,9 +304,9 @@ def evaluate(encode, scorers, dataset, args, settings=None):
     settings = settings or ({"zsl_": dataset.unseen, "gzsl_": everything}
                             if len(dataset.unseen) else {"": everything})
 
-    def encode_batch(images):
+    def encode_batch(images):  # scores are computed, and ranked, in float32
         with autocast(args):
-            return encode(images.to(args.device, non_blocking=True))
+            return [x.float() for x in encode(images.to(args.device, non_blocking=True))]
 
     loader = data.progress(data.make_loader(dataset, args), "evaluating", args.quiet)
     ks = (10, 20) if dataset.name == "openimages" else (3, 5)

@@ -434,3 +434,10 @@ def test_nuswide_from_its_official_files(tmp_path, monkeypatch, capsys):
     mkt.main([*arguments, "--eval", str(tmp_path / "run" / "best.pt"),
               "--output", str(tmp_path / "evaluated")])
     assert rows_of(tmp_path / "evaluated")[-1] == results["rows"][-1]
+
+
+def test_half_precision_trains_and_ranks_about_the_same(trained, tmp_path):
+    mkt.main([*QUICK, "--epochs", "2", "--prompt-epochs", "1", "--precision", "bf16",
+              "--output", str(tmp_path)])
+    for half, full in zip(rows_of(tmp_path), rows_of(trained)):
+        assert half["gzsl_mAP"] == pytest.approx(full["gzsl_mAP"], abs=0.03)
