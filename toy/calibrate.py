@@ -126,7 +126,9 @@ def contact_sheet(path, columns=8, rows=2):
         for i in range(columns * rows):
             place = (i % columns * size, (half * rows + i // columns) * size + 8 * half)
             sheet.paste(data.toy_scene(domain, 9, i), place)
-    sheet.quantize(200, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)  # noise packs badly
+    # few colours, because noise packs badly
+    sheet = sheet.quantize(200, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    sheet.save(path, optimize=True)
 
 
 def main():
