@@ -13,14 +13,22 @@ import contextlib
 import copy
 import functools
 import hashlib
+import http.client
 import inspect
 import json
 import math
 import os
+import random
 import re
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import numpy as np
@@ -233,9 +241,9 @@ def keep_partial(targets, proportion, seed):
     """
     if not 0 < proportion <= 1:
         raise UserError(f"the proportion of known labels must be in (0, 1], not {proportion}")
-    random, kept = np.random.RandomState(seed), targets.clone()
+    generator, kept = np.random.RandomState(seed), targets.clone()
     for rows in kept.split(4096):  # the numbers of one large draw, without its 8 bytes an entry
-        rows *= torch.from_numpy(random.rand(*rows.shape) < proportion).to(rows.device)
+        rows *= torch.from_numpy(generator.rand(*rows.shape) < proportion).to(rows.device)
     return kept
 
 
@@ -487,6 +495,420 @@ def nuswide81(root, split, transform=None, *, annotated_only=False, allow_missin
     return dataset
 
 
+# ---- COCO
+
+# by category id
+COCO_LABELS = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
+kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
+fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
+cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush""".replace("\n", " ").split(", ")
+
+
+# ---- sentences for training without images: a grammar, files, a language model
+
+# what is written about a label follows from its last word; unlisted nouns are singular, or plural
+KINDS = {
+    "singular": """building wedding ring king wing painting ceiling earring string railing swing
+        drawing crossing pudding lens gas canvas christmas""",
+    "plural": "people men women children mice feet teeth geese taxis",
+    "crowd": "police cattle",  # plural, but not counted
+    "pair": """scissors skis glasses sunglasses eyeglasses goggles binoculars pants trousers jeans
+        shorts headphones""",
+    "mass": """grass snow water sand food frost fire rain ice fog smoke bread cheese rice milk wine
+        beer coffee tea juice meat butter cream broccoli corn spinach pasta furniture luggage
+        clothing jewelry graffiti coral mud hay""",
+    "bare": "sports soccer tennis football basketball baseball golf nighttime nature art fashion",
+    "the": "sky sun moon ocean sea horizon ground military surf",
+}
+KINDS = {word: kind for kind, words in KINDS.items() for word in words.split()}
+IRREGULAR = dict(pair.split("/") for pair in """person/people man/men human/humans child/children
+    mouse/mice tooth/teeth foot/feet goose/geese mongoose/mongooses knife/knives leaf/leaves
+    wolf/wolves shelf/shelves loaf/loaves calf/calves scarf/scarves thief/thieves cactus/cacti
+    sheep/sheep deer/deer fish/fish elk/elk moose/moose aircraft/aircraft""".split())
+IRREGULAR_ENDING = re.compile(f"({'|'.join(IRREGULAR)})$", re.I)  # also of bookshelf, reindeer
+VOWEL_SOUND = re.compile(r"(?!eu|ew|one\b|u[knrst][aeiou])[aeiou]|hour|heir|x-?ray|suv\b", re.I)
+
+# group of labels: (the labels, verbs, scenes); a scene needs all labels to be of the group
+GROUPS = {
+    "people": ("person man woman child boy girl",
+               "stands/stand,is standing/are standing,is sitting/are sitting,poses/pose",
+               "in a crowd,at a party,in a public square,on the pavement,at an event"),
+    "animals": ("""animal bird birds cat dog horse horses sheep cow bear elephant zebra giraffe fox
+                tiger lion elk deer rabbit duck goat""",
+                "stands/stand,rests/rest,is resting/are resting,walks/walk,waits/wait",
+                "in a meadow,in the wild,on a farm,in the countryside"),
+    "vehicles": ("bicycle car cars motorcycle motorbike bus truck van taxi vehicle",
+                 "is parked/are parked,stands/stand,is waiting/are waiting,stops/stop",
+                 "on a busy road,in a city street,in a parking lot,at a crossing"),
+    "food": ("""banana apple sandwich orange broccoli carrot pizza donut cake bread cheese bowl cup
+             fork knife spoon bottle""", "lies/lie,can be seen/can be seen",
+             "on a table,on a kitchen counter,at a picnic,at breakfast,on a tray"),
+    "": ("", "can be seen/can be seen,is visible/are visible,is in view/are in view",
+         "on a sunny day,on a cloudy day,early in the morning,late in the afternoon,at dusk,"
+         "in bright light,in soft light,in dim light,in a quiet place,in a busy place,"
+         "in an everyday scene,in a cluttered scene"),
+}
+COUNTS = "two,three,four,five,several,a few,some,many".split(",")
+OPENINGS = ("a photo of,a picture of,a snapshot of,a view of,an image with,a scene with,"
+            "the photo shows,the picture shows,this is a photo of,someone took a picture of")
+POSITIONS = ("next to,beside,near,close to,in front of,behind,to the left of,to the right of,"
+             "not far from,across from")
+PLACES = ("on the left/on the right,on the right/on the left,in the foreground/in the background,"
+          "in front/further back,at the top/at the bottom,in the center/at the edge")
+BEHIND = "in the background,behind,nearby,in the distance,to one side,in the same picture"
+
+
+def plural(label):
+    """Plural of a singular noun; of several words, the last one is inflected."""
+    if IRREGULAR_ENDING.search(label):
+        return IRREGULAR_ENDING.sub(lambda match: IRREGULAR[match[0].lower()], label)
+    if re.search(r"[^aeiou]y$", label):
+        return f"{label[:-1]}ies"
+    return label + ("es" if re.search(r"(s|x|z|ch|sh|ato|mango|volcano)$", label) else "s")
+
+
+def kind_of(label):
+    """How English treats a noun: a value of KINDS."""
+    word = label.lower().split()[-1]
+    guess = ("bare" if re.search(r"(ing|ics)$", word) else
+             "plural" if re.search(r"[^suia]s$", word) else "singular")
+    return KINDS.get(word, guess)
+
+
+def with_article(label):
+    """an apple, a unicorn, skis, snow, dancing, the sky"""
+    article = {"singular": "an " if VOWEL_SOUND.match(label) else "a ", "the": "the "}
+    return article.get(kind_of(label), "") + label
+
+
+def noun_phrases(label):
+    """What a sentence may call a label: [(phrase, whether a plural verb follows)]."""
+    kind, plain = kind_of(label), with_article(label)
+    if kind == "singular":
+        one = 7 * [plain] + [f"{article} {label}" for article in ("a small", "a large", "one")]
+        many = plural(label)
+        return [(noun, False) for noun in one] + [(f"{count} {many}", True) for count in COUNTS]
+    if kind in ("plural", "crowd"):
+        counts = COUNTS if kind == "plural" else ["some", "many"]
+        return 3 * [(plain, True)] + [(f"{count} {label}", True) for count in counts]
+    if kind == "pair":
+        return [(f"a pair of {label}", False), (f"some {label}", True), (plain, True)]
+    return [(plain, False)] + [(f"some {label}", False)] * (kind == "mass")
+
+
+def listing(nouns):
+    *others, last = [noun for noun, _ in nouns]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def as_words(text):
+    """Lower-case words between single spaces, with one at each end; punctuation is dropped."""
+    return " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
+
+
+def as_targets(chosen, count):
+    """List of N lists of label indices -> int8 [N, count], +1 for these and -1 elsewhere."""
+    targets = torch.full((len(chosen), count), -1, dtype=torch.int8)
+    rows = [row for row, indices in enumerate(chosen) for _ in indices]
+    targets[rows, [index for indices in chosen for index in indices]] = 1
+    return targets
+
+
+def grammar_sentences(labels, count, seed=0):
+    """Sentences that describe photos with 1 to 5 random labels, written from the names alone.
+
+    labels: C names. -> sentences list[str] of length count, targets int8 [count, C] in {+1, -1}.
+    Every label is written out, in the singular or the plural, and no other one is mentioned. The
+    same seed writes the same sentences."""
+    generator = random.Random(seed)
+
+    def pick(options):  # several times as fast as random.choice
+        return options[int(generator.random() * len(options))]
+
+    names = {as_words(name) for label in labels for name in (label, plural(label))}
+
+    def usable(phrases):  # they must not mention a label that is not a target
+        phrases = {phrase: as_words(phrase) for phrase in phrases.split(",")}
+        return ([phrase for phrase, words in phrases.items()
+                 if not any(name in words for name in names)] or list(phrases))
+
+    openings, positions, places, behind = map(usable, (OPENINGS, POSITIONS, PLACES, BEHIND))
+    scenes = {group: usable(scenes) for group, (_, _, scenes) in GROUPS.items()}
+    verbs = {group: [verb.split("/") for verb in verbs.split(",")]
+             for group, (_, verbs, _) in GROUPS.items()}
+    group_of = {word: group for group, (words, _, _) in GROUPS.items() for word in words.split()}
+    groups = [group_of.get(label.lower(), "") for label in labels]
+    phrases = [noun_phrases(label) for label in labels]
+    is_thing = [kind_of(label) not in ("bare", "the") for label in labels]  # can be beside another
+
+    def sentence(chosen):
+        nouns = [pick(phrases[label]) for label in chosen]
+        (first, many), rest = nouns[0], nouns[1:]
+        things = sum(is_thing[label] for label in chosen)
+        group = groups[chosen[0]]
+        shared = group if {groups[label] for label in chosen} == {group} else ""
+        scene = pick(scenes[pick([shared, ""])]) if generator.random() < 0.6 else ""
+        verb, be = pick(verbs[group])[many], "are" if many else "is"
+        pattern = generator.random()
+        if pattern < 0.25:
+            return f"{pick(openings)} {listing(nouns)} {scene}"
+        if pattern < 0.65 and things > 1:
+            second, others = rest[0][0], rest[1:]
+            if pattern < 0.35:
+                body = f"{first} {pick(positions)} {second}"
+            elif pattern < 0.55:
+                body = f"{first} {pick([verb, be])} {pick(positions)} {second}"
+            else:
+                here, there = pick(places).split("/")
+                body = f"{first} {be} {here} and {second} {there}"
+            body += f", with {listing(others)} {pick(behind)}" if others else ""
+        elif pattern < 0.75 and things and rest:
+            body = f"there {be} {first}, with {listing(rest)} {pick(behind)}"
+        elif pattern < 0.85 and things:
+            body = f"there {be} {listing(nouns)}"
+        else:
+            body = f"{listing(nouns)} {pick(verbs[shared])[1] if rest else verb}"
+        return f"{scene}, {body}" if scene and generator.random() < 0.3 else f"{body} {scene}"
+
+    sentences, drawn = [], []
+    for _ in range(count):
+        chosen = generator.sample(range(len(labels)), generator.randint(1, min(5, len(labels))))
+        chosen.sort(key=is_thing.__getitem__, reverse=True)  # stable: random but for this
+        text = sentence(chosen).strip()
+        sentences.append(f"{text[0].upper()}{text[1:]}.")
+        drawn.append(chosen)
+    return sentences, as_targets(drawn, len(labels))
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte-order mark; UserError names a bad line."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8, save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+SYNONYMS = [{name.replace("_", " ") for name in group.split()} for group in """
+    person man woman boy girl child kid player rider, airplane aeroplane plane jet, boat ship,
+    bicycle bike, motorcycle motorbike, car automobile, couch sofa, refrigerator fridge, ocean sea,
+    tv television tvmonitor monitor, cell_phone phone smartphone, dining_table diningtable table,
+    potted_plant pottedplant plant, donut doughnut, hair_drier hair_dryer hairdryer""".split(",")]
+REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
+                     r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
+
+
+def read_json(path):
+    """The entries of a JSON list or of JSON lines: [(where it is, entry)], else UserError."""
+    text, line, entries = read_text(path), 1, []
+    try:
+        if text.lstrip().startswith("["):
+            return [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), 1)]
+        for line, content in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028
+            if content.strip():
+                entries.append((f"{path}, line {line}", json.loads(content)))
+        return entries
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}, line {line}: not JSON: {error}") from None
+
+
+def spellings(name, vocabulary):
+    """What counts as a mention of a label: plural, singular, synonyms, and the last word of a
+    longer name, except other labels of the vocabulary. Everything is as as_words has it."""
+    others = {name.rpartition(" ")[2]}.union(*(group for group in SYNONYMS if name in group))
+    names = {name, name.replace(" ", "")} | others - vocabulary
+    for ending, singular in ("ies$", "y"), ("es$", ""), ("s$", ""):
+        names |= {re.sub(ending, singular, word) for word in names}
+    return {f" {word} " for word in names | set(map(plural, names))}
+
+
+def load_texts(path, labels):
+    """Sentences with their labels from a file; those of no use are dropped and counted.
+
+    path: a JSON list of {"labels": ["dog", ...], "description": "..."}, or such an object a line.
+    labels: C names, in upper or lower case. -> N sentences, targets int8 [N, C] in {+1, -1}, and a
+    Counter {reason: number dropped}. UserError names file and line of what cannot be read, and the
+    reasons if nothing is left."""
+    index_of = {label.strip().lower(): index for index, label in enumerate(labels)}
+    names = [as_words(label).strip() for label in labels]
+    mentions = [spellings(name, set(names)) for name in names]
+    sentences, drawn, dropped, known = [], [], Counter(), set()
+    for where, entry in read_json(path):
+        try:
+            if not isinstance(entry["labels"], list):
+                raise TypeError
+            chosen = [index_of.get(label.strip().lower()) for label in entry["labels"]]
+            sentence = (entry["description"] or "").encode(errors="ignore").decode()  # surrogates
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f'{where}: not {{"labels": ["..."], "description": "..."}}') from None
+        sentence = " ".join(sentence.split())
+        words = as_words(sentence)
+        reason = ("no labels" if not chosen else
+                  "unknown label" if None in chosen else
+                  "empty" if words.isspace() else
+                  "refusal" if REFUSAL.match(sentence) else
+                  "duplicate" if words in known else
+                  "label not mentioned" if not all(any(word in words for word in mentions[index])
+                                                   for index in chosen) else None)
+        if reason:
+            dropped[reason] += 1
+        else:
+            known.add(words)
+            sentences.append(sentence)
+            drawn.append(chosen)
+    if not sentences:
+        raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
+    return sentences, as_targets(drawn, len(labels)), dropped
+
+
+def draw_labels(labels, seed, index):
+    """1 to 5 random labels for a request; the same whenever it is made."""
+    generator = random.Random(f"{seed} {index}")
+    return generator.sample(labels, generator.randint(1, min(5, len(labels))))
+
+
+def ask_llm(url, model, labels, key, timeout):
+    """The answer of an OpenAI-compatible endpoint asked for a sentence about these labels."""
+    prompt = (f"Describe, in one sentence of at most 25 words, a photo that shows: "
+              f"{', '.join(labels)}. Use each of these names as it is written here and mention no "
+              f"other object. Answer with the sentence only.")
+    content = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions",
+                                     json.dumps(content).encode(),
+                                     {"Content-Type": "application/json"})
+    if key:  # unredirected: another host must not get it
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        body = response.read()
+    try:
+        answer = json.loads(body)["choices"][0]["message"]["content"] or ""
+        answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)  # reasoning models
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"not a chat completion: {body}") from None
+    return " ".join(answer.split()).strip('" ')
+
+
+def explain(error):
+    """Exception of ask_llm -> message, seconds to wait if the server says so, and what to do:
+    "retry" the request, "skip" it, or "stop" because all others would fail too."""
+    if not isinstance(error, urllib.error.HTTPError):
+        return f"{type(error).__name__}: {error}", None, "retry"
+    code, message, wait = error.code, str(error), error.headers.get("Retry-After", "")
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        message += " " + " ".join(error.read().decode(errors="replace").split())
+    try:  # seconds or a date
+        date = None if wait.isdigit() else parsedate_to_datetime(wait)
+        wait = date.timestamp() - time.time() if date else int(wait)
+    except (TypeError, ValueError):
+        wait = None
+    retry = code in (408, 409, 425, 429) or code >= 500
+    return message, wait, "retry" if retry else "stop" if code in (401, 403, 404) else "skip"
+
+
+def answered_requests(path, labels, seed):
+    """Indices of the requests in a file of generate_sentences; a line cut by a kill is removed."""
+    if not os.path.isfile(path):
+        return set()
+    with open(path, "r+b") as file:
+        content = file.read()
+        end, start = content.rfind(b"\n") + 1, b'{"request": '
+        tail = content[end:]
+        if tail and (tail.startswith(start) or start.startswith(tail)):
+            try:
+                json.loads(tail)
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(end)
+    requests = set()
+    for where, entry in read_json(path):
+        if not isinstance(entry, dict) or not isinstance(entry.get("request"), int):
+            raise UserError(f"{where}: not written by --generate, choose another file")
+        if entry.get("labels") != draw_labels(labels, seed, entry["request"]):
+            raise UserError(f"{where}: for other labels or another seed, choose another file")
+        requests.add(entry["request"])
+    return requests
+
+
+def generate_sentences(path, labels, count, seed, url, model, requests=8, *, timeout=120,
+                       delay=1.0, attempts=8, quiet=False):
+    """Have a language model write `count` sentences -> the number of them that is still missing.
+
+    url: base of an OpenAI-compatible endpoint, e.g. http://localhost:11434/v1. A key, if it needs
+    one, is taken from the environment variable OPENAI_API_KEY. requests: how many at a time.
+    Answers are appended to `path` as they arrive, {"request", "labels", "description"} a line,
+    refusals and empty ones too, so that a restart asks only for what is missing. A failed request
+    is repeated when the server says, else after `delay` seconds, twice that, and so on; after
+    `attempts` it is left to the next start. UserError if the server cannot be found, wants
+    another key or model, fails before its first answer, or fails more than `requests` in a row."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise UserError("OPENAI_API_KEY: has characters that no key has")
+    if not re.match("https?://.", url):
+        raise UserError(f"--llm-url {url}: not an http:// or https:// address")
+    lock, stop = threading.Lock(), threading.Event()
+    received, failures, resume_at = 0, 0, 0.0  # failures: in a row
+
+    def work(index):
+        nonlocal received, failures, resume_at
+        chosen = draw_labels(labels, seed, index)
+        for attempt in range(attempts):
+            if stop.wait(max(0, resume_at - time.monotonic())):
+                return
+            try:
+                answer = ask_llm(url, model, chosen, key, timeout)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                message, wait, action = explain(error)
+                message = (message.replace(key, "***") if key else message)[:300]
+                # a server that was never there is a wrong address
+                if action != "retry" or type(error) is urllib.error.URLError and not received:
+                    break
+                progress.set_postfix_str(message[:50])
+                jitter = random.uniform(0.5, 1.5)
+                if wait is None:
+                    stop.wait(min(60, delay * 2 ** attempt) * jitter)
+                else:  # all of us wait
+                    resume_at = max(resume_at, time.monotonic() + min(wait, 3600) + delay * jitter)
+                continue
+            with lock:
+                line = {"request": index, "labels": chosen, "description": answer}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                received, failures = received + 1, 0
+                progress.update()
+            return
+        with lock:
+            failures += 1
+            if action == "stop" or failures > requests or action == "retry" and not received:
+                raise UserError(f"{url}: {message}; what was received is in {path}, the same "
+                                f"command goes on from there")
+
+    try:
+        missing = sorted(set(range(count)) - answered_requests(path, labels, seed))
+        with (open(path, "a", encoding="utf-8") as file,
+              tqdm(total=count, initial=count - len(missing), disable=quiet or None) as progress,
+              ThreadPoolExecutor(requests) as pool):
+            try:
+                for future in as_completed([pool.submit(work, index) for index in missing]):
+                    future.result()
+            except BaseException:  # Ctrl-C too: ask no more, but keep the answers in flight
+                stop.set()
+                progress.set_postfix_str("waiting for the last answers")
+                pool.shutdown(cancel_futures=True)
+                raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return len(missing) - received
+
+
 # ---- toy world
 
 SCENE_SIZE = 128  # pixels; drawn at twice the size and reduced
@@ -706,51 +1128,51 @@ def toy_objects(domain, seed, index, things=None):
     free to overlap a little; one that finds no place is left out, so mostly 2-4 remain. thing and
     colour are indices, x, y and size (half the width) are in scene widths, angle in degrees.
     things: the label indices to draw from, all by default."""
-    random = np.random.default_rng((seed, index, domain == "benchmark", 0))
+    generator = np.random.default_rng((seed, index, domain == "benchmark", 0))
     things = np.arange(len(TOY_LABELS)) if things is None else np.asarray(things)
     if domain == "web":
-        count = random.choice(5, p=[0.46, 0.40, 0.08, 0.04, 0.02]) + 1
+        count = generator.choice(5, p=[0.46, 0.40, 0.08, 0.04, 0.02]) + 1
         low, high = (0.24, 0.40) if count == 1 else (0.17, 0.28) if count == 2 else (0.13, 0.2)
     else:
-        count, low, high = random.integers(2, 7), 0.15, 0.27
+        count, low, high = generator.integers(2, 7), 0.15, 0.27
     objects = []
     for _ in range(count):
-        size = random.uniform(low, high)
+        size = generator.uniform(low, high)
         for _ in range(30):  # a place where it covers little of the others
-            x, y = random.uniform(size * 0.9, 1 - size * 0.9, 2)
+            x, y = generator.uniform(size * 0.9, 1 - size * 0.9, 2)
             if all(max(abs(x - other[2]), abs(y - other[3])) > 0.8 * (size + other[4])
                    for other in objects):
                 break
         else:
             continue
-        again = objects and random.random() < 0.15  # two of the same kind
-        thing = objects[-1][0] if again else int(random.choice(things))
-        colour = int(random.integers(len(COLOURS)))
-        objects.append((thing, colour, x, y, size, random.uniform(-25, 25)))
+        again = objects and generator.random() < 0.15  # two of the same kind
+        thing = objects[-1][0] if again else int(generator.choice(things))
+        colour = int(generator.integers(len(COLOURS)))
+        objects.append((thing, colour, x, y, size, generator.uniform(-25, 25)))
     return sorted(objects, key=lambda thing: -thing[4])
 
 
 def toy_scene(domain, seed, index, things=None):
     """-> RGB PIL image of SCENE_SIZE pixels square, with what toy_objects lists."""
-    random = np.random.default_rng((seed, index, domain == "benchmark", 1))
+    generator = np.random.default_rng((seed, index, domain == "benchmark", 1))
     size, benchmark = 2 * SCENE_SIZE, domain == "benchmark"
-    ground = random.integers(195 if benchmark else 205, 256, 3)
+    ground = generator.integers(195 if benchmark else 205, 256, 3)
     image = Image.new("RGB", (size, size), tuple(ground.tolist()))
     draw = ImageDraw.Draw(image)
-    for _ in range(random.integers(3, 8) if benchmark else 0):  # clutter
-        x, y = random.uniform(0, size, 2)
-        colour = tuple((ground + random.integers(-60, 40, 3)).clip(0, 255).tolist())
-        if random.random() < 0.5:
-            dx, dy = random.uniform(-60, 60, 2)
-            draw.line((x, y, x + dx, y + dy), colour, int(random.integers(2, 7)))
+    for _ in range(generator.integers(3, 8) if benchmark else 0):  # clutter
+        x, y = generator.uniform(0, size, 2)
+        colour = tuple((ground + generator.integers(-60, 40, 3)).clip(0, 255).tolist())
+        if generator.random() < 0.5:
+            dx, dy = generator.uniform(-60, 60, 2)
+            draw.line((x, y, x + dx, y + dy), colour, int(generator.integers(2, 7)))
         else:
-            rx, ry = random.uniform(3, 22, 2)
+            rx, ry = generator.uniform(3, 22, 2)
             draw.ellipse((x - rx, y - ry, x + rx, y + ry), colour)
     palette = np.array(list(COLOURS.values()), dtype=float)
     for thing, colour, x, y, radius, angle in toy_objects(domain, seed, index, things):
-        main = palette[colour] + random.uniform(-14, 14, 3)
+        main = palette[colour] + generator.uniform(-14, 14, 3)
         if benchmark:  # slightly other colours: less saturated, in another light
-            main = 0.88 * main + 0.12 * main.mean() + random.uniform(-12, 12, 3)
+            main = 0.88 * main + 0.12 * main.mean() + generator.uniform(-12, 12, 3)
         tones = np.stack([main, 0.62 * main, 0.5 * main + 127, np.full(3, 250), np.full(3, 35)])
         tones = tones.clip(0, 255).astype(int).tolist()
         cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
@@ -759,7 +1181,7 @@ def toy_scene(domain, seed, index, things=None):
             points = outline @ turn + np.array([x, y]) * size
             draw.polygon(points.ravel().tolist(), tuple(tones[tone]))
     pixels = np.asarray(image.reduce(2), dtype=np.float32)
-    noise = random.standard_normal(pixels.shape, dtype=np.float32)
+    noise = generator.standard_normal(pixels.shape, dtype=np.float32)
     pixels = pixels + (6 if benchmark else 4) * noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
