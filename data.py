@@ -323,51 +323,60 @@ def _bad_entry(path, block, first_line, columns):
             return UserError(f"{path}, line {number}: {len(entries)} entries instead of {columns}")
 
 
-def _cached_bits(paths, columns, rows, quiet):
-    """_read_bits of every path, uint8 [rows, len(paths), ceil(columns / 8)], kept in a cache.
+def _cached(name, paths, key, make, quiet):
+    """make(), a dict of numpy arrays without objects, kept in a cache.
 
-    The cache is in $XDG_CACHE_HOME/clip_multilabel (~/.cache/clip_multilabel), and valid while
-    the files keep their sizes and modification times. UserError if a file has not `rows` rows.
+    The cache is in $XDG_CACHE_HOME/clip_multilabel (~/.cache/clip_multilabel), its file's name
+    starts with `name`. It is valid while the files it was made of, `paths`, keep their sizes and
+    modification times, and `key`, anything that JSON can hold, is the same. No array can be
+    called "key".
     """
     stats = [os.stat(path) for path in paths]
-    names = [os.path.abspath(path) for path in paths]
-    key = json.dumps([columns, [(s.st_size, s.st_mtime_ns) for s in stats]])
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    key = json.dumps([key, [(s.st_size, s.st_mtime_ns) for s in stats]])
+    names = "\n".join(os.path.abspath(path) for path in paths)
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
     directory = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     directory = os.path.join(directory, "clip_multilabel")
-    cache = os.path.join(directory, f"{os.path.basename(paths[0])}-{digest}.npz")
-
-    shape = (rows, len(paths), (columns + 7) // 8)
+    cache = os.path.join(directory, f"{name}-{digest}.npz")
     try:
         with np.load(cache, allow_pickle=False) as content:
-            if content["key"] == key and (bits := content["bits"]).shape == shape:
-                return bits
+            if content["key"] == key:
+                return {array: content[array] for array in content.files if array != "key"}
     except FileNotFoundError:
         pass
     except Exception as error:  # whatever is wrong with it, the sources are there
         _note(f"{cache} cannot be read ({error}), it is made anew", quiet)
 
-    bits = []
-    size = sum(s.st_size for s in stats)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=quiet or None) as progress:
-        for path in paths:
-            progress.set_description(os.path.basename(path))
-            bits.append(_read_bits(path, columns, progress))
-            if len(bits[-1]) != rows:
-                raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
-    bits = np.stack(bits, axis=1)
-
+    arrays = make()
     temporary = f"{cache}.{os.getpid()}"
     try:
         os.makedirs(directory, exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(file, key=key, bits=bits)
+            np.savez(file, key=key, **arrays)
         os.replace(temporary, cache)
     except OSError as error:
         _note(f"{cache} cannot be written ({error.strerror}), the next start is slow too", quiet)
         with contextlib.suppress(OSError):
             os.remove(temporary)
-    return bits
+    return arrays
+
+
+def _cached_bits(paths, columns, rows, quiet):
+    """_read_bits of every path, uint8 [rows, len(paths), ceil(columns / 8)], kept in a cache.
+
+    UserError if a file has not `rows` rows.
+    """
+    def make():
+        bits, size = [], sum(map(os.path.getsize, paths))
+        with tqdm(total=size, unit="B", unit_scale=True, disable=quiet or None) as progress:
+            for path in paths:
+                progress.set_description(os.path.basename(path))
+                bits.append(_read_bits(path, columns, progress))
+                if len(bits[-1]) != rows:
+                    raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
+        return {"bits": np.stack(bits, axis=1)}
+
+    return _cached(os.path.basename(paths[0]), paths, [columns, rows], make, quiet)["bits"]
 
 
 def _fill_targets(targets, bits, width, rows, columns):
