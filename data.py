@@ -554,8 +554,8 @@ COCO_LAYOUT = """COCO 2014 is expected as it is distributed:
     train2014/COCO_train2014_<number>.jpg
     val2014/COCO_val2014_<number>.jpg
 Images and "2014 Train/Val annotations": https://cocodataset.org/#download"""
-COCO_IMAGES = {"train": 82_783, "test": 40_504}  # as published, and those with an annotation
-COCO_ANNOTATED = {"train": 82_081, "test": 40_137}
+COCO_IMAGES = {"train": 82_783, "test": 40_504}  # as published
+COCO_ANNOTATED = {"train": 82_081, "test": 40_137}  # those with a box
 
 
 def _coco_instances(path, quiet):
@@ -736,18 +736,17 @@ Images: https://homes.cs.washington.edu/~ranjay/visualgenome/api.html
 Lists and labels: those of SSGRL, "Learning Semantic-Specific Graph Representation for Multi-Label
 Image Recognition", ICCV 2019"""
 VG_IMAGES = {"train": 98_249, "test": 10_000}
-VG_NAMES = ("vg_category_200.txt", "vg_category_200.json")
 
 
 def _vg_names(root):
     """The names of the labels, in the order of their indices."""
-    path = next((path for name in VG_NAMES if os.path.exists(path := os.path.join(root, name))), "")
-    if not path:
-        raise UserError(f"{root}: VG-200's labels are published as numbers, but these methods need "
-                        f"their names: write them to {VG_NAMES[0]}, a line each, in the order of "
-                        f"the indices (line 1 is label 0), or as a JSON list to {VG_NAMES[1]}")
-    if path.endswith(".txt"):
-        return _distinct_lines(path)
+    text, path = (os.path.join(root, f"vg_category_200.{suffix}") for suffix in ("txt", "json"))
+    if os.path.exists(text):
+        return _distinct_lines(text)
+    if not os.path.exists(path):
+        raise UserError(f"{root}: VG-200's labels are published as numbers, but these methods "
+                        f"need their names: write them to {text}, a line each, in the order of "
+                        f"the numbers (line 1 is label 0), or as a JSON list to {path}")
     names = _parse_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: must be a JSON list of names, label 0 first")
@@ -803,25 +802,23 @@ def _folder_entries(path):
     for where, entry in read_json(path):
         if not isinstance(entry, dict) or not entry.keys() <= {"image", "present", "absent"}:
             raise UserError(f'{where}: not {{"image": "...", "present": [...], "absent": [...]}}')
-        image, labels = entry.get("image"), {}
+        image = entry.get("image")
         if not isinstance(image, str) or not image:
             raise UserError(f'{where}: "image" must be the path of an image')
         image = os.path.normpath(os.path.join(os.path.dirname(path), image))
         if first.setdefault(image, where) != where:
             raise UserError(f"{where}: {entry['image']} is listed twice, also at {first[image]}")
+        labels = {"present": [], "absent": [], **entry}
         for key in ("present", "absent"):
-            names = entry.get(key, [])
-            if key == "absent" and names == "rest":
-                labels[key] = names
+            names, rest = labels[key], ' or "rest"' if key == "absent" else ""
+            if rest and names == "rest":
                 continue
             if not isinstance(names, list) or not all(
                     isinstance(name, str) and name.strip() for name in names):
-                raise UserError(f'{where}: "{key}" must be a list of labels'
-                                + ' or "rest"' * (key == "absent"))
+                raise UserError(f'{where}: "{key}" must be a list of labels{rest}')
             labels[key] = [name.strip() for name in names]
-        both = [name for name in labels["present"] if labels["absent"] != "rest"
-                and name in labels["absent"]]
-        if both:
+        both = [name for name in labels["present"] if name in labels["absent"]]
+        if both and labels["absent"] != "rest":
             raise UserError(f"{where}: '{both[0]}' is both present and absent")
         entries.append((where, image, labels["present"], labels["absent"]))
     if not entries:

@@ -541,9 +541,11 @@ def test_folder_with_absolute_paths_and_as_a_json_list(folder_root, tmp_path_fac
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     save_images(elsewhere, ["a.png", "b.png"])
     write(folder_root / "test.jsonl", json.dumps(
-        [{"image": str(elsewhere / "b.png"), "present": ["dog"]}], indent=1))
+        [{"image": str(elsewhere / "b.png"), "present": ["dog"]},
+         {"image": str(elsewhere / "a.png"), "present": ["rest"], "absent": "rest"}], indent=1))
     dataset = load_dataset("folder", folder_root, "test")
-    assert numbers(dataset) == [1] and dataset.targets.tolist() == [[0, 1, 0]]
+    assert dataset.labels == ["cat", "dog", "ice cream", "rest"] and numbers(dataset) == [1, 0]
+    assert dataset.targets.tolist() == [[0, 1, 0, 0], [-1, -1, -1, 1]]
 
 
 @pytest.mark.parametrize("line, problem", [
@@ -626,7 +628,8 @@ def test_options_reach_the_datasets(tmp_path):
         for split in ("train", "test"):
             dataset = load("voc2007", "--difficult", name, split=split)
             assert dataset.targets.tolist() == voc_targets(value)
-    assert len(load("toy").unseen) == len(load("toy", "--zero-shot").unseen) == 14
+    for given in ([], ["--zero-shot"]):  # its default
+        assert len(load("toy", *given, split="test").unseen) == 14
 
 
 @pytest.mark.parametrize("name, given, known", [
