@@ -11,10 +11,13 @@ swaps the last two). Every dataset is one function, listed in the dictionary at 
 import argparse
 import contextlib
 import copy
+import csv
 import functools
+import glob
 import hashlib
 import http.client
 import inspect
+import itertools
 import json
 import math
 import os
@@ -23,6 +26,7 @@ import re
 import sys
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import warnings
@@ -34,7 +38,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
@@ -1643,6 +1647,215 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
     return dataset
 
 
+# ---- pictures
+
+# of heatmaps, from low to high: even steps of lightness, so that it reads without colour vision
+PALETTE = np.array([(25, 15, 115), (135, 25, 155), (215, 60, 100), (250, 140, 40), (255, 225, 30)])
+# of curves: colours that colour-blind people tell apart (Okabe and Ito, 2008)
+LINE_COLOURS = ["#000000", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9"]
+INK, GREY, PALE = "#222222", "#6f6f6f", "#e4e4e4"
+CORRECT, FALSE = "#007a5a", "#d55e00"
+
+
+@functools.lru_cache
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+def _fit_text(text, size, width):
+    """One line of text no wider than so many pixels, cut with an ellipsis where it has to be.
+
+    Pillow's font has few letters beyond ASCII: accents go, what else it lacks becomes a box."""
+    text = unicodedata.normalize("NFKD", " ".join(text[:300].split()))
+    text = "".join(letter for letter in text if not unicodedata.combining(letter))
+    if _font(size).getlength(text) <= width:
+        return text
+    while text and _font(size).getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _palette(values):
+    """Values in [0, 1] -> RGB, uint8 [..., 3]."""
+    stops = np.linspace(0, 1, len(PALETTE))
+    return np.stack([np.interp(values, stops, channel) for channel in PALETTE.T], -1).astype("u1")
+
+
+def _overlay(picture, values):
+    """The palette's colours over a picture, the more opaque the higher the value in [0, 1]."""
+    colours = Image.fromarray(_palette(values))
+    return Image.composite(colours, picture, Image.fromarray((190 * values ** 2).astype("u1")))
+
+
+def draw_heatmaps(photo, maps):
+    """The photo, then a tile per map with its colours over the photo -> RGB PIL image.
+
+    photo: RGB PIL image. maps: (label, score, float [h, w]) each, a grid over the central square
+    of the photo, which is what CLIP's preprocessing keeps; the rest of the photo stays as it is.
+    Colours go from a map's own lowest to its own highest value; a constant map has none."""
+    scale, gap, caption = 360 / max(photo.size), 16, 36
+    width, height = (max(1, round(scale * size)) for size in photo.size)
+    photo = photo.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    side, cell = min(width, height), max(width, 180)  # a label needs some room
+    left, top = (width - side) // 2, (height - side) // 2
+    square = photo.crop((left, top, left + side, top + side))
+    columns = min(1 + len(maps), 4)
+    rows = math.ceil((1 + len(maps)) / columns)
+    sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + rows * (height + caption + gap)),
+                      "white")
+    draw = ImageDraw.Draw(sheet)
+    sheet.paste(photo, (gap, gap))
+    y = gap + height + 9  # under the photo: what the colours mean
+    draw.text((gap, y), "low", GREY, _font(15))
+    ramp = np.broadcast_to(np.linspace(0, 1, 96), (12, 96))
+    sheet.paste(_overlay(Image.new("RGB", (96, 12), "white"), ramp), (gap + 34, y + 4))
+    draw.rectangle((gap + 33, y + 3, gap + 130, y + 16), outline=PALE)
+    draw.text((gap + 138, y), "high", GREY, _font(15))
+    for i, (label, score, values) in enumerate(maps, 1):
+        values = np.nan_to_num(np.asarray(values, np.float32))
+        values = (values - values.min()) / (np.ptp(values) or 1)
+        values = Image.fromarray(values).resize((side, side), Image.Resampling.BICUBIC)
+        x, y = gap + i % 4 * (cell + gap), gap + i // 4 * (height + caption + gap)
+        sheet.paste(photo, (x, y))
+        sheet.paste(_overlay(square, np.asarray(values).clip(0, 1)), (x + left, y + top))
+        if width != height:  # say where the map ends
+            draw.rectangle((x + left, y + top, x + left + side - 1, y + top + side - 1),
+                           outline="white")
+        score = f"{score:.3f}"
+        room = cell - 12 - _font(17).getlength(score)
+        draw.text((x, y + height + 8), _fit_text(label, 17, room), INK, _font(17))
+        draw.text((x + cell, y + height + 8), score, GREY, _font(17), anchor="ra")
+    return sheet
+
+
+def _ticks(low, high, most):
+    """At most about so many round numbers, evenly spaced, that enclose [low, high]."""
+    spread = max(high - low, 0.05 * max(abs(low), abs(high)), 1e-6)  # no microscope for noise
+    low, high = (low + high - spread) / 2, (low + high + spread) / 2
+    step = 10.0 ** math.floor(math.log10(spread / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if factor * step * most >= spread)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return [step * i for i in range(first, last + 1)], max(0, -math.floor(math.log10(step) + 1e-6))
+
+
+def draw_curves(log):
+    """The lines of a log.jsonl as a panel of losses, and one of scores if any -> RGB PIL image.
+
+    log: dicts with "epoch", numbers, perhaps "stage". Names with mAP, precision, recall or F1 are
+    scores. Epochs are counted through all stages; a line is broken where a stage ends."""
+    names = [name for name in dict.fromkeys(name for line in log for name in line)
+             if name not in ("stage", "epoch", "lr", "seconds", "unreadable_images")]
+    scores = [name for name in names if re.search("mAP|precision|recall|F1", name)]
+    losses = [name for name in names if name not in scores]
+    panels = [panel for panel in (("Loss", losses), ("Scores", scores)) if panel[1]]
+    stages = [line.get("stage", 1) for line in log]
+    width, height = 1040, 760  # of a panel; everything is drawn twice as large, then reduced
+    sheet = Image.new("RGB", (width * max(1, len(panels)), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for panel, (title, names) in enumerate(panels):
+        left, right, bottom = panel * width + 124, (panel + 1) * width - 44, height - 104
+        draw.text((left, 28), title, INK, _font(34))
+        legend, x, y = [], left, 84
+        for name in names:
+            text = _fit_text(name, 26, 400)
+            if x > left and x + 56 + _font(26).getlength(text) > right:
+                x, y = left, y + 40
+            legend.append((x, y, text))
+            x += 104 + int(_font(26).getlength(text))
+        top = y + (84 if len(set(stages)) > 1 else 56)
+        values = {name: [(epoch, line[name]) for epoch, line in enumerate(log)
+                         if math.isfinite(line.get(name, math.nan))] for name in names}
+        drawn = [value for points in values.values() for _, value in points] or [0.0]
+        ticks, digits = _ticks(min(drawn), max(drawn), 5)
+
+        def place(epoch, value):
+            return (left + (right - left) * (epoch + 0.5) / len(log),
+                    bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
+
+        for tick in ticks:
+            y = place(0, tick)[1]
+            draw.line((left, y, right, y), PALE, 2)
+            draw.text((left - 16, y), f"{tick:.{digits}f}", GREY, _font(24), anchor="rm")
+        draw.line((left, bottom, right, bottom), GREY, 2)
+        for epoch in {round(tick) for tick in _ticks(0, len(log), 8)[0]}:
+            if 1 <= epoch <= len(log):
+                x = place(epoch - 1, 0)[0]
+                draw.line((x, bottom, x, bottom + 8), GREY, 2)
+                draw.text((x, bottom + 16), str(epoch), GREY, _font(24), anchor="mt")
+        draw.text(((left + right) / 2, bottom + 56), "epoch", GREY, _font(24), anchor="mt")
+        for stage in dict.fromkeys(stages) if len(set(stages)) > 1 else ():
+            x, text = place(stages.index(stage) - 0.5, 0)[0], f"stage {stage}"
+            draw.text((min(x, right - _font(24).getlength(text)), top - 36), text, GREY, _font(24))
+            if x > left:
+                draw.line((x, top, x, bottom), GREY, 2)
+        for i, (name, (x, y, text)) in enumerate(zip(names, legend)):
+            # the first line is the widest: a total stays visible under a term that equals it
+            colour, size = LINE_COLOURS[i % len(LINE_COLOURS)], 4 if i else 8
+            draw.line((x, y + 16, x + 44, y + 16), colour, size)
+            draw.text((x + 60, y), text, INK, _font(26))
+            for stage in dict.fromkeys(stages):
+                points = [place(epoch, value) for epoch, value in values[name]
+                          if stages[epoch] == stage]
+                if len(points) > 1:
+                    draw.line(points, colour, size, joint="curve")
+                for x, y in points if len(log) <= 40 or len(points) == 1 else ():
+                    draw.ellipse((x - size, y - size, x + size, y + size), colour)
+    return sheet.reduce(2)
+
+
+def _mark(draw, kind, x, y):
+    """A check mark, a cross or a dash as lines in a square of 22 pixels."""
+    lines = {"correct": [(1, 12, 8, 19), (8, 19, 21, 3)], "missed": [(2, 11, 20, 11)],
+             "false": [(3, 3, 19, 19), (3, 19, 19, 3)]}[kind]
+    colour = {"correct": CORRECT, "false": FALSE, "missed": GREY}[kind]
+    for x0, y0, x1, y1 in lines:
+        draw.line((x + x0, y + y0, x + x1, y + y1), colour, 5)
+        for px, py in ((x + x0, y + y0), (x + x1, y + y1)):
+            draw.ellipse((px - 2, py - 2, px + 2, py + 2), colour)
+
+
+def draw_gallery(images, truths, predictions):
+    """A contact sheet, six images a row -> RGB PIL image.
+
+    images: RGB PIL images; their central square is shown. truths: per image its labels.
+    predictions: per image (label, score), best first. Under an image come the predictions, with a
+    check mark or a cross, and with a dash the labels that are not among them."""
+    side, gap, line, most = 320, 32, 36, 12  # drawn twice as large, then reduced
+    entries = []
+    for truth, predicted in zip(truths, predictions):
+        lines = [("correct" if label in truth else "false", label, f"{score:.3f}")
+                 for label, score in predicted]
+        found = {label for label, _ in predicted}
+        lines += [("missed", label, "") for label in truth if label not in found]
+        entries.append(lines)
+    columns = min(6, max(3, len(images)))
+    rows = [entries[i:i + columns] for i in range(0, len(entries), columns)]
+    heights = [side + 16 + line * min(most, max(map(len, row))) + gap for row in rows]
+    sheet = Image.new("RGB", (gap + columns * (side + gap), 2 * gap + line + sum(heights)),
+                      "white")
+    draw, x = ImageDraw.Draw(sheet), gap
+    for kind in ("correct", "false", "missed"):
+        _mark(draw, kind, x, gap)
+        draw.text((x + 34, gap - 4), kind, INK, _font(26))
+        x += 98 + int(_font(26).getlength(kind))
+    y = gap + line + gap
+    for row, entries in enumerate(rows):
+        for column, lines in enumerate(entries):
+            x, image = gap + column * (side + gap), images[row * columns + column]
+            sheet.paste(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS), (x, y))
+            if len(lines) > most:
+                lines = [*lines[:most - 1], (None, f"and {len(lines) - most + 1} more", "")]
+            for i, (kind, label, score) in enumerate(lines):
+                top = y + side + 16 + i * line
+                if kind:
+                    _mark(draw, kind, x, top + 4)
+                label = _fit_text(label, 26, side - 46 - _font(26).getlength(score))
+                draw.text((x + 34, top), label, GREY if kind != "correct" else INK, _font(26))
+                draw.text((x + side, top), score, GREY, _font(26), anchor="ra")
+        y += heights[row]
+    return sheet.reduce(2)
+
+
 # ---- files of a run
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -1652,18 +1865,21 @@ RUN_FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "results.json", "cu
 
 
 def image_files(paths):
-    """Image files: files as given, folders recursively by name; UserError where there is none."""
+    """Image files: files as given, folders recursively by name, patterns such as "photos/*.jpg"
+    by name, each file once; UserError where there is none."""
     files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f"--predict: no such file or folder: {path}")
+    for given in paths:
+        path = Path(given).expanduser()
+        found = [path] if path.exists() else [
+            Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise UserError(f"--predict: no such file or folder: {given}")
+        for path in found:
+            files += [path] if not path.is_dir() else sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"--predict: no images in {', '.join(map(str, paths))}")
-    return files
+    return list(dict.fromkeys(files))
 
 
 def parse_labels(text):
@@ -1678,20 +1894,25 @@ def parse_labels(text):
 
 
 def write_file(path, content):
-    """Write str, bytes or what torch.save takes under a temporary name, then rename it: whatever
-    happens meanwhile, the old file or the new one is there, whole."""
+    """Write str, bytes, an image as PNG or what torch.save takes under a temporary name, then
+    rename it: whatever happens meanwhile, the old file or the new one is there, whole. Folders
+    that do not exist are made."""
     temporary = Path(f"{path}.tmp")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if isinstance(content, (str, bytes)):
                 file.write(content.encode() if isinstance(content, str) else content)
+            elif isinstance(content, Image.Image):
+                content.save(file, "PNG")
             else:
                 torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -1721,7 +1942,6 @@ def write_results(method, args, state, rows, keep=True):
     results = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,
                "seconds": round(state["seconds"], 1), "rows": rows}
     if keep:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
         write_file(Path(args.output) / "results.json", json.dumps(results, indent=1))
     return results
 
@@ -1758,7 +1978,7 @@ def check_labels(dataset, state):
 
 
 def finish_epoch(output, state, line, quiet):
-    """Print an epoch's line, append it to the log, write log.jsonl, last.pt and best.pt.
+    """Print an epoch's line, append it to the log, write the checkpoints, log.jsonl, curves.png.
 
     line: {"stage", "epoch", numbers..., "seconds"}; best.pt is the epoch with the highest val_mAP,
     or the last one where there is none."""
@@ -1771,6 +1991,7 @@ def finish_epoch(output, state, line, quiet):
         write_file(output / "best.pt", state)
     write_file(output / "last.pt", state)
     write_file(output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
+    write_file(output / "curves.png", draw_curves(state["log"]))
 
 
 def finite_means(history, names, where, output):
@@ -1875,5 +2096,144 @@ def add_run_arguments(parser, method):
     add("--quiet", action="store_true", help="print the results only")
     add = parser.add_argument_group("use a trained model").add_argument
     add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split instead of training")
-    add("--predict", nargs="+", metavar="IMAGE_OR_DIR", help="print a JSON object per image")
+    add("--gallery", metavar="FILE.png", help="with --eval or after training, 24 test images with "
+        "their labels and as many predictions")
+    add("--predict", nargs="+", metavar="IMAGE", help="of images, folders and quoted patterns "
+        "print a JSON object per image; exit code 1 if some could not be read")
     add("--checkpoint", metavar="FILE", help="the trained model for --predict")
+    add("--top", type=number(int, 1), metavar="N", help="predict the N best labels only")
+    add("--threshold", type=number(float, -math.inf), metavar="T",
+        help="predict labels with at least this score only")
+    add("--csv", metavar="FILE", help="for --predict, also a table: path, label, score")
+    add("--heatmap", metavar="DIR", help="for --predict, also a PNG per image: where its best "
+        "labels (default: 3) were seen")
+
+
+def check_run_arguments(args):
+    """UserError if options do not fit together; the images of --predict become a list of files."""
+    if args.predict and not args.checkpoint:
+        raise UserError("--predict needs --checkpoint FILE")
+    if args.predict and args.gallery:
+        raise UserError("--gallery shows images of the test split: leave --predict out")
+    for name in ("csv", "heatmap", "top", "threshold"):
+        pictured = args.gallery and name in ("top", "threshold")
+        if getattr(args, name) is not None and not (args.predict or pictured):
+            raise UserError(f"--{name} needs --predict IMAGE")
+    if args.gallery and not args.gallery.lower().endswith(".png"):
+        raise UserError(f"--gallery {args.gallery}: the name must end in .png")
+    if args.gallery and not Path(args.gallery).parent.is_dir():
+        raise UserError(f"--gallery: no such folder: {Path(args.gallery).parent}")
+    if args.predict:
+        args.predict = image_files(args.predict)
+
+
+# ---- use of a trained model
+
+def best_labels(scores, labels, args):
+    """Scores [C] -> [(label, score)] of --top and --threshold, best first, to four digits."""
+    values, order = scores.sort(descending=True, stable=True)
+    best = [(labels[i], round(value, 4)) for i, value in zip(order[:args.top].tolist(),
+                                                             values.tolist())]
+    return [(label, score) for label, score in best
+            if args.threshold is None or score >= args.threshold]
+
+
+@contextlib.contextmanager
+def csv_rows(path):
+    """A csv.writer whose file has a temporary name until the end; without a path it is None."""
+    if path is None:
+        yield None
+        return
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield csv.writer(file)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def heatmap_files(files, folder):
+    """{image file: its PNG in the folder}, laid out as the images are below their common folder.
+
+    A number tells images of one stem apart, and keeps images from being written over."""
+    full = [Path(os.path.abspath(file)) for file in files]
+    common, pictures = os.path.commonpath([path.parent for path in full]), {}
+    taken = {str(path).lower() for path in full}  # some file systems ignore case
+    for file, path in zip(files, full):
+        stem = os.path.abspath(Path(folder) / path.relative_to(common).with_suffix(""))
+        names = itertools.chain([f"{stem}.png"], (f"{stem}-{n}.png" for n in itertools.count(2)))
+        picture = next(name for name in names if name.lower() not in taken)
+        taken.add(picture.lower())
+        pictures[file] = Path(picture)
+    return pictures
+
+
+@torch.no_grad()
+def predict(score, labels, preprocess, args):
+    """--predict: print a JSON object per image, its path and the labels with scores, best first;
+    write what --csv and --heatmap ask for.
+
+    score: images [B, 3, H, W] -> (scores [B, C], maps [B, C, h, w], which only --heatmap needs).
+    Images that cannot be read are named on stderr and left out, and the exit code is 1;
+    UserError if there is no other."""
+    def load(file):
+        try:
+            return preprocess(open_image(file))
+        except UserError as error:
+            return error
+
+    # a --batch-size may be of sentences, of which far more fit than images
+    files, unreadable, size = args.predict, [], min(args.batch_size or 64, 64)
+    threads = 8 if args.workers is None else max(1, args.workers)
+    pictures = heatmap_files(files, args.heatmap) if args.heatmap else {}
+    batches = progress([files[i:i + size] for i in range(0, len(files), size)], "predicting",
+                       args.quiet)
+    with csv_rows(args.csv) as table, ThreadPoolExecutor(threads) as pool:
+        if table:
+            table.writerow(("path", "label", "score"))
+        for batch in batches:
+            loaded = dict(zip(batch, pool.map(load, batch)))
+            unreadable += [x for x in loaded.values() if isinstance(x, UserError)]
+            images = {file: x for file, x in loaded.items() if torch.is_tensor(x)}
+            if not images:
+                continue
+            scores, maps = score(torch.stack([*images.values()]))
+            for i, (file, row) in enumerate(zip(images, scores.float().cpu())):
+                best = best_labels(row, labels, args)
+                tqdm.write(json.dumps({"path": str(file), "labels": [
+                    {"label": label, "score": value} for label, value in best]},
+                    ensure_ascii=False))
+                if table:
+                    table.writerows((file, label, value) for label, value in best)
+                if args.heatmap:
+                    shown = [(label, value, maps[i, labels.index(label)].float().cpu().numpy())
+                             for label, value in best[:args.top or 3]]
+                    write_file(pictures[file], draw_heatmaps(open_image(file), shown))
+        if len(unreadable) == len(files):
+            raise UserError("; ".join(map(str, unreadable)))
+    for error in unreadable:
+        _note(error)
+    if unreadable:
+        sys.exit(1)
+
+
+@torch.no_grad()
+def write_gallery(dataset, score, args):
+    """--gallery: 24 images from all over a split, each with its labels and, unless --top or
+    --threshold say otherwise, as many predictions; score as in predict."""
+    shown = dataset.subset(torch.linspace(0, len(dataset) - 1, min(24, len(dataset))).long())
+    scores = score(torch.stack([image for image, _ in shown]))[0].float().cpu()
+    shown.transform = None
+    images, truths, predictions = [], [], []
+    for (image, target), row in zip(shown, scores):
+        known = target.nonzero()[:, 0].tolist()
+        labels = [dataset.labels[i] for i in known]
+        truths.append([dataset.labels[i] for i in known if target[i] == 1])
+        predicted = best_labels(row[known], labels, args)
+        images.append(image)
+        predictions.append(predicted if args.top or args.threshold is not None
+                           else predicted[:len(truths[-1])])
+    write_file(args.gallery, draw_gallery(images, truths, predictions))

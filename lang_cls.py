@@ -87,20 +87,21 @@ class CoMC(nn.Module):
     def forward(self, embeddings):
         return embeddings @ self.weight.T
 
+    def logits(self, embeddings, mapping_weight):
+        """Unit-length embeddings of images [..., D] -> [..., C]."""
+        if mapping_weight:
+            mapped = map_to_text(embeddings, self.memory)
+            embeddings = (1 - mapping_weight) * embeddings + mapping_weight * mapped
+        return self(embeddings)
+
     def scores(self, global_, local, mapping_weight=0.3, streams="both"):
         """Unit-length embeddings [B, D] and [B, L, D] -> scores [B, C]: the mean of the whole
         image's and the best location's; streams: "both", or "global" or "local" alone."""
-        def logits(embeddings):
-            if mapping_weight:
-                mapped = map_to_text(embeddings, self.memory)
-                embeddings = (1 - mapping_weight) * embeddings + mapping_weight * mapped
-            return self(embeddings)
-
         scores = []
         if streams != "local":
-            scores.append(logits(global_))
+            scores.append(self.logits(global_, mapping_weight))
         if streams != "global":
-            scores.append(logits(local).amax(dim=1))  # [B, L, C] -> [B, C]
+            scores.append(self.logits(local, mapping_weight).amax(dim=1))  # [B, L, C] -> [B, C]
         return sum(scores) / len(scores)
 
 
@@ -326,21 +327,21 @@ def image_batches(args):
 # ---------------------------------------------------------------------------------------------
 # predict
 
-@torch.no_grad()
-def predict(args):
-    """Print a JSON object per image: its path, and the labels with scores, best first."""
-    files = data.image_files(args.predict)
-    clip, model, preprocess, state = load_checkpoint(args.checkpoint, args)
-    labels, size = state["labels"], image_batches(args).batch_size
-    for i in data.progress(range(0, len(files), size), "predicting", args.quiet):
-        images = torch.stack([preprocess(data.open_image(file)) for file in files[i:i + size]])
+def scorer(clip, model, args):
+    """-> function: images -> (scores [B, C], with --heatmap every location's [B, C, h, w])."""
+    def score(images):
         _, global_, local = encode(clip, images, args)
-        scores = model.scores(global_, local, args.mapping_weight, args.streams).cpu()
-        for file, row in zip(files[i:], scores):
-            ranking = row.argsort(descending=True, stable=True).tolist()
-            print(json.dumps({"path": str(file), "labels": [
-                {"label": labels[j], "score": round(row[j].item(), 4)} for j in ranking]},
-                ensure_ascii=False))
+        scores = model.scores(global_, local, args.mapping_weight, args.streams)
+        if not args.heatmap:
+            return scores, None
+        locations = model.logits(local, args.mapping_weight).transpose(1, 2)  # [B, C, L]
+        return scores, locations.unflatten(2, (math.isqrt(local.shape[1]), -1))
+    return score
+
+
+def predict(args):
+    clip, model, preprocess, state = load_checkpoint(args.checkpoint, args)
+    data.predict(scorer(clip, model, args), state["labels"], preprocess, args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,14 +384,15 @@ def parse_arguments(arguments=None):
     add("noise", number(float, 0), "standard deviation, added to text embeddings; 0 leaves it out")
     data.add_run_arguments(parser, "lang_cls")
     args = parser.parse_args(arguments)
-    if args.predict and not args.checkpoint:
-        raise UserError("--predict needs --checkpoint FILE")
+    data.check_run_arguments(args)
     if args.labels is not None:
         args.labels = data.parse_labels(args.labels)
         if args.predict or args.eval:
             raise UserError("--labels are for training: a checkpoint scores its own labels only")
     if args.labels and args.data not in (None, "toy"):
         raise UserError(f"--labels and --data {args.data} both name labels: give one of them")
+    if args.labels and args.gallery:
+        raise UserError("--gallery shows images of a dataset: name one with --data, not --labels")
     if args.generate and not (args.llm_url and args.llm_model):
         raise UserError("--generate needs --llm-url URL and --llm-model NAME")
     if args.texts and args.sources == "templates":
@@ -513,6 +515,8 @@ def run(args):
         metrics.print_table(rows)
         if test.missing:
             print(f"{test.missing} test images are missing: not comparable with complete results")
+        if args.gallery:
+            data.write_gallery(test, scorer(clip, model, args), args)
     print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
     return data.write_results("lang_cls", args, state, rows, keep)
 

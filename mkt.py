@@ -35,12 +35,10 @@ Where this differs from the paper
 import argparse
 import copy
 import functools
-import json
 import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -352,23 +350,25 @@ def zero_shot_rows(model, dataset, args):
 # predict
 
 @torch.no_grad()
-def predict(args):
-    """Print a JSON object per image: its path, and the labels with scores, best first."""
-    labels = None if args.labels is None else data.parse_labels(args.labels)
-    files = data.image_files(args.predict)
-    model, preprocess, state = load_checkpoint(args.checkpoint, args)
-    labels, size = labels or state["labels"], args.batch_size or 64
+def scorer(model, labels, args):
+    """-> function: images -> (scores [B, C], with --heatmap patch scores [B, C, h, w])."""
     embeddings = model.label_embeddings(Prompts(model.clip, labels))
-    for i in data.progress(range(0, len(files), size), "predicting", args.quiet):
-        images = torch.stack([preprocess(data.open_image(file)) for file in files[i:i + size]])
+
+    def score(images):
         with autocast(args):
             global_, local = model.student(model.trunk(images.to(args.device)))
-            scores = model.scores(global_, local, embeddings).float().cpu()
-        for file, row in zip(files[i:], scores):
-            ranking = row.argsort(descending=True, stable=True).tolist()
-            print(json.dumps({"path": str(file), "labels": [
-                {"label": labels[j], "score": round(row[j].item(), 4)} for j in ranking]},
-                ensure_ascii=False))
+        scores = model.scores(global_.float(), local.float(), embeddings)
+        if not args.heatmap:
+            return scores, None
+        patches = embeddings @ local.float().transpose(1, 2)  # [B, C, L]
+        return scores, patches.unflatten(2, (math.isqrt(local.shape[1]), -1))
+    return score
+
+
+def predict(args):
+    model, preprocess, state = load_checkpoint(args.checkpoint, args)
+    labels = args.labels or state["labels"]
+    data.predict(scorer(model, labels, args), labels, preprocess, args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -403,10 +403,10 @@ def parse_arguments(arguments=None):
     data.add_run_arguments(parser, "mkt")
     parser.add_argument("--labels", help='any labels, for --predict: "owl, ice cream"')
     args = parser.parse_args(arguments)
+    data.check_run_arguments(args)
+    args.labels = None if args.labels is None else data.parse_labels(args.labels)
     if args.augment not in (None, "yes", "no"):
         raise UserError(f"--augment {args.augment}: yes or no")
-    if args.predict and not args.checkpoint:
-        raise UserError("--predict needs --checkpoint FILE")
     if args.epochs == 0 and args.prompt_epochs == 0:
         raise UserError("--epochs 0 and --prompt-epochs 0 leave nothing to train")
     return args
@@ -501,6 +501,8 @@ def run(args):
     metrics.print_table(rows)
     if test.missing:
         print(f"{test.missing} test images are missing: not comparable with complete results")
+    if args.gallery:
+        data.write_gallery(test, scorer(model, test.labels, args), args)
     print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
     return data.write_results("mkt", args, state, rows, keep)
 

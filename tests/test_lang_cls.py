@@ -395,7 +395,7 @@ def test_labels_without_a_dataset_and_predict(tmp_path, capsys, monkeypatch):
     for i in range(2):
         data.toy_scene("benchmark", 7, i).save(tmp_path / f"{i}.png")
     capsys.readouterr()
-    lang_cls.main(["--predict", str(tmp_path), "--checkpoint", str(best), "--quiet",
+    lang_cls.main(["--predict", f"{tmp_path}/*.png", "--checkpoint", str(best), "--quiet",
                    "--device", "cpu"])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(line["path"]).name for line in printed] == ["0.png", "1.png"]
