@@ -31,6 +31,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -117,9 +118,10 @@ def train_transform(size, mean=CLIP_MEAN, std=CLIP_STD):
 class MultiLabelDataset(Dataset):
     """Images with one target per label; [i] -> (image, targets[i]).
 
-    labels: C names. targets: int8 [N, C] in {+1 present, -1 absent, 0 unknown}. images: N file
-    paths, or any object whose [i] is an RGB PIL image. unseen: indices of the labels that training
-    must not see; `seen` are the others. UserError if these do not fit together.
+    labels: C names. targets: int8 [N, C] in {+1 present, -1 absent, 0 unknown}, a tensor or
+    SparseTargets. images: N file paths, or any object whose [i] is an RGB PIL image. unseen:
+    indices of the labels that training must not see; `seen` are the others. UserError if these do
+    not fit together.
 
     Files that do not exist are left out and counted in `missing`; more than 5% of them is a
     UserError unless allow_missing. A file that cannot be decoded is a UserError with
@@ -284,6 +286,31 @@ def _lines(path):
     if "" in lines:
         raise UserError(f"{path}, line {lines.index('') + 1}: the line is empty")
     return lines
+
+
+def _distinct_lines(path):
+    """_lines, of which none may come twice."""
+    first = {}
+    for number, line in enumerate(_lines(path), 1):
+        if first.setdefault(line, number) != number:
+            raise UserError(f"{path}, line {number}: {line} is listed twice")
+    return list(first)
+
+
+def _parse_json(path, **options):
+    """json.loads of a file, with its options; UserError says where it is not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text, **options)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def _note_count(what, count, published, quiet):
+    note = f"{what}: {count:,} images listed, {published:,} published"
+    if count != published:
+        note += "; WARNING: another release, results do not compare with published ones"
+    _note(note, quiet)
 
 
 def _read_bits(path, columns, progress):
@@ -638,14 +665,9 @@ def cub(root, split, transform=None, *, not_visible="absent", allow_missing=Fals
     label_file = find("attributes/image_attribute_labels.txt")
     marks = _cached("cub", [label_file], [list(images), list(attributes)], lambda: {
         "marks": _read_cub(label_file, list(images), list(attributes), quiet)}, quiet)["marks"]
-    published, unmarked = CUB_IMAGES[split], int((marks == 0).sum())
-    note = (f"CUB {split}: {len(rows):,} images and {len(attributes)} attributes listed, "
-            f"{published:,} and 312 published")
-    if (len(rows), len(attributes)) != (published, 312):
-        note += "; WARNING: another release, results do not compare with published ones"
-    if unmarked:
-        note += f"; WARNING: {unmarked:,} entries without a line in {label_file} are unknown"
-    _note(note, quiet)
+    _note_count(f"CUB {split}", len(rows), CUB_IMAGES[split], quiet)
+    if unmarked := int((marks == 0).sum()):
+        _note(f"CUB: WARNING: {unmarked:,} entries have no line in {label_file}: unknown", quiet)
 
     marks = marks[rows]
     targets = np.where(marks % 2 == 1, 1, -1).astype(np.int8)
@@ -666,6 +688,7 @@ OPENIMAGES_LAYOUT = """Open Images V4 (2018_04) is expected as
     train/<ImageID>.jpg  test/<ImageID>.jpg
 the lists in the folder itself, in 2018_04 or in 2018_04/<split>.
 https://storage.googleapis.com/openimages/web/download_v4.html"""
+OPENIMAGES_TEST = 125_436  # images, as published
 OPENIMAGES_HEADER = b"ImageID,Source,LabelName,Confidence"
 
 
@@ -890,14 +913,11 @@ def openimages(root, split, transform=None, *, allow_missing=False, quiet=False)
     names = _openimages_classes(class_file)
     ids = list(names)
     seen_file = _openimages_find(root, "classes-trainable.txt")
-    seen = _lines(seen_file)
+    seen = _distinct_lines(seen_file)
+    is_seen = set(seen)
     for row, name in enumerate(seen, 1):
         if name not in names:
             raise UserError(f"{seen_file}, line {row}: '{name[:60]}' is not in {class_file}")
-    is_seen = set(seen)
-    if len(is_seen) < len(seen):
-        name = Counter(seen).most_common(1)[0][0]
-        raise UserError(f"{seen_file}: {name} is listed twice")
     unseen_file = _openimages_find(root, "top_400_unseen.csv")
 
     entries = _openimages_entries(root, "test", class_file, ids, quiet)
@@ -906,13 +926,13 @@ def openimages(root, split, transform=None, *, allow_missing=False, quiet=False)
                                 dict(zip(ids, counts.tolist())), quiet)
     if split == "train":
         entries = _openimages_entries(root, "train", class_file, ids, quiet)
-    note = (f"Open Images {split}: {len(entries['images']):,} images with verified labels"
-            f"{', 125,436 published' if split == 'test' else ''}; {len(seen):,} seen and "
-            f"{len(unseen)} unseen labels, 7,186 and 400 published")
-    if (len(seen), len(unseen)) != (7_186, 400) or (
-            split == "test" and len(entries["images"]) != 125_436):
-        note += "; WARNING: another release, results do not compare with published ones"
-    _note(note, quiet)
+    if split == "test":
+        _note_count("Open Images test", len(entries["images"]), OPENIMAGES_TEST, quiet)
+    else:
+        _note(f"Open Images train: {len(entries['images']):,} images with verified labels", quiet)
+    if (len(seen), len(unseen)) != (7_186, 400):
+        _note(f"Open Images: {len(seen):,} seen and {len(unseen)} unseen labels listed, 7,186 and "
+              f"400 published; WARNING: results do not compare with published ones", quiet)
 
     column_of = dict(zip(seen + unseen if split == "test" else seen, range(len(names))))
     columns = np.array([column_of.get(name, -1) for name in ids], np.int32)[entries["columns"]]
@@ -947,6 +967,338 @@ fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
 cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush""".replace("\n", " ").split(", ")
+# zero-shot split of Bansal et al., "Zero-Shot Object Detection", ECCV 2018; 15 are in neither
+COCO_SEEN = """person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep,
+bear, zebra, giraffe, backpack, handbag, suitcase, frisbee, skis, kite, surfboard, bottle, fork,
+spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, pizza, donut, chair, bed, toilet,
+tv, laptop, mouse, remote, microwave, oven, toaster, refrigerator, book, clock, vase,
+toothbrush""".replace("\n", " ").split(", ")
+COCO_UNSEEN = """airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup,
+knife, cake, couch, keyboard, sink, scissors""".replace("\n", " ").split(", ")
+COCO_LAYOUT = """COCO 2014 is expected as it is distributed:
+    annotations/instances_train2014.json  instances_val2014.json
+    train2014/COCO_train2014_<number>.jpg
+    val2014/COCO_val2014_<number>.jpg
+Images and "2014 Train/Val annotations": https://cocodataset.org/#download"""
+COCO_IMAGES = {"train": 82_783, "test": 40_504}  # as published
+COCO_ANNOTATED = {"train": 82_081, "test": 40_137}  # those with a box
+
+
+def _coco_instances(path, quiet):
+    """File names [N], label names [C] by category id, and boxes int8 [N, C] of an instances file.
+
+    boxes: 0 where there is none, 1 where all are crowds, else 2. The images are in the order of
+    the file. Parsing takes a while, so its result is cached.
+    """
+    wanted = {"images", "annotations", "categories", "id", "file_name", "name", "image_id",
+              "category_id", "iscrowd"}
+
+    def reduced(entry):  # as soon as it is read: the outlines take over a gigabyte
+        return {key: value for key, value in entry.items() if key in wanted}
+
+    def make():
+        _note(f"{path}: read once, then a compact copy is used", quiet)
+        content = _parse_json(path, object_hook=reduced)
+        try:
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            names = {category["id"]: category["name"] for category in content["categories"]}
+            boxes = [(box["image_id"], box["category_id"], bool(box.get("iscrowd")))
+                     for box in content["annotations"]]
+            for what, found in (("images", files), ("categories", names)):
+                if len(found) < len(content[what]):
+                    raise UserError(f"{path}: an id comes twice among the {what}")
+            row_of = {image: row for row, image in enumerate(files)}
+            column_of = {category: column for column, category in enumerate(sorted(names))}
+            for number, (image, category, _) in enumerate(boxes, 1):
+                if image not in row_of or category not in column_of:
+                    raise UserError(f"{path}: annotation {number} is of image {image}, category "
+                                    f"{category}, which the file does not list")
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a file of COCO instances: {error!r}") from None
+        marks = np.zeros((len(files), len(names)), np.int8)
+        for image, category, is_crowd in boxes:
+            row, column = row_of[image], column_of[category]
+            marks[row, column] = max(marks[row, column], 1 if is_crowd else 2)
+        return {"files": np.array(list(files.values()), np.str_), "boxes": marks,
+                "labels": np.array([names[category] for category in column_of], np.str_)}
+
+    arrays = _cached(os.path.basename(path), [path], "instances", make, quiet)
+    return arrays["files"].tolist(), arrays["labels"].tolist(), arrays["boxes"]
+
+
+def coco(root, split, transform=None, *, annotated_only=False, drop_crowd=False, zero_shot=False,
+         allow_missing=False, quiet=False):
+    """COCO 2014: train2014 for training, val2014 as the test split; every entry is known.
+
+    annotated_only leaves out images without a label. drop_crowd: a label is not present where all
+    its boxes are crowds. zero_shot: the 65 labels of Bansal et al. (ECCV 2018), 17 of them unseen;
+    training images that show an unseen label are left out, in the others its entry is unknown (0).
+    All images of val2014 stay in the test split.
+    """
+    part = {"train": "train2014", "test": "val2014"}[split]
+    path = _find(root, os.path.join("annotations", f"instances_{part}.json"), layout=COCO_LAYOUT)
+    directory = _find(root, part, layout=COCO_LAYOUT)
+    files, labels, boxes = _coco_instances(path, quiet)
+    _note_count(f"COCO {split}", len(files), COCO_IMAGES[split], quiet)
+    _note_count(f"COCO {split} with annotations", int(boxes.any(1).sum()), COCO_ANNOTATED[split],
+                quiet)
+    if labels != COCO_LABELS:
+        _note(f"{path}: WARNING: {len(labels)} categories that are not COCO's 80", quiet)
+
+    unseen, kept = [], np.ones(len(files), bool)
+    targets = np.where(boxes > (1 if drop_crowd else 0), 1, -1).astype(np.int8)
+    if zero_shot:
+        lacking = sorted({*COCO_SEEN, *COCO_UNSEEN} - {*labels})
+        if lacking:
+            raise UserError(f"{path}: zero_shot needs the categories {', '.join(lacking)}")
+        columns = [c for c, label in enumerate(labels) if label in COCO_SEEN + COCO_UNSEEN]
+        labels = [labels[column] for column in columns]
+        unseen = [labels.index(label) for label in COCO_UNSEEN]
+        targets, boxes = targets[:, columns], boxes[:, columns]
+        if split == "train":
+            kept = ~boxes[:, unseen].any(1)  # a crowd shows the label too
+            targets[:, unseen] = 0
+    if annotated_only:
+        kept &= (targets > 0).any(1)
+    rows = np.flatnonzero(kept)
+    return MultiLabelDataset(
+        labels, torch.from_numpy(targets[rows]), [os.path.join(directory, files[i]) for i in rows],
+        transform=transform, unseen=unseen, name="coco", allow_missing=allow_missing, quiet=quiet)
+
+
+# ---- VOC 2007
+
+# Pascal VOC writes potted plant, dining table and tv monitor as one word, in which CLIP's text
+# tower would not recognise them; aeroplane, motorbike and sofa stay
+VOC_LABELS = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table,
+dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""".replace(
+    "\n", " ").split(", ")
+VOC_LAYOUT = """VOC 2007 is expected as it is distributed, trainval and test in one place:
+    VOCdevkit/VOC2007/ImageSets/Main/trainval.txt  test.txt  <class>_trainval.txt  <class>_test.txt
+    VOCdevkit/VOC2007/JPEGImages/<image>.jpg
+    VOCdevkit/VOC2007/Annotations/<image>.xml    (needed without the <class> files only)
+The root is VOC2007, VOCdevkit or the folder it is in.
+Archives: http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"""
+VOC_IMAGES = {"train": 5_011, "test": 4_952}
+VOC_DIFFICULT = {"absent": -1, "unknown": 0, "present": 1}
+
+
+def _voc_class_file(path, row_of):
+    """int8 [N] in {1, -1, 0}, from lines like "000012 -1"; 0 means difficult objects only."""
+    column = {}
+    for number, line in enumerate(_lines(path), 1):
+        image, *value = line.split()
+        if value not in (["1"], ["-1"], ["0"]):
+            raise UserError(f"{path}, line {number}: '{line}' is not an image and 1, -1 or 0")
+        if image not in row_of or image in column:
+            problem = "is listed twice" if image in column else "is not in the list of the split"
+            raise UserError(f"{path}, line {number}: {image} {problem}")
+        column[image] = int(value[0])
+    lacking = [image for image in row_of if image not in column]
+    if lacking:
+        raise UserError(f"{path}: {len(lacking):,} images of the split are not listed, "
+                        f"e.g. {lacking[0]}")
+    return np.array([column[image] for image in row_of], np.int8)
+
+
+def _voc_annotation(path):
+    """int8 [C] in {1, -1, 0} from the objects of an image; 0 means difficult objects only."""
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise UserError(f"{path}: not XML: {error}") from None
+    row, names = np.full(len(VOC_LABELS), -1, np.int8), [x.replace(" ", "") for x in VOC_LABELS]
+    for thing in objects:
+        name = thing.findtext("name", "").strip()  # its own: parts of a person have names too
+        if name not in names:
+            raise UserError(f"{path}: '{name}' is not one of the classes {', '.join(names)}")
+        is_difficult = thing.findtext("difficult", "0").strip() == "1"
+        row[names.index(name)] = max(row[names.index(name)], 0 if is_difficult else 1)
+    return row
+
+
+def voc2007(root, split, transform=None, *, difficult="absent", allow_missing=False, quiet=False):
+    """Pascal VOC 2007: trainval for training and test; 20 labels.
+
+    difficult: what a label is, "absent", "unknown" or "present", where all its objects in an image
+    are marked as difficult; all other entries are known.
+    """
+    if difficult not in VOC_DIFFICULT:
+        raise UserError(f"difficult must be one of {', '.join(VOC_DIFFICULT)}, not '{difficult}'")
+    root = os.path.dirname(_find(root, "ImageSets", os.path.join("VOC2007", "ImageSets"),
+                                 os.path.join("VOCdevkit", "VOC2007", "ImageSets"),
+                                 layout=VOC_LAYOUT))
+    part = {"train": "trainval", "test": "test"}[split]
+    main = os.path.join("ImageSets", "Main")
+    images = _distinct_lines(_find(root, os.path.join(main, f"{part}.txt"), layout=VOC_LAYOUT))
+    directory = _find(root, "JPEGImages", layout=VOC_LAYOUT)
+    _note_count(f"VOC 2007 {split}", len(images), VOC_IMAGES[split], quiet)
+
+    class_files = [os.path.join(main, f"{label.replace(' ', '')}_{part}.txt")
+                   for label in VOC_LABELS]
+    if any(os.path.exists(os.path.join(root, file)) for file in class_files):
+        row_of = {image: row for row, image in enumerate(images)}
+        targets = np.stack([_voc_class_file(_find(root, file, layout=VOC_LAYOUT), row_of)
+                            for file in class_files], axis=1)
+    else:
+        annotations = _find(root, "Annotations", layout=VOC_LAYOUT)
+        targets = np.stack([_voc_annotation(os.path.join(annotations, f"{image}.xml"))
+                            for image in progress(images, "VOC annotations", quiet)])
+    targets[targets == 0] = VOC_DIFFICULT[difficult]
+    return MultiLabelDataset(
+        VOC_LABELS, torch.from_numpy(targets),
+        [os.path.join(directory, f"{image}.jpg") for image in images], transform=transform,
+        name="voc2007", allow_missing=allow_missing, quiet=quiet)
+
+
+# ---- Visual Genome, 200 labels
+
+VG_LAYOUT = """VG-200 is expected as it is distributed, with the names of the labels beside it:
+    VG_100K/<image>.jpg    (images may also be in VG_100K_2)
+    train_list_500.txt  test_list_500.txt
+    vg_category_200_labels_index.json
+    vg_category_200.txt    200 names, a line each
+Images: https://homes.cs.washington.edu/~ranjay/visualgenome/api.html
+Lists and labels: those of SSGRL, "Learning Semantic-Specific Graph Representation for Multi-Label
+Image Recognition", ICCV 2019"""
+VG_IMAGES = {"train": 98_249, "test": 10_000}
+
+
+def _vg_names(root):
+    """The names of the labels, in the order of their indices."""
+    text, path = (os.path.join(root, f"vg_category_200.{suffix}") for suffix in ("txt", "json"))
+    if os.path.exists(text):
+        return _distinct_lines(text)
+    if not os.path.exists(path):
+        raise UserError(f"{root}: VG-200's labels are published as numbers, but these methods "
+                        f"need their names: write them to {text}, a line each, in the order of "
+                        f"the numbers (line 1 is label 0), or as a JSON list to {path}")
+    names = _parse_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: must be a JSON list of names, label 0 first")
+    return names
+
+
+def vg200(root, split, transform=None, *, allow_missing=False, quiet=False):
+    """Visual Genome with 200 labels (SSGRL, ICCV 2019); all that is not annotated is absent."""
+    path = _find(root, "vg_category_200_labels_index.json", layout=VG_LAYOUT)
+    names = _vg_names(root)
+    if len(names) != 200:
+        _note(f"VG-200: WARNING: {len(names)} names instead of 200", quiet)
+    list_path = _find(root, f"{split}_list_500.txt", layout=VG_LAYOUT)
+    images = [os.path.basename(image) for image in _distinct_lines(list_path)]
+    _note_count(f"VG-200 {split}", len(images), VG_IMAGES[split], quiet)
+    first = _find(root, "VG_100K", "VG_100K_2", layout=VG_LAYOUT)
+    second = os.path.join(root, "VG_100K_2")
+    in_second = set(os.listdir(second)) if os.path.isdir(second) else set()
+    in_second -= set(os.listdir(first))
+
+    chosen = _parse_json(path)
+    if not isinstance(chosen, dict):
+        raise UserError(f'{path}: must be {{"<image>.jpg": [label indices], ...}}')
+    targets = np.full((len(images), len(names)), -1, np.int8)
+    for row, image in enumerate(images):
+        if image not in chosen:
+            raise UserError(f"{list_path}, line {row + 1}: {image} has no labels in {path}")
+        indices = chosen[image]
+        if not isinstance(indices, list) or not all(
+                type(index) is int and 0 <= index < len(names) for index in indices):
+            raise UserError(f"{path}: the labels of {image} must be a list of numbers from 0 to "
+                            f"{len(names) - 1}, as there are {len(names)} names")
+        targets[row, indices] = 1
+    return MultiLabelDataset(
+        names, torch.from_numpy(targets),
+        [os.path.join(second if image in in_second else first, image) for image in images],
+        transform=transform, name="vg200", allow_missing=allow_missing, quiet=quiet)
+
+
+# ---- a folder of one's own
+
+FOLDER_LAYOUT = """Images of your own are described by a line each:
+    train.jsonl  test.jsonl    {"image": "photos/1.jpg", "present": ["dog"], "absent": ["cat"]}
+    labels.txt                 optional: all labels, a line each
+    unseen.txt                 optional: those of them that training must not see
+Paths are relative to the folder. Labels in neither list are unknown; "absent": "rest" means all
+others."""
+
+
+def _folder_entries(path):
+    """[(where it is, path of the image, present labels, absent labels or "rest")]"""
+    entries, first = [], {}
+    for where, entry in read_json(path):
+        if not isinstance(entry, dict) or not entry.keys() <= {"image", "present", "absent"}:
+            raise UserError(f'{where}: not {{"image": "...", "present": [...], "absent": [...]}}')
+        image = entry.get("image")
+        if not isinstance(image, str) or not image:
+            raise UserError(f'{where}: "image" must be the path of an image')
+        image = os.path.normpath(os.path.join(os.path.dirname(path), image))
+        if first.setdefault(image, where) != where:
+            raise UserError(f"{where}: {entry['image']} is listed twice, also at {first[image]}")
+        labels = {"present": [], "absent": [], **entry}
+        for key in ("present", "absent"):
+            names, rest = labels[key], ' or "rest"' if key == "absent" else ""
+            if rest and names == "rest":
+                continue
+            if not isinstance(names, list) or not all(
+                    isinstance(name, str) and name.strip() for name in names):
+                raise UserError(f'{where}: "{key}" must be a list of labels{rest}')
+            labels[key] = [name.strip() for name in names]
+        both = [name for name in labels["present"] if name in labels["absent"]]
+        if both and labels["absent"] != "rest":
+            raise UserError(f"{where}: '{both[0]}' is both present and absent")
+        entries.append((where, image, labels["present"], labels["absent"]))
+    if not entries:
+        raise UserError(f"{path}: there are no images in it")
+    return entries
+
+
+def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
+    """Images of one's own, described in train.jsonl and test.jsonl as FOLDER_LAYOUT shows.
+
+    The labels are those of labels.txt, else all that occur in the two files, sorted. Those in
+    unseen.txt are unseen: in the training split their entries are unknown (0).
+    """
+    path = _find(root, f"{split}.jsonl", layout=FOLDER_LAYOUT)
+    entries = {part: _folder_entries(file) for part in ("train", "test")
+               if os.path.exists(file := os.path.join(root, f"{part}.jsonl"))}
+    fixed, unseen_path = (os.path.join(root, name) for name in ("labels.txt", "unseen.txt"))
+    if os.path.exists(fixed):
+        labels = _distinct_lines(fixed)
+    else:
+        labels = sorted({label for part in entries.values() for _, _, present, absent in part
+                         for label in present + (absent if absent != "rest" else [])})
+        if not labels:
+            raise UserError(f"{path}: no label occurs in it\n{FOLDER_LAYOUT}")
+    column_of = {label: column for column, label in enumerate(labels)}
+
+    unseen = _distinct_lines(unseen_path) if os.path.exists(unseen_path) else []
+    for number, label in enumerate(unseen, 1):
+        if label not in column_of:
+            raise UserError(f"{unseen_path}, line {number}: there is no label '{label}'")
+    unseen = [column_of[label] for label in unseen]
+    if len(unseen) == len(labels):
+        raise UserError(f"{unseen_path}: every label is in it, none is left to train with")
+
+    targets = np.zeros((len(entries[split]), len(labels)), np.int8)
+    for row, (where, _, present, absent) in enumerate(entries[split]):
+        for names, value in ((absent, -1), (present, 1)):
+            if names == "rest":
+                targets[row] = value
+                continue
+            for name in names:
+                if name not in column_of:
+                    raise UserError(f"{where}: '{name}' is not in {fixed}")
+                targets[row, column_of[name]] = value
+    if split == "train":
+        targets[:, unseen] = 0
+    images = [image for _, image, _, _ in entries[split]]
+    if split == "test" and "train" in entries:
+        shared = {image for _, image, _, _ in entries["train"]} & set(images)
+        if shared:
+            _note(f"{path}: WARNING: {len(shared):,} images are in train.jsonl too, e.g. "
+                  f"{min(shared)}", quiet)
+    return MultiLabelDataset(labels, torch.from_numpy(targets), images, transform=transform,
+                             unseen=unseen, name="folder", allow_missing=allow_missing, quiet=quiet)
 
 
 # ---- sentences for training without images: a grammar, files, a language model
@@ -1673,8 +2025,11 @@ def toy_dataset(root, split, transform=None, *, zero_shot=True, quiet=False):
 
 # ---- all datasets
 
-DATASETS = {"toy": toy_dataset, "nuswide": nuswide, "nuswide81": nuswide81,
-            "cub": cub, "openimages": openimages}
+DATASETS = {"toy": toy_dataset, "nuswide": nuswide, "nuswide81": nuswide81, "coco": coco,
+            "voc2007": voc2007, "vg200": vg200, "cub": cub, "openimages": openimages,
+            "folder": folder}
+# of some datasets
+DATASET_OPTIONS = ("annotated_only", "drop_crowd", "zero_shot", "difficult", "not_visible")
 
 
 def check_root(name, root):
@@ -1687,6 +2042,12 @@ def check_root(name, root):
         raise UserError(f"{name}: no such directory: {root}")
 
 
+def options_of(name):
+    """The keyword-only arguments of a dataset's function."""
+    parameters = inspect.signature(DATASETS[name]).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
 def load_dataset(name, root=None, split="train", transform=None, **options):
     """The "train" or "test" split of a dataset as a MultiLabelDataset.
 
@@ -1697,8 +2058,7 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
     check_root(name, root)
     if split not in ("train", "test"):
         raise UserError(f"unknown split '{split}', known are: train, test")
-    parameters = inspect.signature(DATASETS[name]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    known = options_of(name)
     for option in options:
         if option not in known:
             raise UserError(f"{name} has no option '{option}', known are: {', '.join(known)}")
@@ -1714,7 +2074,8 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
 # ---- files of a run
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-SAME = ("data", "seed", "limit", "val_fraction", "precision")  # fixed for the length of a run
+# fixed for the length of a run
+SAME = ("data", "seed", "limit", "val_fraction", "precision", *DATASET_OPTIONS)
 RUN_FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "results.json", "curves.png")
 
 
@@ -1855,9 +2216,21 @@ def finite_means(history, names, where, output):
     return dict(zip(names, values.mean(dim=0).tolist()))
 
 
+def dataset_options(args):
+    """{option: value} of those given; UserError for one that --data does not have."""
+    options = {name: getattr(args, name) for name in DATASET_OPTIONS if getattr(args, name)}
+    for name in options:
+        if name not in options_of(args.data):
+            known = ", ".join(dataset for dataset in DATASETS if name in options_of(dataset))
+            raise UserError(f"--{name.replace('_', '-')} is not for {args.data}, but for: {known}")
+    return options
+
+
 def load_split(split, transform, args):
     """The dataset that the arguments of a script ask for."""
-    options = {} if args.data == "toy" else {"allow_missing": args.allow_missing}
+    options = dataset_options(args)
+    if args.data != "toy":
+        options["allow_missing"] = args.allow_missing
     dataset = load_dataset(args.data, args.root, split, transform, quiet=args.quiet, **options)
     return dataset.subset(range(min(args.limit, len(dataset)))) if args.limit else dataset
 
@@ -1913,6 +2286,15 @@ def add_run_arguments(parser, method):
     add("--limit", type=number(int, 1), help="only so many images of each split: a quick look")
     add("--allow-missing", action="store_true", help="go on without over 5%% of the images")
     add("--workers", type=number(int, 0), help="processes that load images (default: 8, toy: 0)")
+    add = parser.add_argument_group("what some datasets offer").add_argument
+    add("--annotated-only", action="store_true",
+        help="coco, nuswide81: leave out images without a label")
+    add("--drop-crowd", action="store_true", help="coco: boxes of crowds do not count")
+    add("--zero-shot", action="store_true", help="coco: 48 seen and 17 unseen labels")
+    add("--difficult", choices=list(VOC_DIFFICULT),
+        help="voc2007: what a label with difficult objects only is (default: absent)")
+    add("--not-visible", choices=["absent", "unknown"],
+        help="cub: what an attribute of a part that was not visible is (default: absent)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s here")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")

@@ -106,7 +106,7 @@ if __name__ == "__main__":
         sys.exit()
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"}
-        for name, writer in (("openimages", write_openimages),):
+        for name, writer in (("nuswide", write_nuswide), ("openimages", write_openimages)):
             writer(Path(folder, name), np.random.default_rng(0))
             for split in ("train", "test"):
                 for start in ("first", "second"):

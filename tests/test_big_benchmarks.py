@@ -103,12 +103,12 @@ def test_cub_in_another_order_and_with_other_line_ends(cub_root):
 def test_cub_counts_and_missing_lines(cub_root, capsys):
     load_dataset("cub", cub_root, "train")
     message = capsys.readouterr().err
-    assert "2 images and 3 attributes listed, 5,994 and 312 published; WARNING" in message
+    assert "CUB train: 2 images listed, 5,994 published; WARNING" in message
     write(cub_root / "attributes/image_attribute_labels.txt", CUB_LINES.replace(
         "3 2 0 1 9.1\n", ""))
     dataset = load_dataset("cub", cub_root, "train")
     assert dataset.targets.tolist() == [[1, -1, 1], [-1, 0, 1]]
-    assert "1 entries without a line" in capsys.readouterr().err
+    assert "1 entries have no line" in capsys.readouterr().err
     load_dataset("cub", cub_root, "train", quiet=True)
     assert capsys.readouterr().err == ""
 
@@ -288,8 +288,9 @@ def test_openimages(openimages_root, capsys):
     assert [os.path.basename(train.image_name(i))[:-4] for i in range(4)] == TRAIN_IMAGES
     assert numbers(train) == [0, 2, 3, 5] and numbers(test) == [0, 2]
     message = capsys.readouterr().err
-    assert "3 images with verified labels, 125,436 published; 4 seen and 2 unseen" in message
-    assert "WARNING: another release" in message
+    assert "Open Images train: 6 images with verified labels" in message  # not all of them seen
+    assert "Open Images test: 3 images listed, 125,436 published; WARNING" in message
+    assert "4 seen and 2 unseen labels listed, 7,186 and 400 published; WARNING" in message
 
 
 @pytest.mark.parametrize("change", ["CRLF", "byte-order mark, no last newline", "2018_04",
@@ -376,7 +377,7 @@ def test_openimages_header_and_empty_files(openimages_root):
     ("class-descriptions.csv", "/m/01,Satay\n/m/02\n", "line 2: '/m/02' is not `class id,name`"),
     ("class-descriptions.csv", "/m/01,Satay\n/m/01,Bat\n", "line 2: /m/01 is listed twice"),
     ("classes-trainable.txt", "/m/01\n/m/99\n", "line 2: '/m/99' is not in .*class-desc"),
-    ("classes-trainable.txt", "/m/01\n/m/02\n/m/02\n", "/m/02 is listed twice"),
+    ("classes-trainable.txt", "/m/01\n/m/02\n/m/02\n", "line 3: /m/02 is listed twice"),
     ("top_400_unseen.csv", "1\n5\n", "line 2: '5' is neither a number below 5 nor"),
     ("top_400_unseen.csv", "1\n/m/01\n", "line 2: '/m/01' is neither"),
     ("top_400_unseen.csv", "1\n1\n", "line 2: /m/05 is listed twice"),
