@@ -1,8 +1,5 @@
-import io
 import json
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import UserError, MultiLabelDataset, load_dataset, open_image
+from data import UserError, MultiLabelDataset, load_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -26,130 +23,6 @@ def save(path, colour=(200, 30, 40), size=(8, 6)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return str(path)
-
-
-# ---- open_image
-
-def test_upright_whatever_the_exif_orientation_says(tmp_path):
-    corners = np.zeros((20, 30, 3), np.uint8)
-    corners[:10, :15] = 255  # the upper left quarter is white
-    upright = Image.fromarray(corners)
-    # how each orientation is stored: undoing it must give `upright` back
-    stored = {1: upright, 2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-              3: upright.transpose(Image.Transpose.ROTATE_180),
-              6: upright.transpose(Image.Transpose.ROTATE_90),
-              8: upright.transpose(Image.Transpose.ROTATE_270)}
-    for orientation, image in stored.items():
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        for suffix in ("png", "jpg"):
-            path = tmp_path / f"{orientation}.{suffix}"
-            image.save(path, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
-            opened = np.asarray(open_image(path)).astype(int)
-            assert opened.shape == (20, 30, 3)
-            assert abs(opened - corners).mean() < 8, (orientation, suffix)
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_hide_the_pixels(tmp_path):
-    path = tmp_path / "a.jpg"
-    Image.new("RGB", (8, 8), (0, 0, 255)).save(path, exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\0")
-    assert open_image(path).getpixel((4, 4))[2] > 250
-
-
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("L", 100, (100, 100, 100)),
-    ("1", 1, (255, 255, 255)),
-    ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
-    ("LA", (0, 0), (255, 255, 255)),
-    ("LA", (100, 255), (100, 100, 100)),
-    ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-    ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
-    ("RGBA", (255, 0, 0, 51), (255, 204, 204)),  # a fifth red on white
-    ("I;16", 65535, (255, 255, 255)),
-    ("I;16", 257 * 100, (100, 100, 100)),
-    ("I;16", 1000, (4, 4, 4)),  # 3.9; not clipped to white
-    ("I", 257 * 100, (100, 100, 100)),
-])
-def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
-    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
-    Image.new(mode, (4, 3), colour).save(path)
-    image = open_image(path)
-    assert (image.mode, image.size) == ("RGB", (4, 3))
-    assert np.abs(np.subtract(image.getpixel((1, 1)), expected)).max() <= 1
-
-
-def test_cmyk_jpeg(tmp_path):
-    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
-    red, green, blue = open_image(tmp_path / "a.jpg").getpixel((8, 8))
-    assert red > 240 and green < 15 and blue < 15
-
-
-def test_palette(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    image.putpixel((1, 0), 1)
-    image.save(tmp_path / "plain.png")
-    image.save(tmp_path / "transparent.png", transparency=0)
-    image.save(tmp_path / "half.png", transparency=bytes([128, 255]))
-    plain, transparent, half = (open_image(tmp_path / f"{name}.png")
-                                for name in ("plain", "transparent", "half"))
-    assert [plain.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
-    assert [transparent.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
-    assert half.getpixel((0, 0)) == (255, 127, 127)
-
-
-def test_colour_marked_as_transparent_in_an_rgb_file(tmp_path):
-    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "a.png", transparency=(9, 8, 7))
-    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_file_object_stays_open():
-    file = io.BytesIO()
-    Image.new("RGB", (3, 2), (1, 2, 3)).save(file, "PNG")
-    file.seek(0)
-    assert open_image(file).getpixel((0, 0)) == (1, 2, 3)
-    assert not file.closed
-
-
-def png_without_pixels(width, height):
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 9) + b"IDAT"
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_unreadable_files_are_named_with_the_reason(tmp_path):
-    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8))
-    for suffix in ("jpg", "png"):
-        noise.save(tmp_path / f"whole.{suffix}")
-        whole = (tmp_path / f"whole.{suffix}").read_bytes()
-        (tmp_path / f"truncated.{suffix}").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("<html>404 not found</html>")
-    (tmp_path / "bomb.png").write_bytes(png_without_pixels(30000, 30000))
-    (tmp_path / "large.png").write_bytes(png_without_pixels(15000, 15000))
-    (tmp_path / "folder.jpg").mkdir()
-    Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
-    Image.new("I", (2, 2), 70000).save(tmp_path / "integer.tif")
-    for name, reason in [
-            ("truncated.jpg", "truncated"), ("truncated.png", "truncated"),
-            ("empty.jpg", "is empty"), ("text.jpg", "not an image"),
-            ("bomb.png", "decompression bomb"),
-            ("large.png", "15000 x 15000 is more than 200,000,000 pixels"),
-            ("absent.jpg", "No such file"), ("folder.jpg", "Is a directory"),
-            ("float.tif", "no defined range"), ("integer.tif", "no defined range")]:
-        with pytest.raises(UserError) as error:
-            open_image(tmp_path / name)
-        assert str(error.value).startswith(f"{tmp_path / name}: ")
-        assert reason in str(error.value)
-        assert "\n" not in str(error.value)
 
 
 # ---- MultiLabelDataset
@@ -377,6 +250,28 @@ def test_keep_single_positive_is_uniform():
     counts = data.keep_single_positive(targets, seed=0).sum(0, dtype=torch.int64)
     assert counts[[1, 3]].tolist() == [0, 0]
     assert (counts[[0, 2, 4]] - 10000).abs().max() < 5 * (30000 * 2 / 9) ** 0.5  # 5 deviations
+
+
+def test_partial_labels_of_any_shape():
+    for seed in range(40):
+        rng = np.random.RandomState(seed)
+        images, labels, proportion = rng.randint(0, 30), rng.randint(1, 30), 1 - rng.rand()
+        targets = random_targets(images, labels, seed)
+        if seed % 2:
+            targets = random_targets(labels, images, seed).T  # not contiguous
+        kept = data.keep_partial(targets, proportion, seed)
+        draw = np.random.RandomState(seed).rand(images, labels)
+        assert kept.shape == targets.shape and kept.dtype == torch.int8
+        for i in range(images):
+            for j in range(labels):
+                assert kept[i, j] == (targets[i, j] if draw[i, j] < proportion else 0)
+        single = data.keep_single_positive(targets, seed)
+        assert single.shape == targets.shape and single.dtype == torch.int8
+        for i in range(images):
+            positives = [j for j in range(labels) if targets[i, j] == 1]
+            chosen = [j for j in range(labels) if single[i, j] != 0]
+            assert len(chosen) == min(1, len(positives)) and set(chosen) <= set(positives)
+            assert all(single[i, j] == 1 for j in chosen)
 
 
 # ---- load_dataset
