@@ -355,6 +355,11 @@ def _bad_entry(path, block, first_line, columns):
             return UserError(f"{path}, line {number}: {len(entries)} entries instead of {columns}")
 
 
+def cache_folder():
+    """$XDG_CACHE_HOME/clip_multilabel, or ~/.cache/clip_multilabel; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clip_multilabel"
+
+
 def _cached(name, paths, key, make, quiet):
     """make(), a dict of numpy arrays without objects, kept in a cache.
 
@@ -367,9 +372,7 @@ def _cached(name, paths, key, make, quiet):
     key = json.dumps([key, [(s.st_size, s.st_mtime_ns) for s in stats]])
     names = "\n".join(os.path.abspath(path) for path in paths)
     digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-    directory = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    directory = os.path.join(directory, "clip_multilabel")
-    cache = os.path.join(directory, f"{name}-{digest}.npz")
+    cache = cache_folder() / f"{name}-{digest}.npz"
     try:
         with np.load(cache, allow_pickle=False) as content:
             if content["key"] == key:
@@ -382,7 +385,7 @@ def _cached(name, paths, key, make, quiet):
     arrays = make()
     temporary = f"{cache}.{os.getpid()}"
     try:
-        os.makedirs(directory, exist_ok=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             np.savez(file, key=key, **arrays)
         os.replace(temporary, cache)
@@ -2288,7 +2291,8 @@ def draw_gallery(images, truths, predictions):
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 # fixed for the length of a run
 SAME = ("data", "seed", "limit", "val_fraction", "precision", *DATASET_OPTIONS)
-RUN_FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "results.json", "curves.png")
+RUN_FILES = ("args.json", "known.pt", "log.jsonl", "best.pt", "last.pt", "results.json",
+             "curves.png")
 
 
 def image_files(paths):
@@ -2446,9 +2450,9 @@ def dataset_options(args):
     return options
 
 
-def load_split(split, transform, args):
-    """The dataset that the arguments of a script ask for."""
-    options = dataset_options(args)
+def load_split(split, transform, args, **options):
+    """The dataset that the arguments of a script ask for; options as in load_dataset."""
+    options.update(dataset_options(args))
     if args.data != "toy":
         options["allow_missing"] = args.allow_missing
     dataset = load_dataset(args.data, args.root, split, transform, quiet=args.quiet, **options)

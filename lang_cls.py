@@ -44,7 +44,6 @@ import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -188,8 +187,7 @@ def embed_texts(clip, texts, device="cpu", quiet=False):
     the texts in their order and of CLIP's weights; a damaged file is made anew."""
     unique = list(dict.fromkeys(texts))
     key = hashlib.sha256(json.dumps([clip.fingerprint(), unique]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clip_multilabel"
-    cache, embeddings = folder / f"texts-{key[:32]}.pt", None
+    cache, embeddings = data.cache_folder() / f"texts-{key[:32]}.pt", None
     with contextlib.suppress(Exception):  # whatever is wrong with the file
         saved = torch.load(cache, weights_only=True)
         if saved["sha256"] == hashlib.sha256(saved["embeddings"].numpy().tobytes()).hexdigest():
@@ -204,7 +202,7 @@ def embed_texts(clip, texts, device="cpu", quiet=False):
         digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
         temporary = f"{cache}.{os.getpid()}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
             data.write_file(temporary, {"sha256": digest, "embeddings": embeddings})
             os.replace(temporary, cache)
         except (OSError, UserError) as error:

@@ -1,0 +1,750 @@
+"""TRM-ML: multi-label recognition from images of which most labels are unknown.
+
+Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing Labels", ACM MM
+2024 (arXiv 2407.18520). Of every training image a part of the labels is known to be present or
+absent; nobody looked for the others. Both encoders of CLIP stay as they are.
+
+From the paper's abstract: learned prompts; texts matched one to one with category-aware regions,
+instead of with the whole image or with pixels; multimodal category prototypes that estimate the
+unknown labels by relations within and between categories; a multimodal contrastive loss. No code
+was published with it and only the abstract was at hand, so every formula is our reading of it:
+
+ 1. regions: label c asks the image's embeddings x_1..x_L with its query q_c, by cross-attention,
+        R_c = normalise(a + MLP(LN(a))),  a = attention(q_c, x, x),
+    and where it looked is where the label was found;
+ 2. matching: l_c = s <R_c, T_c> + b, with T_c the embedding of 16 learned words and the name;
+ 3. known labels: asymmetric loss (Ridnik et al., ICCV 2021); unknown ones are left out;
+ 4. prototypes V_c, the running mean of the regions of known positives, and T_c estimate an
+    unknown label by how near its own prototypes and how much nearer than the others' they are,
+        e_c = mean over P in {V, T} of  <R_c, P_c> / t + log softmax_c'(<R_c, P_c'> / t)[c];
+    where e_c leaves no doubt it is a pseudo label, by thresholds that the label's share among
+    known entries sets;
+ 5. contrast: -log of the share of R_c's own prototypes among all of them, present labels only;
+ 6. distillation: |R_c - what CLIP's own embeddings are where the label looked|_1.
+
+    python trm_ml.py --partial 0.3                 # toy world, nothing to download
+    python trm_ml.py --data coco --root data/coco --partial 0.1 0.3 0.5 0.7 0.9
+    python trm_ml.py --predict photos/ --checkpoint runs/trm_ml-toy/best.pt --heatmap maps/
+
+B images, L embeddings (the whole image, then locations), C labels, T tokens, W width, D joint
+embedding, H heads. Targets: +1 present, -1 absent, 0 unknown.
+
+Implementation details
+ 1. Attention starts as CLIP's own matching: its weights are the identity, the queries the labels'
+    embeddings, the temperature CLIP's, the MLP's last layer 0. From a random start the toy world
+    ends at 36 mAP instead of 94.
+ 2. Without augmentation an image's embeddings never change: they are computed once and kept in
+    half precision (--cache-features).
+ 3. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
+    share among the known ones lets expect are present, and beyond twice as many absent. Known
+    entries would flatter: training fits them.
+ 4. Which entries are known is drawn once, with the seeds of this line of work, and kept with the
+    run; every method and every --seed gets the same.
+"""
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import TensorDataset
+from torchvision import transforms
+
+import clip_model
+import data
+import metrics
+from data import UserError
+
+# usual in this line of work; and what the toy world's small CLIP and 10,000 scenes ask for
+BENCHMARK = {"clip": "RN101", "image_size": 448, "matching": ["region"], "epochs": 20,
+             "batch_size": 32, "lr": 1e-4, "pseudo": 0.2, "contrastive": 0.1,
+             "distillation": 0.01, "augment": "yes", "cache_features": "no", "workers": 8}
+TOY = {"clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"], "epochs": 8,
+       "batch_size": 128, "lr": 1e-3, "pseudo": 0.2, "contrastive": 0.1,
+       "distillation": 0.01, "augment": "no", "cache_features": "disk", "workers": 0}
+TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a scene with a {}.",
+             "there is a {} in the scene.", "a photo of a small {}.", "a photo of a large {}."]
+CONTEXT, HEADS = 16, 4  # learned words of a prompt; attention heads
+TEMPERATURE = 0.1  # t, of similarities with prototypes
+MOMENTUM = 0.99  # of the visual prototypes
+SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels, in units of the expected number of positives
+POSITIVES = 2  # how many labels an image with a single known one may have; --single-positive
+PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et al. (CVPR 2021)
+
+
+# ---------------------------------------------------------------------------------------------
+# model
+
+def identity(size):
+    layer = nn.Linear(size, size)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TRM(nn.Module):
+    """CLIP, frozen, beside what is trained: the prompt's context, queries, attention, MLP, scale
+    and bias of the logits; and the visual prototypes and thresholds, which follow the training.
+
+    matching: what a label's text is matched with, "region", or for comparison the whole "image",
+    or every "pixel" (location), weighted by a softmax of their similarities (as DualCoOp, NeurIPS
+    2022). These have the same MLP and logits. Raises UserError for a label that is too long."""
+
+    def __init__(self, clip, labels, matching="region", per_label_context=False):
+        super().__init__()
+        self.clip, self.matching = clip.requires_grad_(False), matching
+        tokens = clip.tokenize([f"{label}." for label in labels])
+        self.eot = tokens.argmax(dim=1) + CONTEXT  # on the CPU, as encode_prompts likes it
+        if self.eot.max() >= clip.context_length:
+            raise UserError(f"the label '{labels[int(self.eot.argmax())]}' and {CONTEXT} words of "
+                            f"context are over {clip.context_length} tokens: shorten its name")
+        self.register_buffer("tokens", tokens[:, :int(self.eot.max()) + 1 - CONTEXT], False)
+        start = zero_shot_embeddings(clip, labels, TEMPLATES)  # [C, D]
+        size, width = start.shape[1], clip.token_embedding.weight.shape[1]
+        self.context = nn.Parameter(0.02 * torch.randn(
+            len(labels) if per_label_context else 1, CONTEXT, width, device=start.device))
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.bias = nn.Parameter(torch.tensor(0.05).logit())  # about one label in twenty is there
+        self.norm, self.hidden, self.last = (
+            nn.LayerNorm(size), nn.Linear(size, size), nn.Linear(size, size))
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        if matching == "region":
+            self.queries = nn.Parameter(start.clone())
+            self.query, self.key, self.value, self.out = (identity(size) for _ in range(4))
+            self.register_buffer("visual", start.clone())
+            self.register_buffer("sure_present", torch.full((len(labels),), torch.inf))
+            self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
+        self.to(start.device)
+
+    def texts(self, chunk=256):
+        """T, the labels' embeddings with the learned context: unit length, [C, D].
+
+        Chunks of many labels are recomputed in the backward pass, which bounds the memory."""
+        def encode(tokens, context, eot):
+            words = self.clip.token_embedding(tokens)  # [c, T, W]
+            context = context.expand(len(tokens), -1, -1)
+            words = torch.cat([words[:, :1], context, words[:, 1:]], dim=1)
+            return F.normalize(self.clip.encode_prompts(words, eot).float(), dim=-1)
+
+        context = self.context.expand(len(self.tokens), -1, -1)  # [C, 16, W]
+        pieces = list(zip(*(x.split(chunk) for x in (self.tokens, context, self.eot))))
+        if len(pieces) == 1 or not torch.is_grad_enabled():
+            return torch.cat([encode(*piece) for piece in pieces])
+        return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
+
+    def refine(self, x):
+        """The simple MLP, residual: [..., D] -> [..., D], unit length."""
+        return F.normalize((x + self.last(F.gelu(self.hidden(self.norm(x))))).float(), dim=-1)
+
+    def regions(self, x):
+        """Embeddings [B, L, D] -> (regions [B, C, D], unit length; attention [B, C, L], which
+        sums to 1 and says where each label looked)."""
+        query = self.query(self.queries).unflatten(-1, (HEADS, -1))  # [C, H, d]
+        key = self.key(x).unflatten(-1, (HEADS, -1))  # [B, L, H, d]
+        value = self.value(x).unflatten(-1, (HEADS, -1))
+        attention = torch.einsum("chd,blhd->bhcl", query, key)
+        attention = (self.clip.logit_scale.exp() * attention).softmax(dim=-1)  # [B, H, C, L]
+        attended = torch.einsum("bhcl,blhd->bchd", attention, value).flatten(2)  # [B, C, D]
+        return self.refine(self.out(attended)), attention.mean(dim=1)
+
+    def forward(self, x, texts):
+        """Embeddings [B, L, D], texts [C, D] -> logits [B, C], and what regions(x) gives."""
+        regions = attention = None
+        if self.matching == "region":
+            regions, attention = self.regions(x)
+            similarity = (regions * texts).sum(dim=-1)
+        elif self.matching == "image":
+            similarity = self.refine(x[:, 0]) @ texts.T
+        else:
+            pixels = self.refine(x[:, 1:]) @ texts.T  # [B, L, C]
+            weights = (self.clip.logit_scale.exp() * pixels).softmax(dim=1)
+            similarity = (weights * pixels).sum(dim=1)
+        return self.log_scale.exp() * similarity + self.bias, regions, attention
+
+    def prototypes(self, texts):
+        """Of both modalities: [2, C, D]."""
+        return torch.stack([self.visual, texts])
+
+    @torch.no_grad()
+    def update_prototypes(self, regions, present):
+        """Move the visual prototypes of the labels present, bool [B, C], towards their regions."""
+        means = F.normalize(torch.einsum("bc,bcd->cd", present.float(), regions), dim=-1)
+        moved = F.normalize(MOMENTUM * self.visual + (1 - MOMENTUM) * means, dim=-1)
+        self.visual.copy_(moved.where(present.any(dim=0)[:, None], self.visual))
+
+    @torch.no_grad()
+    def estimates(self, regions, texts):
+        """Regions [B, C, D] -> e [B, C], how surely the labels are there, on no fixed scale."""
+        total = 0
+        for prototypes in self.prototypes(texts):
+            own = (regions * prototypes).sum(dim=-1) / TEMPERATURE
+            among_all = (regions @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
+            total = total + 2 * own - among_all
+        return total / 2
+
+    @torch.no_grad()
+    def calibrate(self, estimates, known):
+        """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C].
+
+        Known entries are drawn from all, so a label's share of positives is the same among the
+        unknown ones; a label never known to be absent has POSITIVES times as many as are known.
+        A label without a known positive gets no pseudo labels."""
+        positives, negatives = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
+        share = torch.where(negatives > 0, positives / (positives + negatives).clamp(min=1),
+                            POSITIVES * positives / len(known))
+        ranked = estimates.masked_fill(known != 0, -torch.inf).sort(dim=0, descending=True).values
+        count = (known == 0).sum(dim=0)
+        usable = (positives > 0) & (count > 0)
+        for threshold, factor, never in ((self.sure_present, SURE_PRESENT, torch.inf),
+                                         (self.sure_absent, SURE_ABSENT, -torch.inf)):
+            rank = (factor * share * count).long().clamp(max=count - 1).clamp(min=0)
+            threshold.copy_(ranked.gather(0, rank[None])[0].where(usable, never))
+
+    def pseudo_labels(self, estimates, known):
+        """-> int8 [B, C]: +1 surely present, -1 surely absent; 0 in doubt, and where known."""
+        sure = (estimates > self.sure_present).char() - (estimates < self.sure_absent).char()
+        return sure * (known == 0)
+
+    def trained(self):
+        """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
+
+
+@torch.no_grad()
+def zero_shot_embeddings(clip, labels, templates):
+    """CLIP's own embeddings of the labels, the mean over templates: unit length, [C, D]."""
+    device, total = clip.text_projection.device, 0
+    for template in templates:
+        tokens = clip.tokenize([template.format(label) for label in labels]).split(256)
+        texts = torch.cat([clip.encode_text(part.to(device)) for part in tokens])
+        total = total + F.normalize(texts.float(), dim=-1)
+    return F.normalize(total, dim=-1)
+
+
+@torch.no_grad()
+def encode(clip, images, args):
+    """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations.
+    Embeddings that were kept pass through. A ViT's patches skip the last block's attention."""
+    images = images.to(args.device, non_blocking=True)
+    if images.ndim == 3:
+        return images.float()
+    is_vit = isinstance(clip.visual, clip_model.VisionTransformer)
+    with autocast(args):
+        global_, local = clip.encode_image_dense(images, value_path=is_vit)
+    return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# losses
+
+def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
+    """Ridnik et al. (ICCV 2021) over the known entries: their sum, mean over images, a scalar.
+
+    logits float [B, C]; targets [B, C], +1 present, -1 absent, 0 unknown, which adds nothing.
+    With p = sigmoid(logit) and q = max(p - clip, 0): -(1 - p)^gamma_pos log p of a present and
+    -q^gamma_neg log(1 - q) of an absent label. All 0: binary cross-entropy."""
+    probabilities = logits.sigmoid()
+    shifted = (probabilities - clip).clamp(min=0)
+    # log(1 - p) by logsigmoid where nothing is shifted: 1 - p would round to 0
+    absent = F.logsigmoid(-logits) if clip == 0 else torch.log1p(-shifted)
+    present = (1 - probabilities) ** gamma_pos * F.logsigmoid(logits)
+    absent = shifted ** gamma_neg * absent
+    return -(present * (targets == 1) + absent * (targets == -1)).sum() / len(logits)
+
+
+def contrastive_loss(regions, present, prototypes):
+    """Regions [B, C, D], present bool [B, C], prototypes [M, C, D], all of unit length -> scalar.
+
+    For every present (b, c) the negative log of what its label's M prototypes have of
+    exp(similarity / t), summed over those of all labels; the mean, 0 if nothing is present."""
+    chosen, label = regions[present], present.nonzero()[:, 1]  # [P, D], [P]
+    similarity = chosen @ prototypes.flatten(0, 1).T / TEMPERATURE  # [P, M * C]
+    own = similarity.unflatten(1, prototypes.shape[:2])[torch.arange(len(label)), :, label]
+    return (similarity.logsumexp(dim=1) - own.logsumexp(dim=1)).sum() / max(1, len(label))
+
+
+def batch_loss(model, x, known, args):
+    """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); both
+    are None without prototypes."""
+    texts = model.texts()
+    logits, regions, attention = model(x, texts)
+    terms, pseudo, estimates = {"known": asymmetric_loss(logits.float(), known)}, None, None
+    if regions is None:
+        return terms["known"], terms, pseudo, estimates
+    present, prototypes = known == 1, texts[None]
+    if args.pseudo:
+        model.update_prototypes(regions, present)
+        estimates = model.estimates(regions, texts)
+        pseudo = model.pseudo_labels(estimates, known)
+        terms["pseudo"] = args.pseudo * asymmetric_loss(logits.float(), pseudo)
+        present, prototypes = present | (pseudo == 1), model.prototypes(texts)
+    if args.contrastive:
+        terms["contrastive"] = args.contrastive * contrastive_loss(regions, present, prototypes)
+    if args.distillation:
+        looked_at = F.normalize(attention.detach() @ x, dim=-1)  # [B, C, L] @ [B, L, D]
+        distance = (regions - looked_at).abs().sum(dim=-1).mean()
+        terms["distillation"] = args.distillation * distance
+    return sum(terms.values()), terms, pseudo, estimates
+
+
+# ---------------------------------------------------------------------------------------------
+# train
+
+def learning_rate(progress, peak):
+    """Half a cosine from the peak to 0; progress: 0 to 1, the share of all steps that are done."""
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def pseudo_label_counts(pseudo, known, truth):
+    """What a log can tell of pseudo labels: int64 [5], right and given positives, hidden
+    positives, right and given negatives; entries whose truth nobody knows are left out."""
+    hidden = truth * (known == 0)
+    given = pseudo * (hidden != 0)
+    return torch.stack([x.sum() for x in (
+        (given == 1) & (hidden == 1), given == 1, hidden == 1,
+        (given == -1) & (hidden == -1), given == -1)])
+
+
+def train(model, loader, validation, args, state):
+    """Epoch by epoch, from wherever `state` is; a checkpoint after every epoch.
+
+    loader: batches of images or embeddings, and targets [B, 2 C], the known ones beside the truth,
+    which is for the log alone. Every epoch seeds its own shuffling and augmentation, so a resumed
+    run repeats the epoch it was killed in exactly."""
+    device, clip = torch.device(args.device), model.clip
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    for epoch in range(state["epoch"], args.epochs):
+        torch.manual_seed(1_000_003 * args.seed + epoch)
+        begin, history, counts, drawn = time.time(), [], 0, []
+        batches = data.progress(loader, f"epoch {epoch + 1}", args.quiet)
+        for step, (images, targets) in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
+            known, truth = targets.to(device, non_blocking=True).chunk(2, dim=1)
+            x = encode(clip, images, args)
+            with autocast(args):
+                loss, terms, pseudo, estimates = batch_loss(model, x, known, args)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            history.append(torch.stack([loss.detach(), *(t.detach() for t in terms.values())]))
+            if pseudo is not None:
+                counts = counts + pseudo_label_counts(pseudo, known, truth)
+                if step * args.batch_size < 20_000:  # images enough to calibrate with
+                    drawn.append((estimates, known))
+            if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
+                means = data.finite_means(history, ["loss", *terms], f"epoch {epoch + 1}",
+                                          args.output)
+        line = {"epoch": epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"]}
+        if pseudo is not None:
+            if epoch + 1 >= args.epochs // 2:  # by then the prototypes mean something
+                model.calibrate(*map(torch.cat, zip(*drawn)))
+            right, given, hidden, right_absent, given_absent = counts.tolist()
+            if given and hidden:
+                line["pseudo_precision"], line["pseudo_recall"] = right / given, right / hidden
+            if given_absent:
+                line["pseudo_precision_absent"] = right_absent / given_absent
+        if validation is not None:
+            logits, known = predict_all(model, validation, args)
+            line["val_mAP"] = metrics.mean_average_precision(logits, known)
+        line["seconds"] = time.time() - begin
+        state.update(epoch=epoch + 1, model=model.trained(), optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict())
+        data.finish_epoch(args.output, state, line, args.quiet)
+
+
+@torch.no_grad()
+def predict_all(model, loader, args):
+    """-> logits float32 [N, C] and the known targets of a loader as train's."""
+    texts, batches = model.texts(), []
+    for images, targets in loader:
+        with autocast(args):
+            logits = model(encode(model.clip, images, args), texts)[0]
+        batches.append((logits.float().cpu(), targets.chunk(2, dim=1)[0]))
+    return map(torch.cat, zip(*batches))
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluate
+
+@torch.no_grad()
+def evaluate(clip, models, kinds, dataset, loader, args):
+    """The rows of the table in one pass over the images: CLIP as it is, then models {name: TRM}."""
+    def zero_shot(texts, mode, x, index):
+        similarity = x @ texts[index].T  # [B, L, c]
+        best = similarity[:, 1:].amax(dim=1)
+        return {"global": similarity[:, 0], "local": best,
+                "both": (similarity[:, 0] + best) / 2}[mode]
+
+    def matching(model, texts, x, index):
+        with autocast(args):
+            return model(x, texts)[0][:, index].float()
+
+    scorers = {}
+    for title, templates in ((f'"{TEMPLATES[0]}"', TEMPLATES[:1]),
+                             (f"mean of {len(TEMPLATES)} prompts", TEMPLATES)):
+        texts = zero_shot_embeddings(clip, dataset.labels, templates)
+        for mode in ("global", "local", "both"):
+            scorers[f"zero-shot, {mode}, {title}"] = functools.partial(zero_shot, texts, mode)
+    for name, model in models.items():
+        scorers[name] = functools.partial(matching, model, model.texts())
+    results = metrics.evaluate(
+        lambda images: [encode(clip, images, args)], scorers,
+        data.progress(loader, "evaluating", args.quiet), dataset.targets,
+        {"": torch.arange(len(dataset.labels))}, (3, 5))
+    return [{"name": name, "kind": kinds.get(name, "zero-shot"), **row}
+            for name, row in results.items()]
+
+
+# ---------------------------------------------------------------------------------------------
+# predict
+
+def scorer(model, args):
+    """-> function: images -> (probabilities [B, C], with --heatmap attention [B, C, h, w])."""
+    texts = model.texts()
+
+    def score(images):
+        with autocast(args):
+            logits, _, attention = model(encode(model.clip, images, args), texts)
+        if not args.heatmap:
+            return logits.float().sigmoid(), None
+        if attention is None:
+            raise UserError("--heatmap: only region matching looks anywhere, this checkpoint's is "
+                            f"--matching {model.matching}")
+        locations = attention[:, :, 1:]  # without the whole image
+        return logits.float().sigmoid(), locations.unflatten(2, (math.isqrt(locations.shape[2]), -1))
+    return score
+
+
+def predict(args):
+    model, preprocess, state = load_checkpoint(args.checkpoint, args)
+    with torch.no_grad():
+        data.predict(scorer(model, args), state["labels"], preprocess, args)
+
+
+# ---------------------------------------------------------------------------------------------
+# arguments
+
+def parse_arguments(arguments=None):
+    parser = data.Parser(description="\n\n".join(__doc__.split("\n\n")[:5]),
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = data.number
+
+    def add(name, type, text, **options):  # the defaults for benchmarks and the toy world differ
+        shown = [" ".join(map(str, value)) if isinstance(value, list) else value
+                 for value in (BENCHMARK[name], TOY[name])]
+        group.add_argument("--" + name.replace("_", "-"), type=type, **options,
+                           help=f"{text} (default: {shown[0]}, toy: {shown[1]})")
+
+    group = parser.add_argument_group("known labels")
+    group.add_argument("--partial", type=number(float, 0, 1), nargs="+", metavar="P",
+                       help="train with this share of the label entries known; several: a run "
+                            "each, and their average (default: 0.3 on toy, else all there are)")
+    group.add_argument("--single-positive", action="store_true",
+                       help="train with one present label an image known, and nothing else")
+    group.add_argument("--upper-bound", action="store_true",
+                       help="train TRM-ML with all labels known too, and add its row")
+    group = parser.add_argument_group("model")
+    add("clip", str, "a name of clip_model.available_models() or a path to weights")
+    add("image_size", number(int, 32), "pixels, square; images are not cropped")
+    add("matching", str, "what texts are matched with; several: a model each, the last is the "
+        "run's", nargs="+", choices=["image", "pixel", "region"])
+    group.add_argument("--per-label-context", action="store_true",
+                       help="every label learns a context of its own")
+    group = parser.add_argument_group("optimization")
+    add("epochs", number(int, 1), "passes over the training images")
+    add("batch_size", number(int, 1), "images")
+    add("lr", number(float, 0), "peak learning rate")
+    add("pseudo", number(float, 0), "weight of the pseudo labels' loss; 0 leaves prototypes out")
+    add("contrastive", number(float, 0), "weight of the contrastive loss; 0 leaves it out")
+    add("distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
+    add("augment", str, "cutout, flip and RandAugment", choices=["yes", "no"])
+    add("cache_features", str, "keep the embeddings of images without augmentation",
+        choices=["no", "memory", "disk"])
+    data.add_run_arguments(parser, "trm_ml")
+    parser.add_argument("--labels", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    data.check_run_arguments(args)
+    if args.labels:
+        raise UserError("--labels: this method scores the labels that it was trained for only")
+    if args.partial and args.single_positive:
+        raise UserError("--partial and --single-positive exclude each other")
+    if args.partial and 0 in args.partial:
+        raise UserError("--partial 0: with nothing known there is nothing to learn from, give a "
+                        "share above 0 and up to 1")
+    if args.augment == "yes" and args.cache_features not in (None, "no"):
+        raise UserError(f"--cache-features {args.cache_features} needs --augment no: augmented "
+                        "images differ every time")
+    return args
+
+
+def fill_defaults(args):
+    args.data = args.data or "toy"
+    if args.augment == "yes":
+        args.cache_features = "no"
+    for name, value in (TOY if args.data == "toy" else BENCHMARK).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.partial:
+        args.partial = [0.3 if args.data == "toy" and not args.single_positive else 1.0]
+    args.partial = list(dict.fromkeys(args.partial))
+    args.matching = list(dict.fromkeys(args.matching))
+    args.output = args.output or f"runs/trm_ml-{args.data}"
+
+
+# ---------------------------------------------------------------------------------------------
+# main
+
+def build(options, device):
+    """-> (CLIP, transform of a whole image) with the options "clip" and "image_size"."""
+    clip, preprocess = clip_model.load(options["clip"], device)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    size = (options["image_size"], options["image_size"])  # squeezed: nothing is cropped away
+    return clip, transforms.Compose([transforms.Resize(size, bicubic), *preprocess.transforms[2:]])
+
+
+def load_checkpoint(path, args):
+    """-> (TRM, preprocess, state). UserError for what is no checkpoint of it or of another CLIP."""
+    state = data.read_checkpoint(path, "trm_ml")
+    if args.clip not in (None, state["clip"]):
+        raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
+    clip, preprocess = build(state["args"], args.device)
+    if clip.fingerprint() != state["clip_fingerprint"]:
+        raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
+    model = TRM(clip, state["labels"], state["args"]["matching"],
+                state["args"]["per_label_context"])
+    model.load_state_dict(state["model"], strict=False)
+    return model, preprocess, state
+
+
+def load_split(split, transform, args):
+    options = {"zero_shot": False} if args.data == "toy" else {}  # all its labels are seen here
+    return data.load_split(split, transform, args, **options)
+
+
+def autocast(args):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
+
+
+def known_targets(truth, args):
+    """Targets [N, C] of which --partial or --single-positive leaves a part known, else 0."""
+    if args.single_positive:
+        return data.keep_single_positive(truth, SINGLE_POSITIVE_SEED)
+    return data.keep_partial(truth, args.partial, PARTIAL_SEED)
+
+
+def augmentation(preprocess):
+    """Cutout of a quarter of the image, every other time; flip; RandAugment."""
+    resize, to_rgb, to_tensor, normalize = preprocess.transforms
+    return transforms.Compose([
+        resize, transforms.RandomHorizontalFlip(), to_rgb, transforms.RandAugment(), to_tensor,
+        normalize, transforms.RandomErasing(0.5, scale=(0.25, 0.25), ratio=(1, 1))])
+
+
+def kept_embeddings(clip, dataset, args):
+    """encode() of all images, float16 [N, 1 + L, D], in memory or in a file; None if not kept.
+
+    The file is in $XDG_CACHE_HOME/clip_multilabel (~/.cache/clip_multilabel) under a hash of
+    CLIP's weights, the images' names, sizes and times, and the first one's pixels."""
+    if args.cache_features == "no":
+        return None
+    def embeddings():
+        loader = data.make_loader(dataset, args)
+        for images, _ in data.progress(loader, "embedding images", args.quiet):
+            yield encode(clip, images, args).half().cpu()
+
+    if args.cache_features == "memory":
+        return torch.cat(list(embeddings()))
+    names, first = [dataset.image_name(i) for i in range(len(dataset))], dataset[0][0]
+    stats = [os.stat(name) for name in names] if dataset.are_files else []
+    key = [clip.fingerprint(), args.clip, args.precision, names,
+           [(s.st_size, s.st_mtime_ns) for s in stats]]
+    digest = hashlib.sha256(json.dumps(key).encode() + first.numpy().tobytes()).hexdigest()
+    file = data.cache_folder() / f"embeddings-{digest[:32]}.f16"
+    shape = [len(dataset), *encode(clip, first[None], args).shape[1:]]
+    if not file.exists() or file.stat().st_size != 2 * math.prod(shape):
+        temporary = Path(f"{file}.{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as out:
+                for batch in embeddings():
+                    out.write(batch.numpy().tobytes())
+            temporary.replace(file)
+        except OSError as error:
+            raise UserError(f"cannot keep embeddings in {file}: {error.strerror}; "
+                            f"--cache-features memory or no does without") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        print(f"the embeddings of {len(dataset):,} images are kept in {file}")
+    size = math.prod(shape)
+    return torch.from_file(str(file), False, size, dtype=torch.float16).view(shape)
+
+
+def make_loader(dataset, kept, args, shuffle=False):
+    """Batches of (images, or their kept embeddings, and targets)."""
+    if kept is None:
+        return data.make_loader(dataset, args, shuffle)
+    rows = TensorDataset(kept, dataset.targets)
+    order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
+    return DataLoader(rows, sampler=BatchSampler(order, args.batch_size, False), batch_size=None)
+
+
+def settings(args):
+    """The models that a run trains: [(name, kind of its row, args with one partial, one matching
+    and an output of its own)]."""
+    models, several = [], len(args.partial) > 1
+    titles = {"image": "text-image matching", "pixel": "text-pixel matching", "region": "TRM-ML"}
+    for partial in args.partial:
+        for matching in args.matching:
+            kind = "method" if matching == args.matching[-1] else "ablation"
+            folders = [f"partial-{partial:g}"] * several + [matching] * (kind == "ablation")
+            models.append((titles[matching] + f", {partial:.0%} known" * several, kind, {
+                "partial": partial, "matching": matching,
+                "output": str(Path(args.output, *folders))}))
+    if args.upper_bound:
+        models.append(("upper bound, all labels known", "ablation", {
+            "partial": 1.0, "single_positive": False, "matching": args.matching[-1],
+            "output": str(Path(args.output, "upper-bound"))}))
+    return [(name, kind, argparse.Namespace(**{**vars(args), **own}))
+            for name, kind, own in models]
+
+
+def start_or_resume(clip, dataset, args):
+    """-> (TRM, state) of one of settings(args). Which entries are known is kept in known.pt."""
+    known, file = dataset.targets.chunk(2, dim=1)[0] != 0, Path(args.output, "known.pt")
+    torch.manual_seed(args.seed)
+    model = TRM(clip, dataset.labels, args.matching, args.per_label_context)
+    if args.resume and Path(args.output, "last.pt").exists():
+        state = data.read_checkpoint(f"{args.output}/last.pt", "trm_ml")
+        data.check_same(args, state["args"], (*BENCHMARK, *data.SAME, "partial", "single_positive",
+                                              "per_label_context"))
+        data.check_labels(dataset, state)
+        if (state["clip_fingerprint"] != clip.fingerprint()
+                or not torch.equal(torch.load(file, weights_only=True), known)):
+            raise UserError(f"--resume: the run in {args.output} was started with other weights "
+                            f"or other data")
+        model.load_state_dict(state["model"], strict=False)
+        return model, state
+    data.start_run(args)
+    data.write_file(file, known)
+    return model, {"method": "trm_ml", "data": args.data, "clip": args.clip,
+                   "labels": dataset.labels, "clip_fingerprint": clip.fingerprint(),
+                   "args": vars(args), "epoch": 0, "optimizer": None, "scaler": None, "log": [],
+                   "seconds": 0.0}
+
+
+def train_all(clip, preprocess, args):
+    """Train settings(args) -> ({name: TRM with its best weights}, {name: kind}, seconds)."""
+    models, kinds, seconds, kept, held_out = {}, {}, 0.0, None, None
+    whole = load_split("train", augmentation(preprocess) if args.augment == "yes" else preprocess,
+                       args)
+    for name, kinds[name], own in settings(args):
+        known = known_targets(whole.targets, own)
+        without = [whole.labels[i] for i in (known != 1).all(dim=0).nonzero()[:, 0]]
+        print(f"\n{name}: {len(whole):,} training images, {len(whole.labels)} labels, "
+              f"{(known != 0).float().mean():.1%} of the entries known; {own.output}", flush=True)
+        if not known.any():
+            raise UserError("none of the training labels is known: raise --partial or --limit")
+        if without:
+            print(f"{len(without)} labels are known to be present nowhere, e.g. '{without[0]}': "
+                  f"they get no pseudo labels and rest on CLIP's text", file=sys.stderr)
+        dataset = whole.subset(range(len(whole)))
+        dataset.targets = torch.cat([known, whole.targets], dim=1)
+        dataset, validation = data.hold_out(dataset, args.val_fraction, preprocess)
+        if kept is None:  # the same images for all models
+            kept = kept_embeddings(clip, dataset, args)
+            held_out = validation and kept_embeddings(clip, validation, args)
+        model, state = start_or_resume(clip, dataset, own)
+        if args.compile:
+            model.regions = torch.compile(model.regions)
+        train(model, make_loader(dataset, kept, args, shuffle=True),
+              validation and make_loader(validation, held_out, args), own, state)
+        best = data.read_checkpoint(f"{own.output}/best.pt", "trm_ml")
+        model.load_state_dict(best["model"], strict=False)
+        models[name], seconds = model, seconds + state["seconds"]
+    return models, kinds, seconds
+
+
+def sweep_rows(rows, args):
+    """Print a line of mAP per matching, as the papers do -> rows of the averages."""
+    averages, names = [], [row["name"].rpartition(", ") for row in rows if " known" in row["name"]]
+    print(f"\n{'mAP (%), known labels':30}" + "".join(f"{p:7.0%}" for p in args.partial)
+          + f"{'average':>9}")
+    for title in dict.fromkeys(name for name, _, _ in names):
+        of_title = [row for row in rows if row["name"].rpartition(", ")[0] == title]
+        averages.append({"name": f"{title}, average", "kind": of_title[0]["kind"],
+                         **{metric: sum(row[metric] for row in of_title) / len(of_title)
+                            for metric in of_title[0] if metric not in ("name", "kind")}})
+        print(f"{title:30}" + "".join(f"{100 * row['mAP']:7.1f}" for row in of_title)
+              + f"{100 * averages[-1]['mAP']:9.1f}")
+    return averages
+
+
+def run(args):
+    """Train, unless --eval, and evaluate -> the results that results.json holds."""
+    begin, keep = time.time(), bool(args.output or not args.eval)
+    if args.eval:
+        data.check_new(args.output)
+        model, preprocess, state = load_checkpoint(args.eval, args)
+        args.data, args.clip = args.data or state["data"], state["clip"]
+        args.partial, args.matching = [state["args"]["partial"]], [model.matching]
+    fill_defaults(args)
+    data.check_root(args.data, args.root)
+    data.dataset_options(args)
+    if args.eval:
+        clip, models, kinds, seconds = model.clip, {"TRM-ML": model}, {"TRM-ML": "method"}, 0.0
+    else:
+        clip, preprocess = build(vars(args), args.device)
+    test = load_split("test", preprocess, args)
+    if args.eval:
+        data.check_labels(test, state)
+    else:
+        if len(args.partial) > 1 and not args.resume:
+            data.start_run(args)
+        models, kinds, seconds = train_all(clip, preprocess, args)
+    kept = kept_embeddings(clip, test, args)
+    rows = evaluate(clip, models, kinds, test, make_loader(test, kept, args), args)
+    metrics.print_table(rows)
+    if len(args.partial) > 1:
+        rows += sweep_rows(rows, args)
+    if test.missing:
+        print(f"{test.missing} test images are missing: not comparable with complete results")
+    if args.gallery:
+        data.write_gallery(test, scorer([*models.values()][-1], args), args)
+    print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
+    return data.write_results("trm_ml", args, {"seconds": seconds}, rows, keep)
+
+
+def main(arguments=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args = parse_arguments(arguments)
+        return predict(args) if args.predict else run(args)
+    except (UserError, clip_model.ClipError) as error:
+        print(f"trm_ml.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues after the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
