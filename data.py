@@ -360,17 +360,17 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clip_multilabel"
 
 
-def _cached(name, paths, key, make, quiet):
+def cached(name, paths, key, make, quiet):
     """make(), a dict of numpy arrays without objects, kept in a cache.
 
-    The cache is in $XDG_CACHE_HOME/clip_multilabel (~/.cache/clip_multilabel), its file's name
-    starts with `name`. It is valid while the files it was made of, `paths`, keep their sizes and
-    modification times, and `key`, anything that JSON can hold, is the same. No array can be
-    called "key".
+    The file is in cache_folder(), its name starts with `name`. It is valid while the files it was
+    made of, `paths`, keep their sizes and modification times, and `key`, anything that JSON can
+    hold, is the same; without paths every key has a file of its own. No array can be called
+    "key".
     """
     stats = [os.stat(path) for path in paths]
     key = json.dumps([key, [(s.st_size, s.st_mtime_ns) for s in stats]])
-    names = "\n".join(os.path.abspath(path) for path in paths)
+    names = "\n".join(os.path.abspath(path) for path in paths) or key
     digest = hashlib.sha256(names.encode()).hexdigest()[:16]
     cache = cache_folder() / f"{name}-{digest}.npz"
     try:
@@ -411,7 +411,7 @@ def _cached_bits(paths, columns, rows, quiet):
                     raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
         return {"bits": np.stack(bits, axis=1)}
 
-    return _cached(os.path.basename(paths[0]), paths, [columns, rows], make, quiet)["bits"]
+    return cached(os.path.basename(paths[0]), paths, [columns, rows], make, quiet)["bits"]
 
 
 def _fill_targets(targets, bits, width, rows, columns):
@@ -669,7 +669,7 @@ def cub(root, split, transform=None, *, not_visible="absent", allow_missing=Fals
                             f"images.txt is for training (1)")
     rows = [row for row, image in enumerate(images) if split_of[image] == split]
     label_file = find("attributes/image_attribute_labels.txt")
-    marks = _cached("cub", [label_file], [list(images), list(attributes)], lambda: {
+    marks = cached("cub", [label_file], [list(images), list(attributes)], lambda: {
         "marks": _read_cub(label_file, list(images), list(attributes), quiet)}, quiet)["marks"]
     _note_count(f"CUB {split}", len(rows), CUB_IMAGES[split], quiet)
     if unmarked := int((marks == 0).sum()):
@@ -858,7 +858,7 @@ def _read_openimages(path, class_ids, quiet):
 def _openimages_entries(root, split, class_file, class_ids, quiet):
     path = _openimages_find(root, f"{split}-annotations-human-imagelabels.csv",
                             f"{split}/{split}-annotations-human-imagelabels.csv")
-    return _cached(f"openimages-{split}", [path, class_file], None,
+    return cached(f"openimages-{split}", [path, class_file], None,
                    lambda: _read_openimages(path, class_ids, quiet), quiet)
 
 
@@ -1028,7 +1028,7 @@ def _coco_instances(path, quiet):
         return {"files": np.array(list(files.values()), np.str_), "boxes": marks,
                 "labels": np.array([names[category] for category in column_of], np.str_)}
 
-    arrays = _cached(os.path.basename(path), [path], "instances", make, quiet)
+    arrays = cached(os.path.basename(path), [path], "instances", make, quiet)
     return arrays["files"].tolist(), arrays["labels"].tolist(), arrays["boxes"]
 
 

@@ -39,7 +39,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -183,30 +182,21 @@ def template_sentences(labels, templates=TEMPLATES):
 def embed_texts(clip, texts, device="cpu", quiet=False):
     """Unit-length embeddings of texts, float32 [N, D] on the CPU; too long texts are cut.
 
-    They are kept in $XDG_CACHE_HOME/clip_multilabel (~/.cache/clip_multilabel), under a hash of
-    the texts in their order and of CLIP's weights; a damaged file is made anew."""
+    They are kept in data.cache_folder(), under a hash of the texts and of CLIP's weights."""
     unique = list(dict.fromkeys(texts))
-    key = hashlib.sha256(json.dumps([clip.fingerprint(), unique]).encode()).hexdigest()
-    cache, embeddings = data.cache_folder() / f"texts-{key[:32]}.pt", None
-    with contextlib.suppress(Exception):  # whatever is wrong with the file
-        saved = torch.load(cache, weights_only=True)
-        if saved["sha256"] == hashlib.sha256(saved["embeddings"].numpy().tobytes()).hexdigest():
-            embeddings = saved["embeddings"]
-    if embeddings is None:
+
+    def embed():
         tokens = clip.tokenize(unique, truncate=True)
         embeddings = torch.empty(len(unique), clip.text_projection.shape[1])
         by_length = tokens.argmax(dim=1).argsort(stable=True).split(256)  # little padding
         for rows in data.progress(by_length, "embedding texts", quiet):
             embeddings[rows] = F.normalize(clip.encode_text(tokens[rows].to(device)).float(),
                                            dim=-1).cpu()
-        digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
-        temporary = f"{cache}.{os.getpid()}"
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            data.write_file(temporary, {"sha256": digest, "embeddings": embeddings})
-            os.replace(temporary, cache)
-        except (OSError, UserError) as error:
-            print(f"{error}; the next start has to embed the texts again", file=sys.stderr)
+        return {"embeddings": embeddings.numpy()}
+
+    digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
+    kept = data.cached("texts", [], [clip.fingerprint(), digest], embed, quiet)
+    embeddings = torch.from_numpy(kept["embeddings"])
     row = {text: index for index, text in enumerate(unique)}
     return embeddings[[row[text] for text in texts]]
 

@@ -46,7 +46,7 @@ def message_of(*args, **options):
     return str(error.value)
 
 
-# ---- _cached
+# ---- cached
 
 def test_cached_while_sources_and_key_stay(tmp_path, cache):
     sources, made = [tmp_path / "a", tmp_path / "b"], []
@@ -57,7 +57,7 @@ def test_cached_while_sources_and_key_stay(tmp_path, cache):
         def make():
             made.append(key)
             return {"numbers": np.arange(3) + len(made), "names": np.array(["cat", "d\u00f6g"])}
-        return data._cached("name", sources, key, make, quiet)
+        return data.cached("name", sources, key, make, quiet)
 
     for key, makes in ((1, 1), (1, 1), ({"size": [2]}, 2), ({"size": [2]}, 2)):
         arrays = get(key)
@@ -77,12 +77,12 @@ def test_cached_while_sources_and_key_stay(tmp_path, cache):
 
 def test_cached_reads_no_pickle(tmp_path, cache, capsys):
     (tmp_path / "a").write_text("")
-    result = data._cached("name", [tmp_path / "a"], 0, lambda: {"x": np.arange(2)}, False)
+    result = data.cached("name", [tmp_path / "a"], 0, lambda: {"x": np.arange(2)}, False)
     [file] = cache.iterdir()
     with np.load(file) as content:
         key = content["key"]
     np.savez(file, key=key, x=np.array([{}], dtype=object))
-    again = data._cached("name", [tmp_path / "a"], 0, lambda: {"x": np.arange(2)}, False)
+    again = data.cached("name", [tmp_path / "a"], 0, lambda: {"x": np.arange(2)}, False)
     assert np.array_equal(again["x"], result["x"]) and "made anew" in capsys.readouterr().err
 
 
