@@ -225,6 +225,12 @@ class MultiLabelDataset(Dataset):
         index = int(self.indices[i])
         return os.fspath(self.images[index]) if self.are_files else f"{self.name} image {index}"
 
+    def files_key(self):
+        """What tells these images from others: names, and sizes and times of files; for caches."""
+        names = [self.image_name(i) for i in range(len(self))]
+        stats = [os.stat(name) for name in names] if self.are_files else []
+        return names, [(s.st_size, s.st_mtime_ns) for s in stats]
+
     def subset(self, indices):
         """The dataset of these images only; indices: integers, or a bool mask [N].
 
@@ -394,6 +400,28 @@ def cached(name, paths, key, make, quiet):
         with contextlib.suppress(OSError):
             os.remove(temporary)
     return arrays
+
+
+def mapped(name, key, shape, batches):
+    """The tensors of batches() one after the other, float16 of this shape, mapped from a file.
+
+    The file is in cache_folder() under `name` and a hash of `key`, anything JSON can hold; with it
+    batches is not called again. UserError if the file cannot be written."""
+    digest = hashlib.sha256(json.dumps([key, shape]).encode()).hexdigest()
+    file, size = cache_folder() / f"{name}-{digest[:16]}.f16", math.prod(shape)
+    if not file.exists() or file.stat().st_size != 2 * size:
+        temporary = Path(f"{file}.{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as out:
+                for batch in batches():
+                    out.write(batch.half().cpu().numpy().tobytes())
+            temporary.replace(file)
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return torch.from_file(str(file), False, size, dtype=torch.float16).view(shape)
 
 
 def _cached_bits(paths, columns, rows, quiet):

@@ -44,9 +44,7 @@ Implementation details
 import argparse
 import functools
 import hashlib
-import json
 import math
-import os
 import signal
 import sys
 import time
@@ -270,7 +268,8 @@ def contrastive_loss(regions, present, prototypes):
     exp(similarity / t), summed over those of all labels; the mean, 0 if nothing is present."""
     chosen, label = regions[present], present.nonzero()[:, 1]  # [P, D], [P]
     similarity = chosen @ prototypes.flatten(0, 1).T / TEMPERATURE  # [P, M * C]
-    own = similarity.unflatten(1, prototypes.shape[:2])[torch.arange(len(label)), :, label]
+    row = torch.arange(len(label), device=label.device)
+    own = similarity.unflatten(1, prototypes.shape[:2])[row, :, label]  # [P, M]
     return (similarity.logsumexp(dim=1) - own.logsumexp(dim=1)).sum() / max(1, len(label))
 
 
@@ -386,7 +385,7 @@ def predict_all(model, loader, args):
 
 @torch.no_grad()
 def evaluate(clip, models, kinds, dataset, loader, args):
-    """The rows of the table in one pass over the images: CLIP as it is, then models {name: TRM}."""
+    """The table in one pass over the images: CLIP as it is, then models {name: TRM}."""
     def zero_shot(texts, mode, x, index):
         similarity = x @ texts[index].T  # [B, L, c]
         best = similarity[:, 1:].amax(dim=1)
@@ -417,19 +416,20 @@ def evaluate(clip, models, kinds, dataset, loader, args):
 # predict
 
 def scorer(model, args):
-    """-> function: images -> (probabilities [B, C], with --heatmap attention [B, C, h, w])."""
+    """-> function: images -> (probabilities [B, C], regions' attention [B, C, h, w])."""
     texts = model.texts()
 
     def score(images):
         with autocast(args):
             logits, _, attention = model(encode(model.clip, images, args), texts)
-        if not args.heatmap:
-            return logits.float().sigmoid(), None
-        if attention is None:
-            raise UserError("--heatmap: only region matching looks anywhere, this checkpoint's is "
-                            f"--matching {model.matching}")
-        locations = attention[:, :, 1:]  # without the whole image
-        return logits.float().sigmoid(), locations.unflatten(2, (math.isqrt(locations.shape[2]), -1))
+        if attention is not None:
+            attention = attention[:, :, 1:]  # without the whole image
+            attention = attention.unflatten(2, (math.isqrt(attention.shape[2]), -1))
+        return logits.float().sigmoid(), attention
+
+    if args.heatmap and model.matching != "region":
+        raise UserError("--heatmap: only region matching looks anywhere, this checkpoint's is "
+                        f"--matching {model.matching}")
     return score
 
 
@@ -521,7 +521,7 @@ def build(options, device):
 
 
 def load_checkpoint(path, args):
-    """-> (TRM, preprocess, state). UserError for what is no checkpoint of it or of another CLIP."""
+    """-> (TRM, preprocess, state). UserError for another checkpoint or another CLIP."""
     state = data.read_checkpoint(path, "trm_ml")
     if args.clip not in (None, state["clip"]):
         raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
@@ -560,42 +560,21 @@ def augmentation(preprocess):
 
 
 def kept_embeddings(clip, dataset, args):
-    """encode() of all images, float16 [N, 1 + L, D], in memory or in a file; None if not kept.
-
-    The file is in $XDG_CACHE_HOME/clip_multilabel (~/.cache/clip_multilabel) under a hash of
-    CLIP's weights, the images' names, sizes and times, and the first one's pixels."""
-    if args.cache_features == "no":
-        return None
+    """encode() of all images, float16 [N, 1 + L, D], in memory or in a file; None if not kept."""
     def embeddings():
         loader = data.make_loader(dataset, args)
         for images, _ in data.progress(loader, "embedding images", args.quiet):
             yield encode(clip, images, args).half().cpu()
 
+    if args.cache_features == "no":
+        return None
     if args.cache_features == "memory":
         return torch.cat(list(embeddings()))
-    names, first = [dataset.image_name(i) for i in range(len(dataset))], dataset[0][0]
-    stats = [os.stat(name) for name in names] if dataset.are_files else []
-    key = [clip.fingerprint(), args.clip, args.precision, names,
-           [(s.st_size, s.st_mtime_ns) for s in stats]]
-    digest = hashlib.sha256(json.dumps(key).encode() + first.numpy().tobytes()).hexdigest()
-    file = data.cache_folder() / f"embeddings-{digest[:32]}.f16"
+    first = dataset[0][0]  # stands for how images are made
+    key = [clip.fingerprint(), args.precision, dataset.files_key(),
+           hashlib.sha256(first.numpy().tobytes()).hexdigest()]
     shape = [len(dataset), *encode(clip, first[None], args).shape[1:]]
-    if not file.exists() or file.stat().st_size != 2 * math.prod(shape):
-        temporary = Path(f"{file}.{os.getpid()}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as out:
-                for batch in embeddings():
-                    out.write(batch.numpy().tobytes())
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(f"cannot keep embeddings in {file}: {error.strerror}; "
-                            f"--cache-features memory or no does without") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        print(f"the embeddings of {len(dataset):,} images are kept in {file}")
-    size = math.prod(shape)
-    return torch.from_file(str(file), False, size, dtype=torch.float16).view(shape)
+    return data.mapped("embeddings", key, shape, embeddings)
 
 
 def make_loader(dataset, kept, args, shuffle=False):
