@@ -420,7 +420,8 @@ def mapped(name, key, shape, batches):
         except OSError as error:
             raise UserError(f"cannot write {file}: {error.strerror}") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     return torch.from_file(str(file), False, size, dtype=torch.float16).view(shape)
 
 

@@ -19,7 +19,8 @@ was published with it and only the abstract was at hand, so every formula is our
         e_c = mean over P in {V, T} of  <R_c, P_c> / t + log softmax_c'(<R_c, P_c'> / t)[c];
     where e_c leaves no doubt it is a pseudo label, by thresholds that the label's share among
     known entries sets;
- 5. contrast: -log of the share of R_c's own prototypes among all of them, present labels only;
+ 5. contrast: among the prototypes of either modality, R_c of a present label must find its own,
+        -log softmax_c'(<R_c, P_c'> / t)[c], mean over P in {V, T};
  6. distillation: |R_c - what CLIP's own embeddings are where the label looked|_1.
 
     python trm_ml.py --partial 0.3                 # toy world, nothing to download
@@ -42,6 +43,7 @@ Implementation details
     run; every method and every --seed gets the same.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import math
@@ -65,11 +67,12 @@ from data import UserError
 
 # usual in this line of work; and what the toy world's small CLIP and 10,000 scenes ask for
 BENCHMARK = {"clip": "RN101", "image_size": 448, "matching": ["region"], "epochs": 20,
-             "batch_size": 32, "lr": 1e-4, "pseudo": 0.2, "contrastive": 0.1,
+             "batch_size": 32, "lr": 1e-4, "pseudo": 0.1, "contrastive": 0.2,
              "distillation": 0.01, "augment": "yes", "cache_features": "no", "workers": 8}
 TOY = {"clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"], "epochs": 8,
-       "batch_size": 128, "lr": 1e-3, "pseudo": 0.2, "contrastive": 0.1,
+       "batch_size": 128, "lr": 1e-3, "pseudo": 0.1, "contrastive": 0.2,
        "distillation": 0.01, "augment": "no", "cache_features": "disk", "workers": 0}
+TITLES = {"image": "text-image matching", "pixel": "text-pixel matching", "region": "TRM-ML"}
 TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a scene with a {}.",
              "there is a {} in the scene.", "a photo of a small {}.", "a photo of a large {}."]
 CONTEXT, HEADS = 16, 4  # learned words of a prompt; attention heads
@@ -264,21 +267,23 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
 def contrastive_loss(regions, present, prototypes):
     """Regions [B, C, D], present bool [B, C], prototypes [M, C, D], all of unit length -> scalar.
 
-    For every present (b, c) the negative log of what its label's M prototypes have of
-    exp(similarity / t), summed over those of all labels; the mean, 0 if nothing is present."""
+    Cross-entropy of every present (b, c) among the prototypes of a modality, at temperature t: the
+    mean over present labels and M modalities, 0 if nothing is present."""
     chosen, label = regions[present], present.nonzero()[:, 1]  # [P, D], [P]
-    similarity = chosen @ prototypes.flatten(0, 1).T / TEMPERATURE  # [P, M * C]
-    row = torch.arange(len(label), device=label.device)
-    own = similarity.unflatten(1, prototypes.shape[:2])[row, :, label]  # [P, M]
-    return (similarity.logsumexp(dim=1) - own.logsumexp(dim=1)).sum() / max(1, len(label))
+    similarity = chosen @ prototypes.transpose(1, 2) / TEMPERATURE  # [M, P, C]
+    total = F.cross_entropy(similarity.flatten(0, 1), label.repeat(len(prototypes)),
+                            reduction="sum")
+    return total / max(1, len(label) * len(prototypes))
 
 
 def batch_loss(model, x, known, args):
     """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); both
     are None without prototypes."""
-    texts = model.texts()
-    logits, regions, attention = model(x, texts)
-    terms, pseudo, estimates = {"known": asymmetric_loss(logits.float(), known)}, None, None
+    with autocast(args):
+        texts = model.texts()
+        logits, regions, attention = model(x, texts)
+    logits = logits.float()
+    terms, pseudo, estimates = {"known": asymmetric_loss(logits, known)}, None, None
     if regions is None:
         return terms["known"], terms, pseudo, estimates
     present, prototypes = known == 1, texts[None]
@@ -286,12 +291,12 @@ def batch_loss(model, x, known, args):
         model.update_prototypes(regions, present)
         estimates = model.estimates(regions, texts)
         pseudo = model.pseudo_labels(estimates, known)
-        terms["pseudo"] = args.pseudo * asymmetric_loss(logits.float(), pseudo)
+        terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
         present, prototypes = present | (pseudo == 1), model.prototypes(texts)
     if args.contrastive:
         terms["contrastive"] = args.contrastive * contrastive_loss(regions, present, prototypes)
     if args.distillation:
-        looked_at = F.normalize(attention.detach() @ x, dim=-1)  # [B, C, L] @ [B, L, D]
+        looked_at = F.normalize(attention.detach().float() @ x, dim=-1)  # [B, C, L] @ [B, L, D]
         distance = (regions - looked_at).abs().sum(dim=-1).mean()
         terms["distillation"] = args.distillation * distance
     return sum(terms.values()), terms, pseudo, estimates
@@ -337,8 +342,7 @@ def train(model, loader, validation, args, state):
                 group["lr"] = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
             known, truth = targets.to(device, non_blocking=True).chunk(2, dim=1)
             x = encode(clip, images, args)
-            with autocast(args):
-                loss, terms, pseudo, estimates = batch_loss(model, x, known, args)
+            loss, terms, pseudo, estimates = batch_loss(model, x, known, args)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -360,6 +364,8 @@ def train(model, loader, validation, args, state):
                 line["pseudo_precision"], line["pseudo_recall"] = right / given, right / hidden
             if given_absent:
                 line["pseudo_precision_absent"] = right_absent / given_absent
+        if getattr(loader.dataset, "replaced", 0):
+            line["unreadable_images"] = loader.dataset.replaced
         if validation is not None:
             logits, known = predict_all(model, validation, args)
             line["val_mAP"] = metrics.mean_average_precision(logits, known)
@@ -489,19 +495,19 @@ def parse_arguments(arguments=None):
     if args.partial and 0 in args.partial:
         raise UserError("--partial 0: with nothing known there is nothing to learn from, give a "
                         "share above 0 and up to 1")
-    if args.augment == "yes" and args.cache_features not in (None, "no"):
-        raise UserError(f"--cache-features {args.cache_features} needs --augment no: augmented "
-                        "images differ every time")
     return args
 
 
 def fill_defaults(args):
     args.data = args.data or "toy"
-    if args.augment == "yes":
+    if args.augment == "yes" and args.cache_features is None:
         args.cache_features = "no"
     for name, value in (TOY if args.data == "toy" else BENCHMARK).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.augment == "yes" and args.cache_features != "no":
+        raise UserError(f"--cache-features {args.cache_features} needs --augment no: augmented "
+                        "images differ every time")
     if not args.partial:
         args.partial = [0.3 if args.data == "toy" and not args.single_positive else 1.0]
     args.partial = list(dict.fromkeys(args.partial))
@@ -560,11 +566,17 @@ def augmentation(preprocess):
 
 
 def kept_embeddings(clip, dataset, args):
-    """encode() of all images, float16 [N, 1 + L, D], in memory or in a file; None if not kept."""
+    """encode() of all images, float16 [N, 1 + L, D], in memory or in a file; None if not kept.
+
+    NaN for an image that cannot be read, of which a loader gives another one instead."""
     def embeddings():
-        loader = data.make_loader(dataset, args)
+        begin, loader = 0, data.make_loader(dataset, args)
         for images, _ in data.progress(loader, "embedding images", args.quiet):
-            yield encode(clip, images, args).half().cpu()
+            rows = dataset.indices[begin:begin + len(images)]
+            batch = encode(clip, images, args).half().cpu()
+            batch[dataset.unreadable[rows]] = torch.nan
+            yield batch
+            begin += len(images)
 
     if args.cache_features == "no":
         return None
@@ -582,6 +594,9 @@ def make_loader(dataset, kept, args, shuffle=False):
     if kept is None:
         return data.make_loader(dataset, args, shuffle)
     rows = TensorDataset(kept, dataset.targets)
+    unreadable = kept[:, 0, 0].isnan()
+    if unreadable.any():
+        rows = TensorDataset(kept[~unreadable], dataset.targets[~unreadable])
     order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
     return DataLoader(rows, sampler=BatchSampler(order, args.batch_size, False), batch_size=None)
 
@@ -590,16 +605,15 @@ def settings(args):
     """The models that a run trains: [(name, kind of its row, args with one partial, one matching
     and an output of its own)]."""
     models, several = [], len(args.partial) > 1
-    titles = {"image": "text-image matching", "pixel": "text-pixel matching", "region": "TRM-ML"}
     for partial in args.partial:
         for matching in args.matching:
             kind = "method" if matching == args.matching[-1] else "ablation"
             folders = [f"partial-{partial:g}"] * several + [matching] * (kind == "ablation")
-            models.append((titles[matching] + f", {partial:.0%} known" * several, kind, {
+            models.append((TITLES[matching] + f", {100 * partial:g}% known" * several, kind, {
                 "partial": partial, "matching": matching,
                 "output": str(Path(args.output, *folders))}))
     if args.upper_bound:
-        models.append(("upper bound, all labels known", "ablation", {
+        models.append(("upper bound (all labels known)", "ablation", {
             "partial": 1.0, "single_positive": False, "matching": args.matching[-1],
             "output": str(Path(args.output, "upper-bound"))}))
     return [(name, kind, argparse.Namespace(**{**vars(args), **own}))
@@ -611,31 +625,39 @@ def start_or_resume(clip, dataset, args):
     known, file = dataset.targets.chunk(2, dim=1)[0] != 0, Path(args.output, "known.pt")
     torch.manual_seed(args.seed)
     model = TRM(clip, dataset.labels, args.matching, args.per_label_context)
-    if args.resume and Path(args.output, "last.pt").exists():
-        state = data.read_checkpoint(f"{args.output}/last.pt", "trm_ml")
-        data.check_same(args, state["args"], (*BENCHMARK, *data.SAME, "partial", "single_positive",
-                                              "per_label_context"))
-        data.check_labels(dataset, state)
-        if (state["clip_fingerprint"] != clip.fingerprint()
-                or not torch.equal(torch.load(file, weights_only=True), known)):
-            raise UserError(f"--resume: the run in {args.output} was started with other weights "
-                            f"or other data")
-        model.load_state_dict(state["model"], strict=False)
-        return model, state
-    data.start_run(args)
-    data.write_file(file, known)
-    return model, {"method": "trm_ml", "data": args.data, "clip": args.clip,
-                   "labels": dataset.labels, "clip_fingerprint": clip.fingerprint(),
-                   "args": vars(args), "epoch": 0, "optimizer": None, "scaler": None, "log": [],
-                   "seconds": 0.0}
+    if not Path(args.output, "last.pt").exists():
+        data.write_file(file, known)
+        return model, {"method": "trm_ml", "data": args.data, "clip": args.clip,
+                       "labels": dataset.labels, "clip_fingerprint": clip.fingerprint(),
+                       "args": vars(args), "epoch": 0, "optimizer": None, "scaler": None,
+                       "log": [], "seconds": 0.0}
+    state = data.read_checkpoint(f"{args.output}/last.pt", "trm_ml")
+    data.check_same(args, state["args"], (*BENCHMARK, *data.SAME, "partial", "single_positive",
+                                          "per_label_context"))
+    data.check_labels(dataset, state)
+    before = None
+    with contextlib.suppress(Exception):  # a file that cannot be read does not fit either
+        before = torch.load(file, weights_only=True)
+    if (state["clip_fingerprint"] != clip.fingerprint() or not torch.is_tensor(before)
+            or not torch.equal(before, known)):
+        raise UserError(f"--resume: the run in {args.output} was started with other weights or "
+                        f"other data, or its {file.name} is damaged")
+    model.load_state_dict(state["model"], strict=False)
+    return model, state
 
 
 def train_all(clip, preprocess, args):
     """Train settings(args) -> ({name: TRM with its best weights}, {name: kind}, seconds)."""
     models, kinds, seconds, kept, held_out = {}, {}, 0.0, None, None
+    several = settings(args)
+    if not args.resume:  # all at once, so that --resume later finds nothing of an earlier run
+        for _, _, own in several:
+            data.start_run(own)
+    elif not any(Path(own.output, "last.pt").exists() for _, _, own in several):
+        raise UserError(f"--resume: no checkpoint at {args.output}/last.pt")
     whole = load_split("train", augmentation(preprocess) if args.augment == "yes" else preprocess,
                        args)
-    for name, kinds[name], own in settings(args):
+    for name, kinds[name], own in several:
         known = known_targets(whole.targets, own)
         without = [whole.labels[i] for i in (known != 1).all(dim=0).nonzero()[:, 0]]
         print(f"\n{name}: {len(whole):,} training images, {len(whole.labels)} labels, "
@@ -664,11 +686,11 @@ def train_all(clip, preprocess, args):
 
 def sweep_rows(rows, args):
     """Print a line of mAP per matching, as the papers do -> rows of the averages."""
-    averages, names = [], [row["name"].rpartition(", ") for row in rows if " known" in row["name"]]
-    print(f"\n{'mAP (%), known labels':30}" + "".join(f"{p:7.0%}" for p in args.partial)
+    averages, swept = [], [row for row in rows if row["name"].endswith("% known")]
+    print(f"\n{'mAP (%), known labels':30}" + "".join(f"{100 * p:6g}%" for p in args.partial)
           + f"{'average':>9}")
-    for title in dict.fromkeys(name for name, _, _ in names):
-        of_title = [row for row in rows if row["name"].rpartition(", ")[0] == title]
+    for title in dict.fromkeys(row["name"].rpartition(", ")[0] for row in swept):
+        of_title = [row for row in swept if row["name"].startswith(f"{title}, ")]
         averages.append({"name": f"{title}, average", "kind": of_title[0]["kind"],
                          **{metric: sum(row[metric] for row in of_title) / len(of_title)
                             for metric in of_title[0] if metric not in ("name", "kind")}})
@@ -689,7 +711,9 @@ def run(args):
     data.check_root(args.data, args.root)
     data.dataset_options(args)
     if args.eval:
-        clip, models, kinds, seconds = model.clip, {"TRM-ML": model}, {"TRM-ML": "method"}, 0.0
+        name = TITLES[model.matching]
+        clip, models, kinds, seconds = model.clip, {name: model}, {name: "method"}, 0.0
+        args.cache_features = state["args"]["cache_features"]
     else:
         clip, preprocess = build(vars(args), args.device)
     test = load_split("test", preprocess, args)
@@ -707,7 +731,8 @@ def run(args):
     if test.missing:
         print(f"{test.missing} test images are missing: not comparable with complete results")
     if args.gallery:
-        data.write_gallery(test, scorer([*models.values()][-1], args), args)
+        last = [models[name] for name in models if kinds[name] == "method"][-1]
+        data.write_gallery(test, scorer(last, args), args)
     print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
     return data.write_results("trm_ml", args, {"seconds": seconds}, rows, keep)
 
