@@ -620,26 +620,25 @@ def settings(args):
             for name, kind, own in models]
 
 
-def start_or_resume(clip, dataset, args):
-    """-> (TRM, state) of one of settings(args). Which entries are known is kept in known.pt."""
-    known, file = dataset.targets.chunk(2, dim=1)[0] != 0, Path(args.output, "known.pt")
+def start_or_resume(clip, labels, known, args):
+    """-> (TRM, state) of one of settings(args). Which entries are known, bool [N, C], is kept."""
+    file = Path(args.output, "known.pt")
     torch.manual_seed(args.seed)
-    model = TRM(clip, dataset.labels, args.matching, args.per_label_context)
+    model = TRM(clip, labels, args.matching, args.per_label_context)
     if not Path(args.output, "last.pt").exists():
         data.write_file(file, known)
         return model, {"method": "trm_ml", "data": args.data, "clip": args.clip,
-                       "labels": dataset.labels, "clip_fingerprint": clip.fingerprint(),
+                       "labels": labels, "clip_fingerprint": clip.fingerprint(),
                        "args": vars(args), "epoch": 0, "optimizer": None, "scaler": None,
                        "log": [], "seconds": 0.0}
     state = data.read_checkpoint(f"{args.output}/last.pt", "trm_ml")
     data.check_same(args, state["args"], (*BENCHMARK, *data.SAME, "partial", "single_positive",
                                           "per_label_context"))
-    data.check_labels(dataset, state)
     before = None
     with contextlib.suppress(Exception):  # a file that cannot be read does not fit either
         before = torch.load(file, weights_only=True)
-    if (state["clip_fingerprint"] != clip.fingerprint() or not torch.is_tensor(before)
-            or not torch.equal(before, known)):
+    if (state["clip_fingerprint"] != clip.fingerprint() or state["labels"] != labels
+            or not torch.is_tensor(before) or not torch.equal(before, known)):
         raise UserError(f"--resume: the run in {args.output} was started with other weights or "
                         f"other data, or its {file.name} is damaged")
     model.load_state_dict(state["model"], strict=False)
@@ -648,36 +647,38 @@ def start_or_resume(clip, dataset, args):
 
 def train_all(clip, preprocess, args):
     """Train settings(args) -> ({name: TRM with its best weights}, {name: kind}, seconds)."""
-    models, kinds, seconds, kept, held_out = {}, {}, 0.0, None, None
-    several = settings(args)
-    if not args.resume:  # all at once, so that --resume later finds nothing of an earlier run
-        for _, _, own in several:
-            data.start_run(own)
-    elif not any(Path(own.output, "last.pt").exists() for _, _, own in several):
+    runs, models, kinds, seconds = settings(args), {}, {}, 0.0
+    if args.resume and not any(Path(own.output, "last.pt").exists() for _, _, own in runs):
         raise UserError(f"--resume: no checkpoint at {args.output}/last.pt")
     whole = load_split("train", augmentation(preprocess) if args.augment == "yes" else preprocess,
                        args)
-    for name, kinds[name], own in several:
-        known = known_targets(whole.targets, own)
-        without = [whole.labels[i] for i in (known != 1).all(dim=0).nonzero()[:, 0]]
+    known = [known_targets(whole.targets, own) for _, _, own in runs]
+    if not all(targets.any() for targets in known):
+        raise UserError("none of the training labels is known: raise --partial or --limit")
+    whole.targets = torch.cat([*known, whole.targets], dim=1)  # [N, runs * C + C]
+    parts = [part for part in data.hold_out(whole, args.val_fraction, preprocess) if part]
+    kept = [kept_embeddings(clip, part, args) for part in parts]
+    if not args.resume:  # all at once, so that --resume later finds nothing of an earlier run
+        for _, _, own in runs:
+            data.start_run(own)
+    for index, (name, kinds[name], own) in enumerate(runs):
+        without = [whole.labels[i] for i in (known[index] != 1).all(dim=0).nonzero()[:, 0]]
         print(f"\n{name}: {len(whole):,} training images, {len(whole.labels)} labels, "
-              f"{(known != 0).float().mean():.1%} of the entries known; {own.output}", flush=True)
-        if not known.any():
-            raise UserError("none of the training labels is known: raise --partial or --limit")
+              f"{(known[index] != 0).float().mean():.1%} of the entries known; {own.output}",
+              flush=True)
         if without:
             print(f"{len(without)} labels are known to be present nowhere, e.g. '{without[0]}': "
                   f"they get no pseudo labels and rest on CLIP's text", file=sys.stderr)
-        dataset = whole.subset(range(len(whole)))
-        dataset.targets = torch.cat([known, whole.targets], dim=1)
-        dataset, validation = data.hold_out(dataset, args.val_fraction, preprocess)
-        if kept is None:  # the same images for all models
-            kept = kept_embeddings(clip, dataset, args)
-            held_out = validation and kept_embeddings(clip, validation, args)
-        model, state = start_or_resume(clip, dataset, own)
+        loaders = [None, None]
+        for i, part in enumerate(parts):
+            targets = part.targets.chunk(len(runs) + 1, dim=1)
+            part = part.subset(range(len(part)))
+            part.targets = torch.cat([targets[index], targets[-1]], dim=1)
+            loaders[i] = make_loader(part, kept[i], args, shuffle=i == 0)
+        model, state = start_or_resume(clip, whole.labels, known[index] != 0, own)
         if args.compile:
             model.regions = torch.compile(model.regions)
-        train(model, make_loader(dataset, kept, args, shuffle=True),
-              validation and make_loader(validation, held_out, args), own, state)
+        train(model, *loaders, own, state)
         best = data.read_checkpoint(f"{own.output}/best.pt", "trm_ml")
         model.load_state_dict(best["model"], strict=False)
         models[name], seconds = model, seconds + state["seconds"]

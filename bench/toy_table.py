@@ -56,8 +56,6 @@ TRM = {
         "{} --matching region --contrastive 0", "TRM-ML"),
     "without distillation, `--distillation 0`": (
         "{} --matching region --distillation 0", "TRM-ML"),
-    "without all three": (
-        "{} --matching region --pseudo 0 --contrastive 0 --distillation 0", "TRM-ML"),
     "all labels known, `--partial 1`": ("--partial 1 --matching region", "TRM-ML"),
 }
 # method -> (lines, {column: (what fills {}, metric)})
