@@ -976,7 +976,7 @@ def test_validation_images_are_held_out_and_select_the_best_epoch(tmp_path):
                               zero_shot=False).subset(range(64))
     whole.targets = data.keep_partial(whole.targets, 0.3, 0)
     train, validation = data.hold_out(whole, 0.25, whole.transform)
-    assert torch.equal(train.targets != 0, known)
+    assert torch.equal(whole.targets != 0, known)
     model, _, _ = trm_ml.load_checkpoint(tmp_path / "best.pt", options())
     with torch.no_grad():
         x = trm_ml.encode(clip, torch.stack([image for image, _ in validation]), options())
