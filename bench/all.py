@@ -9,6 +9,7 @@ failed. toy_table.py, the results of the methods, is not part of it.
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import os
 import platform
 import subprocess
@@ -56,16 +57,16 @@ def run(script, arguments):
 
 
 def section(script, arguments, code, lines):
-    """What RESULTS.md says of a script: its tables, and lines of other text it printed."""
-    text = [f"## `python {' '.join([f'bench/{script}.py', *arguments])}`", ""]
-    for i, line in enumerate(lines):
-        is_table, was_table = line.startswith("|"), i and lines[i - 1].startswith("|")
-        text += [""] * (is_table != bool(was_table)) + [line] * (code == 0)
+    """What RESULTS.md says of a script: what it printed, or why there is nothing."""
+    lines = [line for line in lines if line]
     if code and lines and "No module named" in lines[-1]:
-        text.append(f"Left out: {lines[-1].partition(': ')[2]}.")
+        blocks = [f"Left out: {lines[-1].partition(': ')[2]}."]
     elif code:
-        text += [f"Failed with exit code {code}:", "", *(f"    {line}" for line in lines[-5:])]
-    return "\n".join(text)
+        blocks = [f"Failed with exit code {code}:", "\n".join(f"    {x}" for x in lines[-5:])]
+    else:
+        blocks = ["\n".join(block) for _, block in itertools.groupby(
+            lines, key=lambda line: line.startswith("|"))]  # tables apart from text
+    return "\n\n".join([f"## `python {' '.join([f'bench/{script}.py', *arguments])}`", *blocks])
 
 
 def main():
@@ -85,7 +86,7 @@ def main():
         print(f"\n{script}.py", flush=True)
         code, lines = run(script, arguments)
         sections.append(section(script, arguments, code, lines))
-        failed |= "Failed with exit code" in sections[-1]
+        failed |= "\n\nFailed with exit code" in sections[-1]
         # after every script: an interrupted run leaves what it has
         Path(args.output).write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
     sys.exit(int(failed))

@@ -2,6 +2,7 @@
 import argparse
 import ctypes
 import gc
+import math
 import statistics
 import subprocess
 import sys
@@ -77,13 +78,17 @@ def resident(field):
 
 
 def peak_beyond(function, device="cpu"):
-    """Bytes that a function needs at its peak beyond what is there before it; CPU: Linux alone."""
+    """Bytes that a function needs at its peak beyond what is there before it; on the CPU of
+    another system than Linux it is called, and the result is NaN."""
     gc.collect()
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        function()
+        return math.nan
     ctypes.CDLL(None).malloc_trim(0)  # what was freed, but kept for later, would not be counted
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
