@@ -15,7 +15,7 @@ from argparse import Namespace
 
 import side_by_side
 import torch
-from side_by_side import duration, row
+from side_by_side import row
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

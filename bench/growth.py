@@ -72,7 +72,8 @@ def main():
             work = f"{name}, {' / '.join(f'{count:,}' for count in counts)} {what}"
             for title, values, shown in (("time", seconds, duration), ("memory", peaks, memory)):
                 row(f"{work}: {title}", "their number", "", " / ".join(map(shown, values)),
-                    f"exponent {exponent(counts, values):.2f}", "<= 1")
+                    f"exponent {exponent(counts, values):.2f}",
+                    "about 1, or less")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def straightforward(embeddings, targets, weight, noise, lr, steps):
                         generator=torch.Generator())  # it takes nothing from the noise's
     for batch, labels in loader:
         optimizer.zero_grad()
-        loss = ranking_loss_of_all_pairs((batch + noise * torch.randn_like(batch)) @ weight.T, labels)
+        noisy = batch + noise * torch.randn_like(batch)
+        loss = ranking_loss_of_all_pairs(noisy @ weight.T, labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -19,7 +19,8 @@ def main():
     parser = side_by_side.parser(__doc__)
     parser.add_argument("--images", type=int, default=107_859)
     parser.add_argument("--labels", type=int, default=1006)
-    parser.add_argument("--sklearn-labels", type=int, default=100, help="that scikit-learn is run on")
+    parser.add_argument("--sklearn-labels", type=int, default=100,
+                        help="that scikit-learn is run on")
     parser.add_argument("--positives", type=float, default=0.02, help="share of the entries")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -33,7 +34,8 @@ def main():
         part.masked_fill_(torch.rand(part.shape, generator=generator) < args.positives, 1)
         part_of_scores += 0.5 * part  # better than chance
     columns = torch.linspace(0, args.labels - 1, args.sklearn_labels).round().long()
-    some = [(t == 1, s) for t, s in zip(targets[:, columns].numpy().T, scores[:, columns].numpy().T)]
+    some = [(t == 1, s) for t, s in zip(targets[:, columns].T.contiguous().numpy(),
+                                        scores[:, columns].T.contiguous().numpy())]
 
     def theirs():
         return [average_precision_score(present, s) for present, s in some]

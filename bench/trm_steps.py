@@ -131,7 +131,8 @@ def main():
     side_by_side.start(args.device)
     straight, ours = step_forms(args)
     torch.testing.assert_close(ours(), straight(), rtol=1e-3, atol=1e-6)
-    work = f"TRM-ML step, batch {args.batch_size}, {args.labels} labels, {args.locations} embeddings"
+    work = (f"TRM-ML step, batch {args.batch_size}, {args.labels} labels, {args.locations} "
+            f"embeddings")
     against = "77 tokens, all similarities"
     side_by_side.compare(work, against, straight, ours, args.repeats, "> 1", args.device)
     side_by_side.compare_memory(work, against, straight, ours, "> 1", args.device)
