@@ -564,7 +564,7 @@ class CLIP(nn.Module):
         the wait for the length."""
         length = int(eot.max()) + 1 if len(eot) else 0
         x = embeddings[:, :length].to(self.dtype) + self.positional_embedding[:length]
-        eot = eot.to(x.device)
+        eot = eot.to(x.device, non_blocking=True)  # a GPU need not be done first
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x, causal=True)
