@@ -79,8 +79,8 @@ def main():
     head = (f"# Measurements\n\nWritten by `python bench/all.py`, {datetime.date.today()}.\n\n"
             f"Machine: {machine()}. Python {platform.python_version()}, "
             f"{', '.join(map(version, LIBRARIES))}.\n\n"
-            f"Each row compares in one process, taking turns; medians; equal results asserted. "
-            f"Ratio: how many times ours is faster, or needs less memory.")
+            f"A row compares in one process, taking turns (what loads: a process each); medians; "
+            f"equal results asserted. Ratio: how many times ours is faster, or needs less memory.")
     sections, failed = [], False
     for script in args.scripts:
         print(f"\n{script}.py", flush=True)
