@@ -564,7 +564,7 @@ class CLIP(nn.Module):
         the wait for the length."""
         length = int(eot.max()) + 1 if len(eot) else 0
         x = embeddings[:, :length].to(self.dtype) + self.positional_embedding[:length]
-        eot = eot.to(x.device)
+        eot = eot.to(x.device, non_blocking=True)  # a GPU need not be done first
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x, causal=True)
@@ -631,8 +631,11 @@ def build_model(state_dict):
         model = CLIP(embed_dim, resolution, layers, vision_width, patch_size, context_length,
                      vocab_size, width, width // 64,
                      count_blocks(state_dict, "transformer.resblocks."))
-    copies = {key: value.detach().to(torch.float32 if value.is_floating_point() else value.dtype,
-                                     copy=True) for key, value in state_dict.items()}
+    copies = {}
+    for key in list(state_dict):
+        value = state_dict.pop(key).detach()  # so that a loaded file's tensor can go when copied
+        copies[key] = value.to(torch.float32 if value.is_floating_point() else value.dtype,
+                               copy=True)
     try:
         model.load_state_dict(copies, assign=True)
     except RuntimeError as error:

@@ -16,12 +16,17 @@ names the label's column). Infinite scores are ordinary values.
     tensor([0.8333, 1.0000], dtype=torch.float64)
 """
 import re
+import shutil
+import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 # Entries of the matrix that are worked on at a time; bounds the memory, never changes a result.
 CHUNK = 2 ** 22
+# Bytes of scores above which evaluate keeps them in temporary files instead of in memory.
+IN_MEMORY = 2 ** 31
 
 
 def average_precision(scores, targets):
@@ -228,15 +233,40 @@ def summary(scores, targets, ks, prefix=""):
     return result
 
 
+def _score_matrices(shapes):
+    """Empty float32 matrices of these shapes: in memory, or together too large for it in files.
+
+    The files have no name any more: they end with their tensors, even in a crash."""
+    size = 4 * sum(rows * columns for rows, columns in shapes)
+    if size <= IN_MEMORY:
+        return [torch.empty(shape) for shape in shapes]
+    folder = tempfile.gettempdir()
+    if shutil.disk_usage(folder).free < size:
+        warnings.warn(f"{folder} has no room for {size / 2 ** 30:.1f} GiB of scores, they stay in "
+                      f"memory; TMPDIR names another folder")
+        return [torch.empty(shape) for shape in shapes]
+    matrices = []
+    for rows, columns in shapes:
+        with tempfile.NamedTemporaryFile() as file:
+            matrix = torch.from_file(file.name, True, rows * columns, dtype=torch.float32)
+            matrices.append(matrix.view(rows, columns))
+    return matrices
+
+
 @torch.no_grad()
 def evaluate(encode, scorers, batches, targets, settings, ks):
     """Several score functions in one pass over the images -> {name: summary}.
 
     encode: a batch of images -> features, a tuple. scorers: {name: function(*features, index) ->
     scores [B, len(index)]}. batches: of (images, ...) in the order of targets int8 [N, C].
-    settings: {prefix: label indices that compete}; a summary a setting. ks: see summary."""
-    scores = {(name, prefix): torch.empty(len(targets), len(index))
-              for name in scorers for prefix, index in settings.items()}
+    settings: {prefix: label indices that compete}; a summary a setting. ks: see summary.
+
+    The scores of all images, 4 bytes each, lie in memory up to IN_MEMORY bytes, or else in
+    temporary files (mapped, so the system pages them in and out); one scorer's at a time are read
+    to be ranked."""
+    keys = [(name, prefix) for name in scorers for prefix in settings]
+    scores = dict(zip(keys, _score_matrices([(len(targets), len(settings[prefix]))
+                                             for _, prefix in keys])))
     begin = 0
     for images, *_ in batches:
         features = encode(images)

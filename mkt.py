@@ -153,8 +153,8 @@ class MKT(nn.Module):
             fixed = self.clip.token_embedding(tokens).masked_fill(slots[..., None] > 0, 0)
             return self.clip.encode_prompts(fixed + context[slots], eot)  # [c, T, W] -> [c, D]
 
-        pieces = [(tokens.to(device), slots.to(device), eot) for tokens, slots, eot in
-                  zip(*(x.split(chunk) for x in (prompts.tokens, prompts.slots, prompts.eot)))]
+        tokens, slots = (x.to(device, non_blocking=True) for x in (prompts.tokens, prompts.slots))
+        pieces = list(zip(*(x.split(chunk) for x in (tokens, slots, prompts.eot))))
         if len(pieces) == 1 or not (torch.is_grad_enabled() and self.context.requires_grad):
             return torch.cat([encode(*piece) for piece in pieces])
         return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])

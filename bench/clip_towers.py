@@ -1,6 +1,6 @@
-"""Speed of the CLIP towers beside open_clip and transformers: same weights, same inputs.
+"""The CLIP towers and their loading beside open_clip and transformers: same weights and inputs.
 
-    python bench/clip_towers.py            # about three minutes on two cores
+    python bench/clip_towers.py            # four minutes on two cores
     python bench/clip_towers.py --quick    # shallow towers: does it run?
 
 What is timed: encode_image of ViT-B/16 and RN50 (float32, batch 8) and encode_text of 1,006
@@ -9,20 +9,22 @@ the outputs are asserted to be equal. The weights are random, which costs the sa
 are random token ids in the pattern of "There is a {word} in the scene", so that no vocabulary
 is needed. open_clip is fed with 77 tokens, as its tokenizer pads to; transformers with 77 tokens
 and, as its own examples do, with the batch padded to its longest text.
+Loading: a ViT-B/16 TorchScript archive in float16, as OpenAI publishes them, to a float32 model
+on the CPU; every load is a process of its own, which imports first and is then timed.
 """
-import argparse
 import statistics
-import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
+import side_by_side
 import torch
+from side_by_side import duration, row
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip_model
 
 START, END = 49406, 49407
-TEXT = dict(context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8)
 
 
 def as_open_clip(model):
@@ -85,15 +87,6 @@ def as_transformers(model):
     return theirs.eval()
 
 
-def random_model(embed_dim, layers, width, patch_size, text_layers):
-    model = clip_model.CLIP(embed_dim, 224, layers, width, patch_size, **TEXT,
-                            transformer_layers=text_layers).initialize_parameters().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # nothing stays zero: equality is to mean something
-            parameter += 0.01 * torch.randn_like(parameter)
-    return model
-
-
 def random_prompts(count):
     """Token ids int64 [count, 77]: start, 3 words, a label of 1 to 3 tokens, 3 words, end."""
     before, after = torch.randint(1000, 40000, (2, 3)).tolist()
@@ -105,8 +98,8 @@ def random_prompts(count):
     return tokens
 
 
-def compare(title, functions, inputs, rounds=1):
-    """Times every function on every input in turn and prints medians; the first one is ours.
+def compare(work, functions, inputs, targets, rounds=1):
+    """A row of the table for every function beside the first one, ours.
 
     functions: {name: input -> output}; the outputs must agree with ours to 1e-3 of their size."""
     times = {name: [] for name in functions}
@@ -121,35 +114,97 @@ def compare(title, functions, inputs, rounds=1):
                 times[name].append(time.perf_counter() - start)
                 expected = output if expected is None else expected
                 error = (output - expected).abs().max() / expected.abs().max()
-                assert error < 1e-3, f"{title}: {name} differs by {error:.1e}"
+                assert error < 1e-3, f"{work}: {name} differs by {error:.1e}"
     ours = next(iter(times.values()))
-    print(f"\n{title}, {sum(map(len, inputs)) // len(inputs)} at a time, "
-          f"{len(ours)} runs, forward only")
-    for name, seconds in times.items():
-        ratio = statistics.median(other / own for other, own in zip(seconds, ours))
-        print(f"  {name:34} {statistics.median(seconds):8.3f} s   {ratio:5.2f} x ours")
+    for name, seconds in list(times.items())[1:]:
+        row(work, name, duration(statistics.median(seconds)), duration(statistics.median(ours)),
+            statistics.median(theirs / own for theirs, own in zip(seconds, ours)), targets)
+
+
+def save_archive(model, path):
+    """A TorchScript archive of modules with these weights in float16, as far as loading goes."""
+    root = torch.nn.Module()
+    for name, value in model.state_dict().items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        module.register_parameter(leaf, torch.nn.Parameter(value.half()))
+    torch.jit.script(root).save(str(path))
+
+
+def load(name, path):
+    """-> seconds and peak memory, in bytes, of a load."""
+    if name == "open_clip":
+        from open_clip.openai import load_openai_model
+
+        def function():
+            return load_openai_model(path, precision="fp32", device="cpu")
+    elif name == "clip_model":
+        def function():
+            return clip_model.load(path)[0]
+    else:
+        def function():
+            return torch.jit.load(path, map_location="cpu").float()
+
+    kept, begin = [], time.perf_counter()
+    peak = side_by_side.peak_beyond(lambda: kept.append(function()))
+    return time.perf_counter() - begin, peak
+
+
+def compare_loading(model, competitors, repeats, quick):
+    def in_new_process(name, path):
+        return side_by_side.in_new_process(__file__, "--load", name, path)
+
+    measure = load if quick else in_new_process  # a process takes seconds to begin with
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "archive.pt")
+        save_archive(model, path)
+        figures = {name: [] for name in ["clip_model", *competitors]}
+        for _ in range(repeats):
+            for name, measured in figures.items():
+                measured.append(measure(name, path))
+        size = side_by_side.memory(path.stat().st_size)
+    medians = {name: [statistics.median(x) for x in zip(*measured)]
+               for name, measured in figures.items()}
+    seconds, peak = medians.pop("clip_model")
+    for name, (their_seconds, their_peak) in medians.items():
+        row(f"load an archive of {size}", name, duration(their_seconds), duration(seconds),
+            their_seconds / seconds, "")
+        row(f"load an archive of {size}, peak memory", name, side_by_side.memory(their_peak),
+            side_by_side.memory(peak), their_peak / max(1, peak), "")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="shallow towers, few inputs")
+    warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files are not
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--load", nargs=2, metavar=("LIBRARY", "ARCHIVE"),
+                        help="what the script calls itself with")
     args = parser.parse_args()
+    if args.load:
+        return print(*load(*args.load))
     torch.manual_seed(args.seed)
-    print(f"torch {torch.__version__}, float32 on the CPU, {torch.get_num_threads()} threads")
+    side_by_side.start()
     layers, batch, prompts, rounds = (2, 2, 16, 1) if args.quick else (12, 8, 1006, 3)
+    sizes = dict(width=128, text_width=128) if args.quick else {}
 
-    vit = random_model(512, layers, 768, 16, layers)
-    resnet = random_model(1024, (1, 1, 1, 1) if args.quick else (3, 4, 6, 3), 64, None, 1)
+    vit = side_by_side.random_clip(layers=layers, text_layers=layers, **sizes)
+    resnet = side_by_side.random_clip(
+        1024, (1, 1, 1, 1) if args.quick else (3, 4, 6, 3), 64, None, text_width=64, text_layers=1)
     images = [torch.randn(batch, 3, 224, 224)]
     vit_functions = {"clip_model": vit.encode_image}
     resnet_functions = {"clip_model": resnet.encode_image}
     text_functions = {"clip_model": vit.encode_text}
+    archives = ["torch.jit.load"]
     try:
         open_clip_vit = as_open_clip(vit)
         vit_functions["open_clip"] = open_clip_vit.encode_image
         resnet_functions["open_clip"] = as_open_clip(resnet).encode_image
         text_functions["open_clip, 77 tokens"] = open_clip_vit.encode_text
+        archives.append("open_clip")
     except ImportError:
         print("open_clip is not installed: left out")
     try:
@@ -167,11 +222,13 @@ def main():
     except ImportError:
         print("transformers is not installed: left out")
 
-    compare("ViT-B/16 encode_image", vit_functions, images, rounds)
-    compare("RN50 encode_image", resnet_functions, images, 3 * rounds)  # cheap, so more often
+    compare(f"ViT-B/16 encode_image, batch {batch}", vit_functions, images, ">= 1", rounds)
+    # cheap, so more often
+    compare(f"RN50 encode_image, batch {batch}", resnet_functions, images, ">= 1", 3 * rounds)
     # in eight parts, so that a single pass over all prompts gives eight paired measurements
-    compare(f"encode_text of {prompts:,} short prompts", text_functions,
-            list(random_prompts(prompts).chunk(8)))
+    compare(f"encode_text, {prompts:,} short prompts, an eighth of them", text_functions,
+            list(random_prompts(prompts).chunk(8)), ">= 4")
+    compare_loading(vit, archives, 1 if args.quick else 3, args.quick)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,21 @@ Synthetic label files as large as NUS-WIDE's (269,648 images, 1,000 tags, 81 con
 Images' (1,743,042 training images with 9 million verified labels, 125,436 test images with 1.7
 million; 19,995 classes). Every start is a process of its own: the first one of a split parses the
 files, the second one reads the cache. There are no image files: the search for missing ones is
-left out. Peak memory includes Python with torch, which is printed first.
+left out. Memory is the peak beyond Python with torch and data.py.
 """
-import argparse
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import side_by_side
+from side_by_side import duration, memory, row
 
-ROOT = Path(__file__).resolve().parent.parent
+import data
+
 NUSWIDE = {"train": 161_789, "test": 107_859}
 OPENIMAGES = {"train": (1_743_042, 9_000_000), "test": (125_436, 1_667_000)}
-
-
-def peak_memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # GiB, on Linux
 
 
 def write(path, content):
@@ -84,32 +79,48 @@ def write_openimages(root, rng):
 
 
 def load(name, split, root):
-    sys.path.insert(0, str(ROOT))
-    import data
+    """-> images, labels, seconds, peak memory in bytes."""
     data.MultiLabelDataset._leave_out_missing = lambda *_: None
-    before, begin = peak_memory(), time.perf_counter()
-    dataset = data.load_dataset(name, root, split, quiet=True)
-    seconds, peak = time.perf_counter() - begin, peak_memory()
-    present = (dataset.targets[:, dataset.seen] == 1).any(dim=1)  # what mkt.py starts with
-    print(f"{len(dataset):,} images x {len(dataset.labels):,} labels: {seconds:.1f} s, peak "
-          f"{peak:.2f} GiB (before: {before:.2f}), images with a seen label "
-          f"{int(present.sum()):,}", flush=True)
+    sizes, begin = [], time.perf_counter()
+
+    def begin_with_labels():
+        dataset = data.load_dataset(name, root, split, quiet=True)
+        sizes.extend((len(dataset), len(dataset.labels), time.perf_counter() - begin))
+        (dataset.targets[:, dataset.seen] == 1).any(dim=1)  # what mkt.py starts with
+
+    peak = side_by_side.peak_beyond(begin_with_labels)
+    return *sizes, peak
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main():
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--load", nargs=3, metavar=("NAME", "SPLIT", "ROOT"),
                         help="what the script calls itself with")
-    arguments = parser.parse_args()
-    if arguments.load:
-        load(*arguments.load)
-        sys.exit()
+    args = parser.parse_args()
+    if args.load:
+        return print(*load(*args.load))
+
+    def in_new_process(*arguments):
+        return side_by_side.in_new_process(__file__, "--load", *arguments)
+
+    start = load if args.quick else in_new_process  # a process takes seconds to begin with
+    if args.quick:
+        NUSWIDE.update(train=300, test=200)
+        OPENIMAGES.update(train=(300, 2000), test=(200, 1000))
+    side_by_side.start()
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"}
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         for name, writer in (("nuswide", write_nuswide), ("openimages", write_openimages)):
             writer(Path(folder, name), np.random.default_rng(0))
             for split in ("train", "test"):
-                for start in ("first", "second"):
-                    print(f"{name} {split}, {start} start: ", end="", flush=True)
-                    subprocess.run([sys.executable, __file__, "--load", name, split,
-                                    f"{folder}/{name}"], env=environment, check=True)
+                first, second = (start(name, split, f"{folder}/{name}") for _ in range(2))
+                images, labels, seconds, peak = second
+                work = f"{name} {split}, {images:,.0f} x {labels:,.0f}"
+                row(f"{work}, start", "the first start", duration(first[2]), duration(seconds),
+                    first[2] / seconds)
+                row(f"{work}, peak memory", "the first start", memory(first[3]), memory(peak),
+                    first[3] / max(1, peak))
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ import socket
 import threading
 import types
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -739,6 +740,27 @@ def test_load_reads_every_format(model, merges_path):
         assert preprocess(Image.new("RGB", (120, 150))).shape == (3, size, size)
         assert loaded.tokenize("dog")[0, 1] == 512 + 1  # the second merge
     assert clip_model.load(path, device="meta")[0].logit_scale.device.type == "meta"
+
+
+def test_loading_never_holds_all_weights_twice(vit, monkeypatch):
+    references, alive = [], []
+
+    def read():
+        state_dict = half_state_dict(vit)
+        references.extend(map(weakref.ref, state_dict.values()))
+        return state_dict
+
+    def spy(model, state_dict, **options):
+        alive.extend(reference for reference in references if reference() is not None)
+        return nn.Module.load_state_dict(model, state_dict, **options)
+
+    monkeypatch.setattr(clip_model.CLIP, "load_state_dict", spy)
+    clip_model.build_model(read())
+    assert references and len(alive) <= 1  # the loop's last tensor
+    kept = half_state_dict(vit)  # a caller's own state dict stays as it is
+    before = dict(kept)
+    clip_model.build_model(kept)
+    assert kept.keys() == before.keys() and all(kept[key] is before[key] for key in before)
 
 
 def test_toy_clips_load_with_their_own_vocabulary():

@@ -336,6 +336,44 @@ def test_evaluate_scores_every_image_once_and_only_the_labels_in_play():
             **metrics.summary(scores, targets, (1,), "gzsl_")}
 
 
+def many_scores():
+    """Results of evaluate: two scorers, two settings."""
+    torch.manual_seed(0)
+    scores = torch.randn(40, 6)
+    targets = torch.where(scores + torch.randn(40, 6) > 0, 1, -1).to(torch.int8)
+    scorers = {sign: lambda a, index, sign=sign: sign * a[:, index] for sign in (1, -1)}
+    settings = {"zsl_": torch.tensor([4, 1]), "gzsl_": torch.arange(6)}
+    batches = [(part,) for part in scores.split(7)]
+    return metrics.evaluate(lambda x: [x], scorers, batches, targets, settings, (1, 3))
+
+
+def test_scores_too_large_for_memory_are_kept_in_files_with_the_same_results(
+        monkeypatch, tmp_path):
+    expected, sizes = many_scores(), []
+    from_file = torch.from_file
+
+    def spy(name, shared, size, dtype):
+        assert Path(name).parent == tmp_path and shared
+        sizes.append(size)
+        return from_file(name, shared, size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "from_file", spy)
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(metrics, "IN_MEMORY", 2 * 4 * 40 * (2 + 6))  # bytes, just what they need
+    assert many_scores() == expected and not sizes
+    monkeypatch.setattr(metrics, "IN_MEMORY", metrics.IN_MEMORY - 1)
+    assert many_scores() == expected and sizes == [80, 240, 80, 240]
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_stay_in_memory_where_the_disk_is_full(monkeypatch):
+    expected = many_scores()
+    monkeypatch.setattr(metrics, "IN_MEMORY", 0)
+    monkeypatch.setattr(metrics.shutil, "disk_usage", lambda folder: type("", (), {"free": 100}))
+    with pytest.warns(UserWarning, match="no room for .* TMPDIR"):
+        assert many_scores() == expected
+
+
 def test_the_table_stars_the_best_zero_shot_row(capsys):
     metrics.print_table([{"name": "a", "kind": "zero-shot", "mAP": 0.25, "F1@3": 0.5},
                          {"name": "bb", "kind": "zero-shot", "mAP": 0.5, "F1@3": 0.125},
