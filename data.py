@@ -507,11 +507,7 @@ def _nuswide_images(root, split, quiet):
         raise UserError(f"{path}: {len(strangers):,} images are not in Imagelist.txt, "
                         f"e.g. {strangers[0]}")
 
-    published = NUSWIDE_IMAGES[split]
-    note = f"NUS-WIDE {split}: {len(chosen):,} images listed, {published:,} published"
-    if len(chosen) != published:
-        note += "; WARNING: another release, results do not compare with published ones"
-    _note(note, quiet)
+    _note_count(f"NUS-WIDE {split}", len(chosen), NUSWIDE_IMAGES[split], quiet)
     paths = [os.path.join(flickr, everything[name]) for name in chosen]
     return paths, np.array([row_of[name] for name in chosen]), len(everything)
 

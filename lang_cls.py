@@ -301,7 +301,8 @@ def evaluate(clip, model, dataset, args):
     results = metrics.evaluate(
         lambda images: encoder(clip, images, args), scorers,
         data.progress(loader, "evaluating", args.quiet), dataset.targets,
-        {"": torch.arange(len(dataset.labels))}, (3, 5))
+        {"": torch.arange(len(dataset.labels))},
+        (10, 20) if dataset.name == "openimages" else (3, 5))
     kind = {"CoMC": "method", **{name: "ablation" for name in settings if name != "CoMC"}}
     return [{"name": name, "kind": kind.get(name, "zero-shot"), **row}
             for name, row in results.items()]
@@ -466,6 +467,7 @@ def run(args):
     fill_defaults(args)
     if not args.labels:
         data.check_root(args.data, args.root)
+        data.dataset_options(args)
     if args.generate:
         return generate(args)
     if args.resume:

@@ -466,6 +466,7 @@ def run(args):
         args.data, args.clip = args.data or state["data"], state["clip"]
     fill_defaults(args)
     data.check_root(args.data, args.root)
+    data.dataset_options(args)
     if args.resume:
         model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
         data.check_same(args, state["args"], (*PAPER, *data.SAME, "streams", "normalization"))
