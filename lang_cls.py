@@ -446,11 +446,11 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
 
 
-def generate(args):
+def generate(labels, args):
     """Have a language model write the sentences of --generate."""
-    labels = args.labels or data.load_split("test", None, args).labels
-    missing = data.generate_sentences(args.generate, labels, args.sentences, args.seed, args.llm_url,
-                                 args.llm_model, args.llm_requests, quiet=args.quiet)
+    missing = data.generate_sentences(args.generate, labels, args.sentences, args.seed,
+                                      args.llm_url, args.llm_model, args.llm_requests,
+                                      quiet=args.quiet)
     print(f"{args.generate}: {missing} answers are missing, the same command asks for them again"
           if missing else f"train with --texts {args.generate}")
 
@@ -465,18 +465,20 @@ def run(args):
         if args.data == "labels":
             raise UserError(f"{args.eval} was trained for --labels: name a dataset with --data")
     fill_defaults(args)
+    test = None
     if not args.labels:
         data.check_root(args.data, args.root)
-        data.dataset_options(args)
+        test = data.load_split("test", None, args)  # first of all: it may lack files
     if args.generate:
-        return generate(args)
+        return generate(args.labels or test.labels, args)
     if args.resume:
         clip, model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
         data.check_same(args, state["args"], (*PAPER, *data.SAME, "labels", "texts", "templates",
                                               "sources", "mapping_weight", "streams"))
     elif not args.eval:
         clip, preprocess = clip_model.load(args.clip, args.device)
-    test = None if args.labels else data.load_split("test", preprocess, args)
+    if test is not None:
+        test.transform = preprocess
     if not args.eval:
         labels = args.labels or test.labels
         sentences, targets = training_texts(labels, args)

@@ -466,7 +466,7 @@ def run(args):
         args.data, args.clip = args.data or state["data"], state["clip"]
     fill_defaults(args)
     data.check_root(args.data, args.root)
-    data.dataset_options(args)
+    test = data.load_split("test", None, args)  # first of all: it may lack files
     if args.resume:
         model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
         data.check_same(args, state["args"], (*PAPER, *data.SAME, "streams", "normalization"))
@@ -476,7 +476,7 @@ def run(args):
                  "clip_fingerprint": model.clip.fingerprint(), "args": vars(args), "stage": 0,
                  "epoch": 0, "optimizer": None, "scaler": None, "log": [], "rows": [],
                  "seconds": 0.0}
-    test = data.load_split("test", preprocess, args)
+    test.transform = preprocess
     data.check_labels(test, state)
     if args.compile:
         model.student = torch.compile(model.student)

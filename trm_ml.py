@@ -710,14 +710,14 @@ def run(args):
         args.partial, args.matching = [state["args"]["partial"]], [model.matching]
     fill_defaults(args)
     data.check_root(args.data, args.root)
-    data.dataset_options(args)
+    test = load_split("test", None, args)  # first of all: it may lack files
     if args.eval:
         name = TITLES[model.matching]
         clip, models, kinds, seconds = model.clip, {name: model}, {name: "method"}, 0.0
         args.cache_features = state["args"]["cache_features"]
     else:
         clip, preprocess = build(vars(args), args.device)
-    test = load_split("test", preprocess, args)
+    test.transform = preprocess
     if args.eval:
         data.check_labels(test, state)
     else:
