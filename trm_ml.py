@@ -32,8 +32,8 @@ embedding, H heads. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
  1. Attention starts as CLIP's own matching: its weights are the identity, the queries the labels'
-    embeddings, the temperature CLIP's, the MLP's last layer 0. From a random start the toy world
-    ends at 36 mAP instead of 94.
+    embeddings, the temperature CLIP's, the MLP's last layer 0. From a random start, six
+    epochs of the known labels' loss alone end at 36 mAP on the toy world, from this one at 94.
  2. Without augmentation an image's embeddings never change: they are computed once and kept in
     half precision (--cache-features).
  3. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
