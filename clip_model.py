@@ -515,11 +515,9 @@ class CLIP(nn.Module):
         return self.positional_embedding.shape[1]
 
     def fingerprint(self):
-        """Eight hex digits of a SHA-256 of both projections: tells these weights from others."""
-        visual = self.visual.proj if isinstance(self.visual, VisionTransformer) else \
-            self.visual.attnpool.c_proj.weight
+        """Eight hex digits of a SHA-256 of all weights: tells these from others."""
         digest = hashlib.sha256()
-        for tensor in (visual, self.text_projection):
+        for tensor in self.state_dict().values():
             digest.update(tensor.detach().cpu().numpy().tobytes())
         return digest.hexdigest()[:8]
 

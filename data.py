@@ -82,6 +82,8 @@ def open_image(file):
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise ValueError(f"{size} is more than {MAX_PIXELS:,} pixels")
+            if max(image.size) > 100 * min(image.size):  # a short side of 224 would be huge
+                raise ValueError(f"{image.width} x {image.height} is too long for its width")
             image.load()  # not reduced by Image.draft, which changes the pixels
         with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
             ImageOps.exif_transpose(image, in_place=True)
@@ -2142,18 +2144,22 @@ def _overlay(picture, values):
     return Image.composite(colours, picture, Image.fromarray((190 * values ** 2).astype("u1")))
 
 
-def draw_heatmaps(photo, maps):
+def draw_heatmaps(photo, maps, whole=False):
     """The photo, then a tile per map with its colours over the photo -> RGB PIL image.
 
     photo: RGB PIL image. maps: (label, score, float [h, w]) each, a grid over the central square
-    of the photo, which is what CLIP's preprocessing keeps; the rest of the photo stays as it is.
+    of the photo, which is what CLIP's preprocessing keeps, or over the whole photo; what a grid
+    does not cover stays as it is.
     Colours go from a map's own lowest to its own highest value; a constant map has none."""
     scale, gap, caption = 360 / max(photo.size), 16, 36
     width, height = (max(1, round(scale * size)) for size in photo.size)
     photo = photo.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     side, cell = min(width, height), max(width, 180)  # a label needs some room
-    left, top = (width - side) // 2, (height - side) // 2
-    square = photo.crop((left, top, left + side, top + side))
+    left, top, right, bottom = 0, 0, width, height
+    if not whole:
+        left, top = (width - side) // 2, (height - side) // 2
+        right, bottom = left + side, top + side
+    covered = photo.crop((left, top, right, bottom))
     columns = min(1 + len(maps), 4)
     rows = math.ceil((1 + len(maps)) / columns)
     sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + rows * (height + caption + gap)),
@@ -2169,12 +2175,12 @@ def draw_heatmaps(photo, maps):
     for i, (label, score, values) in enumerate(maps, 1):
         values = np.nan_to_num(np.asarray(values, np.float32))
         values = (values - values.min()) / (np.ptp(values) or 1)
-        values = Image.fromarray(values).resize((side, side), Image.Resampling.BICUBIC)
+        values = Image.fromarray(values).resize(covered.size, Image.Resampling.BICUBIC)
         x, y = gap + i % 4 * (cell + gap), gap + i // 4 * (height + caption + gap)
         sheet.paste(photo, (x, y))
-        sheet.paste(_overlay(square, np.asarray(values).clip(0, 1)), (x + left, y + top))
-        if width != height:  # say where the map ends
-            draw.rectangle((x + left, y + top, x + left + side - 1, y + top + side - 1),
+        sheet.paste(_overlay(covered, np.asarray(values).clip(0, 1)), (x + left, y + top))
+        if covered.size != photo.size:  # say where the map ends
+            draw.rectangle((x + left, y + top, x + right - 1, y + bottom - 1),
                            outline="white")
         score = f"{score:.3f}"
         room = cell - 12 - _font(17).getlength(score)
@@ -2332,7 +2338,8 @@ def image_files(paths):
             raise UserError(f"--predict: no such file or folder: {given}")
         for path in found:
             files += [path] if not path.is_dir() else sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+                p for p in path.rglob("*")
+                if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"--predict: no images in {', '.join(map(str, paths))}")
     return list(dict.fromkeys(files))
@@ -2375,10 +2382,13 @@ def write_file(path, content):
 def start_run(args):
     """Make --output and write args.json; files of an earlier run move to output/previous-N."""
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --output {output}: {error.strerror}") from None
     earlier = [output / name for name in RUN_FILES if (output / name).exists()]
     if earlier:
-        number = 1 + len(list(output.glob("previous-*")))
+        number = next(n for n in itertools.count(1) if not (output / f"previous-{n}").exists())
         (output / f"previous-{number}").mkdir()
         for file in earlier:
             file.rename(output / f"previous-{number}" / file.name)
@@ -2417,6 +2427,13 @@ def read_checkpoint(path, method):
     return state
 
 
+def same_dataset_options(args, state):
+    """--eval scores what the training saw: dataset options that are not given are its own."""
+    for name in DATASET_OPTIONS if args.data == state["data"] else ():
+        if not getattr(args, name):
+            setattr(args, name, state.get("args", {}).get(name))
+
+
 def check_same(args, before, names):
     """UserError if an option has another value than the run that is to be resumed had."""
     for name in names:
@@ -2443,6 +2460,7 @@ def finish_epoch(output, state, line, quiet):
     state["log"].append(line)
     state["seconds"] += line["seconds"]
     output, selection = Path(output), [earlier.get("val_mAP", 0) for earlier in state["log"]]
+    selection = [0 if math.isnan(score) else score for score in selection]  # nothing to go by
     if "val_mAP" not in line or selection[-1] == max(selection):
         write_file(output / "best.pt", state)
     write_file(output / "last.pt", state)
@@ -2475,13 +2493,26 @@ def dataset_options(args):
     return options
 
 
-def load_split(split, transform, args, **options):
-    """The dataset that the arguments of a script ask for; options as in load_dataset."""
-    options.update(dataset_options(args))
-    if args.data != "toy":
+def load_split(split, transform, args, toy_zero_shot=False):
+    """The dataset that the arguments of a script ask for; toy_zero_shot: a quarter of the toy
+    world's labels is unseen without --zero-shot too."""
+    options = dataset_options(args)
+    if args.data == "toy":
+        options["zero_shot"] = args.zero_shot or toy_zero_shot
+    else:
         options["allow_missing"] = args.allow_missing
     dataset = load_dataset(args.data, args.root, split, transform, quiet=args.quiet, **options)
     return dataset.subset(range(min(args.limit, len(dataset)))) if args.limit else dataset
+
+
+def evaluation(dataset):
+    """-> ({prefix of the metrics: label indices that compete}, the k of F1@k), as the papers do.
+
+    ZSL ranks the unseen labels alone and GZSL all; without unseen labels there is one setting."""
+    everything = torch.arange(len(dataset.labels))
+    settings = ({"zsl_": dataset.unseen, "gzsl_": everything} if len(dataset.unseen) else
+                {"": everything})
+    return settings, (10, 20) if dataset.name == "openimages" else (3, 5)
 
 
 def hold_out(dataset, fraction, transform):
@@ -2496,10 +2527,10 @@ def hold_out(dataset, fraction, transform):
 
 
 def make_loader(dataset, args, shuffle=False):
-    """Batches of (images, targets [B, C]) in --batch-size, loaded by --workers processes."""
+    """Batches of (images, targets [B, C]) in --batch-size, loaded by --workers processes, which
+    every epoch starts and seeds anew: a resumed run draws what an uninterrupted one would."""
     return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
-                      pin_memory=args.device.startswith("cuda"),
-                      persistent_workers=args.workers > 0)
+                      pin_memory=args.device.startswith("cuda"))
 
 
 def progress(iterable, title, quiet=False):
@@ -2531,7 +2562,8 @@ def add_run_arguments(parser, method):
     add("--data", choices=list(DATASETS), help="default: toy")
     add("--root", help="the dataset's folder, laid out as the README shows")
     add("--val-fraction", type=number(float, 0, 0.9), default=0.0,
-        help="of the training images, held out to select the best epoch (default: 0, the last)")
+        help="of the training images (lang_cls.py: sentences), held out to select the best epoch "
+             "(default: 0, the last)")
     add("--limit", type=number(int, 1), help="only so many images of each split: a quick look")
     add("--allow-missing", action="store_true", help="go on without over 5%% of the images")
     add("--workers", type=number(int, 0), help="processes that load images (default: 8, toy: 0)")
@@ -2547,7 +2579,8 @@ def add_run_arguments(parser, method):
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s here")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
-    add("--compile", action="store_true", help="torch.compile what is trained")
+    add("--compile", action="store_true", help="torch.compile what is trained (lang_cls.py: the "
+        "image encoder)")
     add("--seed", type=number(int, 0), default=0, help="of everything drawn (default: 0)")
     add("--output", help=f"the run's folder (default: runs/{method}-DATA)")
     add("--resume", action="store_true", help="continue the run in --output")
@@ -2610,7 +2643,8 @@ def csv_rows(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def heatmap_files(files, folder):
@@ -2630,11 +2664,12 @@ def heatmap_files(files, folder):
 
 
 @torch.no_grad()
-def predict(score, labels, preprocess, args):
+def predict(score, labels, preprocess, args, whole=False):
     """--predict: print a JSON object per image, its path and the labels with scores, best first;
     write what --csv and --heatmap ask for.
 
-    score: images [B, 3, H, W] -> (scores [B, C], maps [B, C, h, w], which only --heatmap needs).
+    score: images [B, 3, H, W] -> (scores [B, C], maps [B, C, h, w], which only --heatmap needs);
+    whole: as draw_heatmaps has it, for a preprocess that crops nothing away.
     Images that cannot be read are named on stderr and left out, and the exit code is 1;
     UserError if there is no other."""
     def load(file):
@@ -2669,7 +2704,7 @@ def predict(score, labels, preprocess, args):
                 if args.heatmap:
                     shown = [(label, value, maps[i, labels.index(label)].float().cpu().numpy())
                              for label, value in best[:args.top or 3]]
-                    write_file(pictures[file], draw_heatmaps(open_image(file), shown))
+                    write_file(pictures[file], draw_heatmaps(open_image(file), shown, whole))
         if len(unreadable) == len(files):
             raise UserError("; ".join(map(str, unreadable)))
     for error in unreadable:

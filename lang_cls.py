@@ -243,8 +243,12 @@ def train(model, embeddings, targets, args, state):
     Every epoch seeds its own shuffling and noise, so a resumed run repeats the epoch it was
     killed in exactly."""
     embeddings, targets = embeddings.to(args.device), targets.to(args.device)
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    held_out, kept = order.tensor_split([math.ceil(args.val_fraction * len(order))])
+    held_out, kept = [], torch.arange(len(targets))
+    if args.val_fraction:  # of distinct texts: what is held out is trained with nowhere else
+        _, text = embeddings.cpu().unique(dim=0, return_inverse=True)
+        order = torch.randperm(int(text.max()) + 1, generator=torch.Generator().manual_seed(0))
+        is_held_out = (order < math.ceil(args.val_fraction * len(order)))[text]
+        held_out, kept = kept[is_held_out], kept[~is_held_out]
     if not len(kept):
         raise UserError(f"--val-fraction {args.val_fraction} leaves no sentence to train with")
     optimizer = torch.optim.Adam([model.weight], lr=args.lr)
@@ -301,8 +305,7 @@ def evaluate(clip, model, dataset, args):
     results = metrics.evaluate(
         lambda images: encoder(clip, images, args), scorers,
         data.progress(loader, "evaluating", args.quiet), dataset.targets,
-        {"": torch.arange(len(dataset.labels))},
-        (10, 20) if dataset.name == "openimages" else (3, 5))
+        *data.evaluation(dataset))
     kind = {"CoMC": "method", **{name: "ablation" for name in settings if name != "CoMC"}}
     return [{"name": name, "kind": kind.get(name, "zero-shot"), **row}
             for name, row in results.items()]
@@ -384,6 +387,9 @@ def parse_arguments(arguments=None):
         raise UserError("--gallery shows images of a dataset: name one with --data, not --labels")
     if args.generate and not (args.llm_url and args.llm_model):
         raise UserError("--generate needs --llm-url URL and --llm-model NAME")
+    if args.generate and (args.texts or args.eval or args.resume or args.predict):
+        raise UserError("--generate writes a file of texts and does nothing else: leave --texts, "
+                        "--eval, --resume and --predict out")
     if args.texts and args.sources == "templates":
         raise UserError("--texts and --sources templates: the file would not be used")
     return args
@@ -462,6 +468,7 @@ def run(args):
         data.check_new(args.output)
         clip, model, preprocess, state = load_checkpoint(args.eval, args)
         args.data, args.clip = args.data or state["data"], state["clip"]
+        data.same_dataset_options(args, state)
         if args.data == "labels":
             raise UserError(f"{args.eval} was trained for --labels: name a dataset with --data")
     fill_defaults(args)
@@ -482,8 +489,9 @@ def run(args):
     if not args.eval:
         labels = args.labels or test.labels
         sentences, targets = training_texts(labels, args)
-        print(f"{args.clip}: {len(labels)} labels, {len(sentences):,} texts to train with, "
-              f"{len(set(sentences)):,} distinct", flush=True)
+        if not args.quiet:
+            print(f"{args.clip}: {len(labels)} labels, {len(sentences):,} texts to train with, "
+                  f"{len(set(sentences)):,} distinct", flush=True)
         embeddings = embed_texts(clip, sentences, args.device, args.quiet)
         digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
         if args.resume and state["texts"] != digest:

@@ -298,16 +298,14 @@ def evaluate(encode, scorers, dataset, args, settings=None):
     """encode: images -> (global [B, D], local [B, L, D]). scorers: {name: function of these and of
     the label indices in play -> [B, c]} -> {name: metrics}. By default ZSL ranks the unseen labels
     alone and GZSL all labels; settings: {prefix of the metrics: label indices in play}."""
-    everything = torch.arange(len(dataset.labels))
-    settings = settings or ({"zsl_": dataset.unseen, "gzsl_": everything}
-                            if len(dataset.unseen) else {"": everything})
+    usual, ks = data.evaluation(dataset)
 
     def encode_batch(images):  # scores are computed, and ranked, in float32
         with autocast(args):
             return [x.float() for x in encode(images.to(args.device, non_blocking=True))]
 
     loader = data.progress(data.make_loader(dataset, args), "evaluating", args.quiet)
-    ks = (10, 20) if dataset.name == "openimages" else (3, 5)
+    settings = settings or usual
     return metrics.evaluate(encode_batch, scorers, loader, dataset.targets, settings, ks)
 
 
@@ -436,6 +434,9 @@ def load_checkpoint(path, args):
     state = data.read_checkpoint(path, "mkt")
     if args.clip not in (None, state["clip"]):
         raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
+    if args.topk not in (None, state["args"]["topk"]):
+        raise UserError(f"{path} was trained with --topk {state['args']['topk']}; for the best N "
+                        f"labels there is --top N")
     model, preprocess = build(state["args"], args.device)
     if model.clip.fingerprint() != state["clip_fingerprint"]:
         raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
@@ -447,7 +448,8 @@ def load_training(preprocess, args):
     """-> (training images with a seen label, held-out validation images or None)."""
     size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
     augment = data.train_transform(size, normalize.mean, normalize.std)
-    dataset = data.load_split("train", augment if args.augment == "yes" else preprocess, args)
+    dataset = data.load_split("train", augment if args.augment == "yes" else preprocess, args,
+                              True)
     dataset = dataset.subset((dataset.targets[:, dataset.seen] == 1).any(dim=1))
     return data.hold_out(dataset, args.val_fraction, preprocess)
 
@@ -464,9 +466,10 @@ def run(args):
         data.check_new(args.output)
         model, preprocess, state = load_checkpoint(args.eval, args)
         args.data, args.clip = args.data or state["data"], state["clip"]
+        data.same_dataset_options(args, state)
     fill_defaults(args)
     data.check_root(args.data, args.root)
-    test = data.load_split("test", None, args)  # first of all: it may lack files
+    test = data.load_split("test", None, args, True)  # first of all: it may lack files
     if args.resume:
         model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
         data.check_same(args, state["args"], (*PAPER, *data.SAME, "streams", "normalization"))
@@ -483,10 +486,11 @@ def run(args):
     rows = [] if args.eval else state["rows"]
     if not args.eval:
         dataset, validation = load_training(preprocess, args)
-        print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
-              f"{len(test):,} test images, {len(test.unseen)} unseen labels\n{args.clip}: training "
-              f"{sum(x.numel() for x in model.trained().values()):,} weights beside "
-              f"{sum(x.numel() for x in model.clip.parameters()):,} frozen ones", flush=True)
+        if not args.quiet:
+            print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
+                  f"{len(test):,} test images, {len(test.unseen)} unseen labels\n{args.clip}: "
+                  f"training {sum(x.numel() for x in model.trained().values()):,} weights beside "
+                  f"{sum(x.numel() for x in model.clip.parameters()):,} frozen ones", flush=True)
         if not args.resume:
             data.start_run(args)
     if not rows:

@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from torchvision import transforms
 
 import clip_model
@@ -68,10 +68,10 @@ from data import UserError
 # usual in this line of work; and what the toy world's small CLIP and 10,000 scenes ask for
 BENCHMARK = {"clip": "RN101", "image_size": 448, "matching": ["region"], "epochs": 20,
              "batch_size": 32, "lr": 1e-4, "pseudo": 0.1, "contrastive": 0.2,
-             "distillation": 0.01, "augment": "yes", "cache_features": "no", "workers": 8}
+             "distillation": 0.01, "augment": "yes", "workers": 8}
 TOY = {"clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"], "epochs": 8,
        "batch_size": 128, "lr": 1e-3, "pseudo": 0.1, "contrastive": 0.2,
-       "distillation": 0.01, "augment": "no", "cache_features": "disk", "workers": 0}
+       "distillation": 0.01, "augment": "no", "workers": 0}
 TITLES = {"image": "text-image matching", "pixel": "text-pixel matching", "region": "TRM-ML"}
 TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a scene with a {}.",
              "there is a {} in the scene.", "a photo of a small {}.", "a photo of a large {}."]
@@ -79,7 +79,7 @@ CONTEXT, HEADS = 16, 4  # learned words of a prompt; attention heads
 TEMPERATURE = 0.1  # t, of similarities with prototypes
 MOMENTUM = 0.99  # of the visual prototypes
 SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels, in units of the expected number of positives
-POSITIVES = 2  # how many labels an image with a single known one may have; --single-positive
+HIDDEN = 2  # hidden positives per known one, where absent labels are never or hardly ever known
 PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et al. (CVPR 2021)
 
 
@@ -154,10 +154,10 @@ class TRM(nn.Module):
         query = self.query(self.queries).unflatten(-1, (HEADS, -1))  # [C, H, d]
         key = self.key(x).unflatten(-1, (HEADS, -1))  # [B, L, H, d]
         value = self.value(x).unflatten(-1, (HEADS, -1))
-        attention = torch.einsum("chd,blhd->bhcl", query, key)
-        attention = (self.clip.logit_scale.exp() * attention).softmax(dim=-1)  # [B, H, C, L]
-        attended = torch.einsum("bhcl,blhd->bchd", attention, value).flatten(2)  # [B, C, D]
-        return self.refine(self.out(attended)), attention.mean(dim=1)
+        attention = torch.einsum("chd,blhd->bhcl", query, key)  # [B, H, C, L]
+        attention = (self.clip.logit_scale.exp() * attention.float()).softmax(dim=-1)
+        attended = torch.einsum("bhcl,blhd->bchd", attention.to(value.dtype), value)
+        return self.refine(self.out(attended.flatten(2))), attention.mean(dim=1)
 
     def forward(self, x, texts):
         """Embeddings [B, L, D], texts [C, D] -> logits [B, C], and what regions(x) gives."""
@@ -198,12 +198,14 @@ class TRM(nn.Module):
     def calibrate(self, estimates, known):
         """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C].
 
-        Known entries are drawn from all, so a label's share of positives is the same among the
-        unknown ones; a label never known to be absent has POSITIVES times as many as are known.
-        A label without a known positive gets no pseudo labels."""
+        Where known entries are drawn from all, a label's share of positives is the same among the
+        unknown ones. Where they are not, which shows in absent labels being the fewer ones, HIDDEN
+        times as many positives as are known are expected. A label without a known positive gets no
+        pseudo labels."""
         positives, negatives = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
-        share = torch.where(negatives > 0, positives / (positives + negatives).clamp(min=1),
-                            POSITIVES * positives / len(known))
+        drawn = (negatives > 0) & (positives.sum() < negatives.sum())
+        share = torch.where(drawn, positives / (positives + negatives).clamp(min=1),
+                            HIDDEN * positives / len(known))
         ranked = estimates.masked_fill(known != 0, -torch.inf).sort(dim=0, descending=True).values
         count = (known == 0).sum(dim=0)
         usable = (positives > 0) & (count > 0)
@@ -269,8 +271,8 @@ def contrastive_loss(regions, present, prototypes):
 
     Cross-entropy of every present (b, c) among the prototypes of a modality, at temperature t: the
     mean over present labels and M modalities, 0 if nothing is present."""
-    chosen, label = regions[present], present.nonzero()[:, 1]  # [P, D], [P]
-    similarity = chosen @ prototypes.transpose(1, 2) / TEMPERATURE  # [M, P, C]
+    image, label = present.nonzero(as_tuple=True)  # [P]
+    similarity = regions[image, label] @ prototypes.transpose(1, 2) / TEMPERATURE  # [M, P, C]
     total = F.cross_entropy(similarity.flatten(0, 1), label.repeat(len(prototypes)),
                             reduction="sum")
     return total / max(1, len(label) * len(prototypes))
@@ -352,7 +354,7 @@ def train(model, loader, validation, args, state):
                 counts = counts + pseudo_label_counts(pseudo, known, truth)
                 if step * args.batch_size < 20_000:  # images enough to calibrate with
                     drawn.append((estimates, known))
-            if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
+            if step % 50 == 49 or step == len(loader) - 1:  # waits for the GPU
                 means = data.finite_means(history, ["loss", *terms], f"epoch {epoch + 1}",
                                           args.output)
         line = {"epoch": epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"]}
@@ -413,7 +415,7 @@ def evaluate(clip, models, kinds, dataset, loader, args):
     results = metrics.evaluate(
         lambda images: [encode(clip, images, args)], scorers,
         data.progress(loader, "evaluating", args.quiet), dataset.targets,
-        {"": torch.arange(len(dataset.labels))}, (3, 5))
+        *data.evaluation(dataset))
     return [{"name": name, "kind": kinds.get(name, "zero-shot"), **row}
             for name, row in results.items()]
 
@@ -442,7 +444,7 @@ def scorer(model, args):
 def predict(args):
     model, preprocess, state = load_checkpoint(args.checkpoint, args)
     with torch.no_grad():
-        data.predict(scorer(model, args), state["labels"], preprocess, args)
+        data.predict(scorer(model, args), state["labels"], preprocess, args, whole=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -482,8 +484,8 @@ def parse_arguments(arguments=None):
     add("contrastive", number(float, 0), "weight of the contrastive loss; 0 leaves it out")
     add("distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
     add("augment", str, "cutout, flip and RandAugment", choices=["yes", "no"])
-    add("cache_features", str, "keep the embeddings of images without augmentation",
-        choices=["no", "memory", "disk"])
+    group.add_argument("--cache-features", choices=["no", "memory", "disk"],
+                       help="keep the embeddings of images (default: disk, with --augment no)")
     data.add_run_arguments(parser, "trm_ml")
     parser.add_argument("--labels", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -495,21 +497,25 @@ def parse_arguments(arguments=None):
     if args.partial and 0 in args.partial:
         raise UserError("--partial 0: with nothing known there is nothing to learn from, give a "
                         "share above 0 and up to 1")
+    if args.single_positive and args.val_fraction:
+        raise UserError("--val-fraction: with --single-positive no absent label is known, and "
+                        "nothing could be selected by")
     return args
 
 
 def fill_defaults(args):
     args.data = args.data or "toy"
-    if args.augment == "yes" and args.cache_features is None:
-        args.cache_features = "no"
     for name, value in (TOY if args.data == "toy" else BENCHMARK).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.cache_features = args.cache_features or ("disk" if args.augment == "no" else "no")
     if args.augment == "yes" and args.cache_features != "no":
         raise UserError(f"--cache-features {args.cache_features} needs --augment no: augmented "
                         "images differ every time")
     if not args.partial:
         args.partial = [0.3 if args.data == "toy" and not args.single_positive else 1.0]
+    if args.upper_bound and 1 in args.partial and not args.single_positive:
+        raise UserError("--upper-bound: --partial 1 is that already, give a smaller share")
     args.partial = list(dict.fromkeys(args.partial))
     args.matching = list(dict.fromkeys(args.matching))
     args.output = args.output or f"runs/trm_ml-{args.data}"
@@ -540,11 +546,6 @@ def load_checkpoint(path, args):
     return model, preprocess, state
 
 
-def load_split(split, transform, args):
-    options = {"zero_shot": False} if args.data == "toy" else {}  # all its labels are seen here
-    return data.load_split(split, transform, args, **options)
-
-
 def autocast(args):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
@@ -554,6 +555,8 @@ def known_targets(truth, args):
     """Targets [N, C] of which --partial or --single-positive leaves a part known, else 0."""
     if args.single_positive:
         return data.keep_single_positive(truth, SINGLE_POSITIVE_SEED)
+    if args.partial == 1:
+        return truth
     return data.keep_partial(truth, args.partial, PARTIAL_SEED)
 
 
@@ -594,11 +597,12 @@ def make_loader(dataset, kept, args, shuffle=False):
     if kept is None:
         return data.make_loader(dataset, args, shuffle)
     rows = TensorDataset(kept, dataset.targets)
-    unreadable = kept[:, 0, 0].isnan()
-    if unreadable.any():
-        rows = TensorDataset(kept[~unreadable], dataset.targets[~unreadable])
+    readable = (~kept[:, 0, 0].isnan()).nonzero()[:, 0].tolist()
+    if len(readable) < len(kept):
+        rows = Subset(rows, readable)
     order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
-    return DataLoader(rows, sampler=BatchSampler(order, args.batch_size, False), batch_size=None)
+    return DataLoader(rows, sampler=BatchSampler(order, args.batch_size, False), batch_size=None,
+                      pin_memory=args.device.startswith("cuda"))
 
 
 def settings(args):
@@ -633,7 +637,7 @@ def start_or_resume(clip, labels, known, args):
                        "log": [], "seconds": 0.0}
     state = data.read_checkpoint(f"{args.output}/last.pt", "trm_ml")
     data.check_same(args, state["args"], (*BENCHMARK, *data.SAME, "partial", "single_positive",
-                                          "per_label_context"))
+                                          "per_label_context", "cache_features"))
     before = None
     with contextlib.suppress(Exception):  # a file that cannot be read does not fit either
         before = torch.load(file, weights_only=True)
@@ -650,8 +654,8 @@ def train_all(clip, preprocess, args):
     runs, models, kinds, seconds = settings(args), {}, {}, 0.0
     if args.resume and not any(Path(own.output, "last.pt").exists() for _, _, own in runs):
         raise UserError(f"--resume: no checkpoint at {args.output}/last.pt")
-    whole = load_split("train", augmentation(preprocess) if args.augment == "yes" else preprocess,
-                       args)
+    augment = args.augment == "yes"
+    whole = data.load_split("train", augmentation(preprocess) if augment else preprocess, args)
     known = [known_targets(whole.targets, own) for _, _, own in runs]
     if not all(targets.any() for targets in known):
         raise UserError("none of the training labels is known: raise --partial or --limit")
@@ -659,13 +663,14 @@ def train_all(clip, preprocess, args):
     parts = [part for part in data.hold_out(whole, args.val_fraction, preprocess) if part]
     kept = [kept_embeddings(clip, part, args) for part in parts]
     if not args.resume:  # all at once, so that --resume later finds nothing of an earlier run
-        for _, _, own in runs:
+        for own in [args] * (len(args.partial) > 1) + [own for _, _, own in runs]:
             data.start_run(own)
     for index, (name, kinds[name], own) in enumerate(runs):
         without = [whole.labels[i] for i in (known[index] != 1).all(dim=0).nonzero()[:, 0]]
-        print(f"\n{name}: {len(whole):,} training images, {len(whole.labels)} labels, "
-              f"{(known[index] != 0).float().mean():.1%} of the entries known; {own.output}",
-              flush=True)
+        if not args.quiet:
+            print(f"\n{name}: {len(whole):,} training images, {len(whole.labels)} labels, "
+                  f"{(known[index] != 0).float().mean():.1%} of the entries known; {own.output}",
+                  flush=True)
         if without:
             print(f"{len(without)} labels are known to be present nowhere, e.g. '{without[0]}': "
                   f"they get no pseudo labels and rest on CLIP's text", file=sys.stderr)
@@ -688,15 +693,16 @@ def train_all(clip, preprocess, args):
 def sweep_rows(rows, args):
     """Print a line of mAP per matching, as the papers do -> rows of the averages."""
     averages, swept = [], [row for row in rows if row["name"].endswith("% known")]
-    print(f"\n{'mAP (%), known labels':30}" + "".join(f"{100 * p:6g}%" for p in args.partial)
+    metric = "mAP" if "mAP" in swept[0] else "gzsl_mAP"
+    print(f"\n{metric + ' (%), known labels':30}" + "".join(f"{100 * p:6g}%" for p in args.partial)
           + f"{'average':>9}")
     for title in dict.fromkeys(row["name"].rpartition(", ")[0] for row in swept):
         of_title = [row for row in swept if row["name"].startswith(f"{title}, ")]
         averages.append({"name": f"{title}, average", "kind": of_title[0]["kind"],
-                         **{metric: sum(row[metric] for row in of_title) / len(of_title)
-                            for metric in of_title[0] if metric not in ("name", "kind")}})
-        print(f"{title:30}" + "".join(f"{100 * row['mAP']:7.1f}" for row in of_title)
-              + f"{100 * averages[-1]['mAP']:9.1f}")
+                         **{name: sum(row[name] for row in of_title) / len(of_title)
+                            for name in of_title[0] if name not in ("name", "kind")}})
+        print(f"{title:30}" + "".join(f"{100 * row[metric]:7.1f}" for row in of_title)
+              + f"{100 * averages[-1][metric]:9.1f}")
     return averages
 
 
@@ -707,22 +713,21 @@ def run(args):
         data.check_new(args.output)
         model, preprocess, state = load_checkpoint(args.eval, args)
         args.data, args.clip = args.data or state["data"], state["clip"]
+        data.same_dataset_options(args, state)
         args.partial, args.matching = [state["args"]["partial"]], [model.matching]
     fill_defaults(args)
     data.check_root(args.data, args.root)
-    test = load_split("test", None, args)  # first of all: it may lack files
+    test = data.load_split("test", None, args)  # first of all: it may lack files
     if args.eval:
         name = TITLES[model.matching]
         clip, models, kinds, seconds = model.clip, {name: model}, {name: "method"}, 0.0
-        args.cache_features = state["args"]["cache_features"]
+        args.cache_features = args.cache_features or state["args"]["cache_features"]
     else:
         clip, preprocess = build(vars(args), args.device)
     test.transform = preprocess
     if args.eval:
         data.check_labels(test, state)
     else:
-        if len(args.partial) > 1 and not args.resume:
-            data.start_run(args)
         models, kinds, seconds = train_all(clip, preprocess, args)
     kept = kept_embeddings(clip, test, args)
     rows = evaluate(clip, models, kinds, test, make_loader(test, kept, args), args)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 
@@ -670,3 +671,43 @@ def test_image_files_and_label_lists(tmp_path):
 def test_progress_yields_everything_and_is_silent_without_a_terminal(capsys):
     assert list(data.progress(range(3), "three")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_files_of_a_run_go_where_none_are_and_an_unusable_output_is_named(tmp_path):
+    args = argparse.Namespace(output=str(tmp_path / "run"))
+    (tmp_path / "run" / "previous-2").mkdir(parents=True)  # previous-1 was deleted by hand
+    for _ in range(3):
+        data.start_run(args)
+    assert sorted(path.name for path in (tmp_path / "run").glob("previous-*")) == [
+        "previous-1", "previous-2", "previous-3"]
+    assert list((tmp_path / "run" / "previous-2").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.UserError, match="--output"):
+        data.start_run(argparse.Namespace(output=str(tmp_path / "file")))
+
+
+def test_a_strip_is_refused_before_it_becomes_huge(tmp_path):
+    Image.new("RGB", (3, 600)).save(tmp_path / "strip.png")
+    with pytest.raises(data.UserError, match="3 x 600 is too long"):
+        data.open_image(tmp_path / "strip.png")
+    Image.new("RGB", (6, 600)).save(tmp_path / "long.png")
+    assert data.open_image(tmp_path / "long.png").size == (6, 600)
+
+
+def test_an_evaluation_scores_what_the_training_saw():
+    args = argparse.Namespace(data="voc2007", **dict.fromkeys(data.DATASET_OPTIONS))
+    args.not_visible = "unknown"
+    data.same_dataset_options(args, {"data": "voc2007", "args": {"difficult": "unknown",
+                                                                  "not_visible": "absent"}})
+    assert args.difficult == "unknown" and args.not_visible == "unknown"
+    args.difficult = None
+    data.same_dataset_options(args, {"data": "coco", "args": {"difficult": "unknown"}})
+    assert args.difficult is None
+
+
+def test_evaluation_settings():
+    dataset = data.load_dataset("toy", split="test")
+    settings, ks = data.evaluation(dataset)
+    assert settings.keys() == {"zsl_", "gzsl_"} and ks == (3, 5)
+    assert torch.equal(settings["zsl_"], dataset.unseen) and len(settings["gzsl_"]) == 56
+    assert data.evaluation(data.load_dataset("toy", split="test", zero_shot=False))[0].keys() == {""}

@@ -485,3 +485,13 @@ def test_gallery_with_eval_and_without_a_dataset(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         lang_cls.main(["--labels", "star,moon", "--gallery", str(tmp_path / "sheet.png")])
     assert "--gallery" in capsys.readouterr().err
+
+
+def test_a_map_of_a_squeezed_image_covers_the_whole_photo():
+    photo, values = Image.new("RGB", (400, 200), "white"), np.zeros((4, 4), np.float32)
+    values[:, 0] = 1  # the left edge of what the map covers
+    for whole, expected in ((True, 0), (False, 0.25)):
+        sheet = np.asarray(data.draw_heatmaps(photo, [("left", 1.0, values)], whole), np.int32)
+        tile = sheet[40:180, 16 + 360 + 16:16 + 360 + 16 + 360]  # the second of two, 360 wide
+        coloured = np.abs(tile - 255).sum(axis=(0, 2)).astype(float)
+        assert abs(coloured.argmax() / 360 - expected) < 0.06

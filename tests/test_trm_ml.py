@@ -313,7 +313,7 @@ def test_estimates_equal_a_loop(toy):
 def calibration(images=60):
     """Estimates and known targets of labels known in every way that there is."""
     rng = np.random.RandomState(0)
-    known = rng.choice([-1, 0, 0, 0, 1], (images, 12)).astype(np.int8)
+    known = rng.choice([-1, 0, 1], (images, 12), p=[0.7, 0.2, 0.1]).astype(np.int8)
     known[:, 0] = np.where(known[:, 0] == 1, 0, known[:, 0])  # no known positive
     known[:, 1] = np.where(known[:, 1] == -1, 0, known[:, 1])  # no known negative
     known[:, 2] = np.where(known[:, 2] == 0, 1, known[:, 2])  # nothing unknown
@@ -324,6 +324,17 @@ def calibration(images=60):
     known[11, 6] = 0  # one unknown
     known[:, 7] = np.where(rng.rand(images) < 0.9, 1, 0)  # more than half, no negative
     return rng.randn(images, 12).astype(np.float32), known
+
+
+def test_calibrate_does_not_take_what_somebody_marked_for_a_random_sample(toy):
+    """Mostly present labels are marked: their share among known entries says nothing."""
+    model = trm_ml.TRM(toy[0], data.TOY_LABELS[:3])
+    known = torch.zeros(2000, 3, dtype=torch.int8)
+    known[:50], known[50] = 1, -1  # 50 present, a single absent one
+    estimates = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    model.calibrate(estimates, known)
+    given = (model.pseudo_labels(estimates, known) == 1).sum(dim=0)
+    assert ((given > 20) & (given < 100)).all()
 
 
 def test_calibrate_equals_sorting_a_label_at_a_time(toy):
@@ -339,8 +350,9 @@ def test_calibrate_equals_sorting_a_label_at_a_time(toy):
             assert model.sure_present[c] == math.inf and model.sure_absent[c] == -math.inf
             assert not pseudo[:, c].any()
             continue
+        assert (known == -1).sum() > (known == 1).sum()  # or no share would be trusted
         share = (positives / (positives + negatives) if negatives
-                 else trm_ml.POSITIVES * positives / len(known))
+                 else trm_ml.HIDDEN * positives / len(known))
         for threshold, factor in ((model.sure_present, trm_ml.SURE_PRESENT),
                                   (model.sure_absent, trm_ml.SURE_ABSENT)):
             expected = factor * share * len(ranked)
@@ -1035,9 +1047,10 @@ def test_predict_prints_what_the_pieces_give(trained, tmp_path, capsys):
 def test_the_heatmap_is_the_attention_over_locations(trained, monkeypatch, tmp_path):
     shown, original = [], data.draw_heatmaps
 
-    def draw_heatmaps(photo, maps):
+    def draw_heatmaps(photo, maps, whole):
+        assert whole  # the image is squeezed, not cropped
         shown.extend(maps)
-        return original(photo, maps)
+        return original(photo, maps, whole)
 
     monkeypatch.setattr(data, "draw_heatmaps", draw_heatmaps)
     data.toy_scene("benchmark", 7, 0).save(tmp_path / "0.png")
@@ -1164,7 +1177,8 @@ def own_arguments(own, *more):
 
 
 @pytest.mark.parametrize("setting, seen", [
-    (["--augment", "yes"], 2 * 24 + 16), (["--augment", "no"], 2 * 24 + 16),
+    (["--augment", "yes"], 2 * 24 + 16), (["--augment", "no"], 24 + 16),
+    (["--augment", "no", "--cache-features", "no"], 2 * 24 + 16),
     (["--augment", "no", "--cache-features", "memory"], 24 + 16),
     (["--augment", "no", "--cache-features", "disk"], 24 + 16)])
 def test_a_folder_of_own_images(own, tmp_path, encoded, empty_cache, setting, seen):
