@@ -310,7 +310,7 @@ def test_estimates_equal_a_loop(toy):
             assert estimates[b, c].item() == pytest.approx(sum(of_modality) / 2, abs=1e-4)
 
 
-def calibration(images=60):
+def calibration(images=200):
     """Estimates and known targets of labels known in every way that there is."""
     rng = np.random.RandomState(0)
     known = rng.choice([-1, 0, 1], (images, 12), p=[0.7, 0.2, 0.1]).astype(np.int8)
