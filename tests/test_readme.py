@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import lang_cls
 import mkt
 import trm_ml
@@ -34,6 +35,11 @@ def test_the_python_of_the_readme_runs():
     names = {}
     exec(block, names)
     assert names["scores"].shape == (1, 56)
+
+
+def test_the_sentences_are_what_the_grammar_writes():
+    sentences, _ = data.grammar_sentences(data.COCO_LABELS, 20)
+    assert "\n".join(sentences) in README
 
 
 def test_the_files_that_it_links_to_exist_and_nothing_is_left_to_fill_in():
