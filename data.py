@@ -2571,7 +2571,8 @@ def add_run_arguments(parser, method):
     add("--annotated-only", action="store_true",
         help="coco, nuswide81: leave out images without a label")
     add("--drop-crowd", action="store_true", help="coco: boxes of crowds do not count")
-    add("--zero-shot", action="store_true", help="coco: 48 seen and 17 unseen labels")
+    add("--zero-shot", action="store_true",
+        help="coco: 48 seen and 17 unseen labels; toy: 42 and 14, which mkt.py has anyway")
     add("--difficult", choices=list(VOC_DIFFICULT),
         help="voc2007: what a label with difficult objects only is (default: absent)")
     add("--not-visible", choices=["absent", "unknown"],

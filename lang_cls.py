@@ -243,11 +243,12 @@ def train(model, embeddings, targets, args, state):
     Every epoch seeds its own shuffling and noise, so a resumed run repeats the epoch it was
     killed in exactly."""
     embeddings, targets = embeddings.to(args.device), targets.to(args.device)
-    held_out, kept = [], torch.arange(len(targets))
+    kept = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    held_out = kept[:0]
     if args.val_fraction:  # of distinct texts: what is held out is trained with nowhere else
         _, text = embeddings.cpu().unique(dim=0, return_inverse=True)
         order = torch.randperm(int(text.max()) + 1, generator=torch.Generator().manual_seed(0))
-        is_held_out = (order < math.ceil(args.val_fraction * len(order)))[text]
+        is_held_out = (order < math.ceil(args.val_fraction * len(order)))[text[kept]]
         held_out, kept = kept[is_held_out], kept[~is_held_out]
     if not len(kept):
         raise UserError(f"--val-fraction {args.val_fraction} leaves no sentence to train with")

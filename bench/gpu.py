@@ -86,7 +86,7 @@ def trm_step(args, compiled):
     model = trm_ml.TRM(clip, names(count))
     images = torch.randn(batch, 3, size, size, device=args.device)
     known = data.keep_partial(random_targets(batch, count, "cpu"), 0.3, 0).to(args.device)
-    options = Namespace(pseudo=0.2, contrastive=0.1, distillation=0.01, precision="bf16",
+    options = Namespace(pseudo=0.1, contrastive=0.2, distillation=0.01, precision="bf16",
                         device=args.device)
     if compiled:
         model.regions = torch.compile(model.regions)

@@ -43,7 +43,7 @@ def straightforward_loss(model, x, known, args):
     estimates = (2 * own - by_modality.logsumexp(dim=3).transpose(1, 2)).sum(dim=1) / 2
     pseudo = model.pseudo_labels(estimates, known)
     chosen = present | (pseudo == 1)
-    contrast = similarity.logsumexp(dim=2) - own.logsumexp(dim=1)  # [B, C]
+    contrast = (by_modality.logsumexp(dim=3).transpose(1, 2) - own).mean(dim=1)  # [B, C]
     distance = (regions - F.normalize(attention.detach() @ x, dim=-1)).abs().sum(dim=-1).mean()
     return (trm_ml.asymmetric_loss(logits, known)
             + args.pseudo * trm_ml.asymmetric_loss(logits, pseudo)
@@ -60,7 +60,8 @@ def step_forms(args):
     x = F.normalize(torch.randn(args.batch_size, args.locations, 512, device=args.device), dim=-1)
     truth = torch.where(torch.rand(args.batch_size, args.labels) < 0.1, 1, -1).to(torch.int8)
     known = data.keep_partial(truth, 0.3, 0).to(args.device)
-    options = Namespace(pseudo=0.2, contrastive=0.1, distillation=0.01)
+    options = Namespace(pseudo=0.1, contrastive=0.2, distillation=0.01, precision="fp32",
+                        device=args.device)
     with torch.no_grad():
         for parameter in (model.last.weight, model.queries):  # 0 would hide what differs
             parameter += 0.02 * torch.randn_like(parameter)
@@ -96,7 +97,7 @@ def bench_epoch(args):
             "--device", args.device])
         trm_ml.fill_defaults(options)
         clip, preprocess = trm_ml.build(vars(options), args.device)
-        dataset = trm_ml.load_split("train", preprocess, options)
+        dataset = data.load_split("train", preprocess, options)
         known = data.keep_partial(dataset.targets, 0.3, 0)
         dataset.targets = torch.cat([known, dataset.targets], dim=1)
         kept = trm_ml.kept_embeddings(clip, dataset, options)  # also draws the scenes

@@ -628,8 +628,10 @@ def test_options_reach_the_datasets(tmp_path):
         for split in ("train", "test"):
             dataset = load("voc2007", "--difficult", name, split=split)
             assert dataset.targets.tolist() == voc_targets(value)
-    for given in ([], ["--zero-shot"]):  # its default
-        assert len(load("toy", *given, split="test").unseen) == 14
+    assert len(load("toy", split="test").unseen) == 0
+    assert len(load("toy", "--zero-shot", split="test").unseen) == 14
+    toy = data.load_split("test", None, arguments_of("--data", "toy"), toy_zero_shot=True)
+    assert len(toy.unseen) == 14
 
 
 @pytest.mark.parametrize("name, given, known", [

@@ -343,7 +343,7 @@ def test_predict_takes_any_labels(trained, tmp_path, capsys):
         assert {label["label"] for label in line["labels"]} == {"blue star", "submarine", "cactus"}
         assert scores == sorted(scores, reverse=True)
     # the same numbers as the pieces give
-    options = Namespace(clip=None, device="cpu")
+    options = Namespace(clip=None, topk=None, device="cpu")
     model, preprocess, _ = mkt.load_checkpoint(trained / "best.pt", options)
     image = preprocess(Image.open(tmp_path / "b.png"))[None]
     with torch.no_grad():
