@@ -259,7 +259,8 @@ def train(model, embeddings, targets, args, state):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin, history = time.time(), []
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.lr, args.epochs)
-        for rows in kept[torch.randperm(len(kept))].split(args.batch_size):
+        order = kept[torch.randperm(len(kept))].to(args.device)  # not a copy a step
+        for rows in order.split(args.batch_size):
             batch = embeddings[rows]
             loss = ranking_loss(model(batch + args.noise * torch.randn_like(batch)), targets[rows])
             optimizer.zero_grad()

@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,8 +146,7 @@ def test_missing_files(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_in_evaluation_stops_with_its_name(files, workers):
-    with open(files[4], "wb"):
-        pass
+    Path(files[4]).write_bytes(b"")
     dataset = dataset_of(files, transform=to_number)
     with pytest.raises(UserError) as error:
         list(DataLoader(dataset, batch_size=2, num_workers=workers))
@@ -156,8 +156,7 @@ def test_unreadable_image_in_evaluation_stops_with_its_name(files, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_in_training_is_replaced_named_once_and_counted(files, workers, capfd):
     for i in (2, 3, 9):
-        with open(files[i], "wb"):
-            pass
+        Path(files[i]).write_bytes(b"")
     dataset = dataset_of(files, transform=to_number, on_error="replace")
     shown = [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
     for _ in range(2):

@@ -64,3 +64,14 @@ def test_a_method_on_a_dataset(method, dataset, root, tmp_path, capsys):
                  "--device", "cpu", "--quiet", "--output", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "results.json").read_text())["rows"][-1]
     assert again == pytest.approx(row, nan_ok=True) if has_unseen else again == row
+
+
+@pytest.mark.parametrize("partial", [[], ["--partial", "0.5"]])
+def test_targets_too_large_for_a_tensor_are_refused(partial, openimages_root, tmp_path,  # noqa: F811
+                                                    monkeypatch, capsys):
+    monkeypatch.setattr(data, "DENSE_ENTRIES", 20)  # of the training split's 24, the test's 12
+    with pytest.raises(SystemExit) as error:
+        trm_ml.main(["--data", "openimages", "--root", str(openimages_root), *METHODS[trm_ml],
+                     *ONE_EPOCH, *partial, "--output", str(tmp_path / "run")])
+    message = capsys.readouterr().err.strip()
+    assert error.value.code == 2 and "--limit" in message and not (tmp_path / "run").exists()
