@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -40,7 +41,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Subset, TensorDataset
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -116,6 +118,15 @@ def train_transform(size, mean=CLIP_MEAN, std=CLIP_STD):
         transforms.ToTensor(),
         transforms.Normalize(mean, std),
     ])
+
+
+def cutout_transform(preprocess):
+    """A transform of resizing, to RGB, to a tensor, normalising, with augmentation: flip,
+    RandAugment, and a quarter of the image cut out every other time."""
+    resize, to_rgb, to_tensor, normalize = preprocess.transforms
+    return transforms.Compose([
+        resize, transforms.RandomHorizontalFlip(), to_rgb, transforms.RandAugment(), to_tensor,
+        normalize, transforms.RandomErasing(0.5, scale=(0.25, 0.25), ratio=(1, 1))])
 
 
 # ---- the dataset
@@ -2396,39 +2407,63 @@ def start_run(args):
     write_file(output / "args.json", json.dumps(vars(args), indent=1))
 
 
-def check_new(output):
-    """UserError if --eval would write over the results of a run; output: a folder or None."""
-    if output and (Path(output) / "results.json").exists():
-        raise UserError(f"--output {output} holds the results.json of a run: choose another folder "
-                        f"for --eval, or leave --output out")
+def write_results(method, args, seconds, rows, dataset, begin):
+    """-> the results of a run, also written to results.json in --output, if there is one.
 
-
-def write_results(method, args, state, rows, keep=True):
-    """-> the results of a run, written to results.json in --output if keep."""
+    seconds: of training. rows: of the table. dataset: the images tested, or None. begin: the time
+    when the script began, which is printed."""
+    if dataset is not None and dataset.missing:
+        print(f"{dataset.missing} test images are missing: not comparable with complete results")
     results = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,
-               "seconds": round(state["seconds"], 1), "rows": rows}
-    if keep:
+               "seconds": round(seconds, 1), "rows": rows}
+    if args.output:
         write_file(Path(args.output) / "results.json", json.dumps(results, indent=1))
+    print(f"{time.time() - begin:.0f} s"
+          + f"; results and checkpoints: {args.output}" * bool(args.output))
     return results
 
 
-def read_checkpoint(path, method):
-    """The state that a method script saved; UserError if it is missing, unreadable or another's."""
+def read_checkpoint(path, method, clip=None, published=None):
+    """The state that a method script saved; UserError if it is missing, unreadable, another
+    method's or of another CLIP than this one, if one is given. A file with the one key `published`
+    is somebody else's weights and returned as it is."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if set(state) == {published}:
+            return state
         found = state["method"]
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a checkpoint of {method}.py: {reason}") from None
     if found != method:
         raise UserError(f"{path} is a checkpoint of {found}.py, not of {method}.py")
+    if clip is not None and clip != state["clip"]:
+        raise UserError(f"{path} belongs to --clip {state['clip']}, not {clip}")
     return state
 
 
-def same_dataset_options(args, state):
-    """--eval scores what the training saw: dataset options that are not given are its own."""
+def check_weights(path, state, clip):
+    """UserError if the CLIP that is loaded is not the one that a checkpoint was trained with."""
+    if clip.fingerprint() != state["clip_fingerprint"]:
+        raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
+
+
+def new_state(method, labels, clip, args):
+    """What checkpoints hold, before the first epoch; the scripts add the weights and their own."""
+    return {"method": method, "data": args.data or "labels", "clip": args.clip, "labels": labels,
+            "clip_fingerprint": clip.fingerprint(), "args": vars(args), "epoch": 0,
+            "optimizer": None, "scaler": None, "log": [], "seconds": 0.0}
+
+
+def same_dataset(args, state):
+    """--eval scores what the training saw: the CLIP, the dataset and its options are the
+    checkpoint's where they are not given. UserError where --output holds results."""
+    if args.output and (Path(args.output) / "results.json").exists():
+        raise UserError(f"--output {args.output} holds the results.json of a run: choose another "
+                        f"folder for --eval, or leave --output out")
+    args.data, args.clip = args.data or state["data"], state["clip"]
     for name in DATASET_OPTIONS if args.data == state["data"] else ():
         if not getattr(args, name):
             setattr(args, name, state.get("args", {}).get(name))
@@ -2443,8 +2478,7 @@ def check_same(args, before, names):
 
 
 def check_labels(dataset, state):
-    """Fill in a new state's labels; UserError if a checkpoint's are not the dataset's."""
-    state["labels"] = state["labels"] or dataset.labels
+    """UserError if the labels of a checkpoint are not the dataset's."""
     if state["labels"] != dataset.labels:
         raise UserError(f"the checkpoint belongs to the {len(state['labels'])} labels of "
                         f"{state['data']}; {dataset.name} has {len(dataset.labels)} other labels")
@@ -2526,11 +2560,51 @@ def hold_out(dataset, fraction, transform):
     return dataset.subset(order[count:]), validation
 
 
-def make_loader(dataset, args, shuffle=False):
-    """Batches of (images, targets [B, C]) in --batch-size, loaded by --workers processes, which
-    every epoch starts and seeds anew: a resumed run draws what an uninterrupted one would."""
-    return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
-                      pin_memory=args.device.startswith("cuda"))
+def kept_embeddings(dataset, encode, key, args):
+    """encode(images [B, 3, H, W]) of all images: float16 [N, ...], in memory or mapped from a file
+    as --cache-features says; None if that is "no".
+
+    key: anything JSON can hold that tells this encoder from others. NaN for an image that cannot
+    be read, of which a loader gives another one instead. UserError as mapped."""
+    def embeddings():
+        begin = 0
+        for images, _ in progress(make_loader(dataset, args), "embedding images", args.quiet):
+            batch = encode(images).half().cpu()
+            batch[dataset.unreadable[dataset.indices[begin:begin + len(images)]]] = torch.nan
+            yield batch
+            begin += len(images)
+
+    if args.cache_features == "no":
+        return None
+    if args.cache_features == "memory":
+        return torch.cat(list(embeddings()))
+    first = dataset[0][0]  # stands for how images are made
+    key = [*key, dataset.files_key(), hashlib.sha256(first.numpy().tobytes()).hexdigest()]
+    return mapped("embeddings", key, [len(dataset), *encode(first[None]).shape[1:]], embeddings)
+
+
+def make_loader(dataset, args, shuffle=False, kept=None):
+    """Batches of (images, targets) in --batch-size, loaded by --workers processes, which every
+    epoch starts and seeds anew: a resumed run draws what an uninterrupted one would.
+
+    kept: embeddings as kept_embeddings gives them, which take the place of the images."""
+    pin = args.device.startswith("cuda")
+    if kept is None:
+        return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
+                          pin_memory=pin)
+    rows, unreadable = TensorDataset(kept, dataset.targets), kept.flatten(1)[:, 0].isnan()
+    if unreadable.any():
+        dataset.unreadable[dataset.indices[unreadable]] = True
+        rows = Subset(rows, (~unreadable).nonzero()[:, 0].tolist())
+    order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
+    return DataLoader(rows, sampler=BatchSampler(order, args.batch_size, False), batch_size=None,
+                      pin_memory=pin)  # whole batches at once: reading is all there is to do
+
+
+def autocast(args):
+    """The context in which CLIP and the models run: --precision, on --device."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
 
 
 def progress(iterable, title, quiet=False):
@@ -2554,6 +2628,32 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def command_line(script, *errors):
+    """What is wrong with a call, UserError or another of these errors, is one line on stderr and
+    exit code 2; Ctrl-C and SIGTERM are a line and 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except (UserError, *errors) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a training goes on after its last finished epoch with --resume",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+def fill_defaults(args, method, usual, toy):
+    """Options that were not given are those of the toy world or else the usual ones, {name: value};
+    --output, unless --eval, is a folder below runs/."""
+    for name, value in (toy if args.data == "toy" else usual).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.eval:
+        args.output = args.output or f"runs/{method}-{args.data or 'labels'}"
 
 
 def add_run_arguments(parser, method):

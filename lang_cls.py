@@ -30,23 +30,20 @@ Implementation details
  3. All rows of the table are scored in one pass over the images.
 Where this differs from the paper
  1. Sentences come from a built-in grammar unless --texts names a file; --generate has a language
-    model write one.
- 2. The prompt templates are our own, some forty; --templates loads others.
- 3. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
+    model write one. The prompt templates, some forty, are our own.
+ 2. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import re
-import signal
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 import clip_model
 import data
@@ -56,9 +53,9 @@ from data import UserError
 # what the paper trains with, and what the toy world's small CLIP asks for (the learning rate was
 # chosen on scenes of their own, not on the test scenes)
 PAPER = {"clip": "RN50", "epochs": 20, "batch_size": 512, "lr": 1e-3, "noise": 0.1,
-         "sentences": 40_000, "workers": 8}
-TOY = {"clip": "toy-RN", "epochs": 20, "batch_size": 512, "lr": 5e-3, "noise": 0.1,
-       "sentences": 40_000, "workers": 0}
+         "sentences": 40_000, "mapping_weight": 0.3, "streams": "both", "workers": 8}
+TOY = {**PAPER, "clip": "toy-RN", "lr": 5e-3, "workers": 0}
+PUBLISHED = "adapter.0.weight"  # the one key of the authors' classifier for COCO, [80, 1024]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -108,7 +105,7 @@ def encode(clip, images, args):
     """Images -> unit-length CLIP's own global [B, D], CoMC's global [B, D] and local [B, L, D]
     embeddings. A ResNet pools CoMC's without positional embeddings."""
     images = images.to(args.device, non_blocking=True)
-    with autocast(args):
+    with data.autocast(args):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             global_, local = clip.encode_image_dense(images)
             own = global_
@@ -284,38 +281,35 @@ def train(model, embeddings, targets, args, state):
 @torch.no_grad()
 def evaluate(clip, model, dataset, args):
     """The rows of the table: CLIP as it is, CoMC without its parts, CoMC."""
-    plain = label_embeddings(clip, dataset.labels, TEMPLATES[:1], args).to(args.device)
-    scorers = {}
-    for title, texts in ((f'"{TEMPLATES[0]}"', plain), ("mean of templates", model.memory)):
-        for stream in ("global", "local", "both"):
-            def zero_shot(own, global_, local, index, texts=texts, stream=stream):
-                scores = {"global": own @ texts.T, "local": (local @ texts.T).amax(dim=1)}
-                scores["both"] = (scores["global"] + scores["local"]) / 2
-                return scores[stream][:, index]
-            scorers[f"zero-shot, {stream}, {title}"] = zero_shot
+    prompts = {f'"{TEMPLATES[0]}"': label_embeddings(
+        clip, dataset.labels, TEMPLATES[:1], args).to(args.device),
+        "mean of templates": model.memory}
     settings = {"CoMC": (args.mapping_weight, args.streams)}
     if args.streams == "both":
         settings = {"CoMC, global alone": (args.mapping_weight, "global"),
                     "CoMC, local alone": (args.mapping_weight, "local"), **settings}
     if args.mapping_weight:
         settings = {"CoMC without mapping": (0.0, args.streams), **settings}
-    for name, setting in settings.items():
-        scorers[name] = lambda own, global_, local, index, setting=setting: model.scores(
-            global_, local, *setting)[:, index]
-    loader = data.make_loader(dataset, image_batches(args))
     encoder = torch.compile(encode) if args.compile else encode
-    results = metrics.evaluate(
-        lambda images: encoder(clip, images, args), scorers,
-        data.progress(loader, "evaluating", args.quiet), dataset.targets,
-        *data.evaluation(dataset))
-    kind = {"CoMC": "method", **{name: "ablation" for name in settings if name != "CoMC"}}
-    return [{"name": name, "kind": kind.get(name, "zero-shot"), **row}
-            for name, row in results.items()]
 
+    def scores(images):
+        """-> [B, C] for every row of the table."""
+        (own, global_, local), columns = encoder(clip, images, args), []
+        for texts in prompts.values():
+            whole, best = own @ texts.T, (local @ texts.T).amax(dim=1)
+            columns += [whole, best, (whole + best) / 2]
+        return columns + [model.scores(global_, local, *setting) for setting in settings.values()]
 
-def image_batches(args):
-    """--batch-size counts sentences, of which far more fit than images."""
-    return argparse.Namespace(**{**vars(args), "batch_size": min(args.batch_size or 64, 64)})
+    kinds = {f"zero-shot, {stream}, {title}": "zero-shot"
+             for title in prompts for stream in ("global", "local", "both")}
+    kinds |= {name: "method" if name == "CoMC" else "ablation" for name in settings}
+    # images at a time: --batch-size counts sentences
+    loader = DataLoader(dataset, 64, num_workers=args.workers,
+                        pin_memory=args.device.startswith("cuda"))
+    results = metrics.evaluate(scores, list(kinds),
+                               data.progress(loader, "evaluating", args.quiet),
+                               dataset.targets, *data.evaluation(dataset))
+    return [{"name": name, "kind": kinds[name], **row} for name, row in results.items()]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,16 +340,14 @@ def parse_arguments(arguments=None):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     number = data.number
 
-    def add(name, type, text):  # an option whose value the paper and the toy world may differ in
-        group.add_argument("--" + name.replace("_", "-"), type=type,
+    def add(name, type, text, **options):  # the paper and the toy world may differ in its value
+        group.add_argument("--" + name.replace("_", "-"), type=type, **options,
                            help=f"{text} (paper: {PAPER[name]}, toy: {TOY[name]})")
 
     group = parser.add_argument_group("model")
     add("clip", str, "a name of clip_model.available_models() or a path to weights")
-    group.add_argument("--mapping-weight", type=number(float, 0, 1),
-                       help="share of the mapped embedding (default: 0.3; 0 leaves mapping out)")
-    group.add_argument("--streams", choices=["both", "global", "local"],
-                       help="which of the two scores count (default: both)")
+    add("mapping_weight", number(float, 0, 1), "share of the mapped embedding; 0 leaves it out")
+    add("streams", str, "which of the two scores count", choices=["both", "global", "local"])
     group = parser.add_argument_group("texts")
     group.add_argument("--labels", help='train for these, without a dataset: "owl, ice cream"')
     group.add_argument("--texts", metavar="FILE", help='JSON, a list or one a line, of {"labels": '
@@ -400,12 +392,9 @@ def parse_arguments(arguments=None):
 def fill_defaults(args):
     if not args.labels:
         args.data = args.data or "toy"
-    for name, value in (TOY if args.data == "toy" else PAPER).items():
-        if getattr(args, name) is None and not (name == "sentences" and args.texts):
-            setattr(args, name, value)
-    args.mapping_weight = 0.3 if args.mapping_weight is None else args.mapping_weight
-    args.streams = args.streams or "both"
-    args.output = args.output or f"runs/lang_cls-{'labels' if args.labels else args.data}"
+    given = args.sentences
+    data.fill_defaults(args, "lang_cls", PAPER, TOY)
+    args.sentences = given if args.texts else args.sentences  # all that the file has
 
 
 # ---------------------------------------------------------------------------------------------
@@ -414,44 +403,26 @@ def fill_defaults(args):
 def load_checkpoint(path, args):
     """-> (CLIP, CoMC, preprocess, state). UserError for what is no checkpoint or of another CLIP.
 
-    The authors' classifier, {"adapter.0.weight": [80, 1024]} for COCO's labels, loads too.
-    --mapping-weight and --streams are the checkpoint's unless given."""
-    state = None
-    with contextlib.suppress(Exception):  # anything else is read_checkpoint's to explain
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, dict) and set(state) == {"adapter.0.weight"}:
-        return load_published(path, state["adapter.0.weight"], args)
-    state = data.read_checkpoint(path, "lang_cls")
-    if args.clip not in (None, state["clip"]):
-        raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
-    clip, preprocess = clip_model.load(state["clip"], args.device)
-    if clip.fingerprint() != state["clip_fingerprint"]:
-        raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
+    The authors' classifier, for COCO's labels, loads too. --mapping-weight and --streams are the
+    checkpoint's unless given."""
+    state = data.read_checkpoint(path, "lang_cls", args.clip, PUBLISHED)
+    name = args.clip or PAPER["clip"] if PUBLISHED in state else state["clip"]
+    clip, preprocess = clip_model.load(name, args.device)
+    if PUBLISHED in state:
+        weight, args.clip, labels = state[PUBLISHED].float(), name, data.COCO_LABELS
+        expected = [len(labels), clip.text_projection.shape[1]]
+        if list(weight.shape) != expected:
+            raise UserError(f"{path}: the classifier is {list(weight.shape)}, --clip {name} and "
+                            f"COCO's labels ask for {expected} (the authors' CLIP is RN50)")
+        memory = label_embeddings(clip, labels, prompt_templates(args), args)
+        state = {**data.new_state("lang_cls", labels, clip, args), "data": "coco", "args": PAPER,
+                 "model": {"weight": weight, "memory": memory}}
+    data.check_weights(path, state, clip)
     for name in ("mapping_weight", "streams"):
         if getattr(args, name) is None:
             setattr(args, name, state["args"][name])
     model = CoMC(state["model"]["weight"], state["model"]["memory"]).to(args.device)
     return clip, model, preprocess, state
-
-
-def load_published(path, weight, args):
-    args.clip = args.clip or PAPER["clip"]
-    clip, preprocess = clip_model.load(args.clip, args.device)
-    expected = [len(data.COCO_LABELS), clip.text_projection.shape[1]]
-    if list(weight.shape) != expected:
-        raise UserError(f"{path}: the classifier is {list(weight.shape)}, --clip {args.clip} and "
-                        f"COCO's labels ask for {expected} (the authors' CLIP is RN50)")
-    args.mapping_weight = 0.3 if args.mapping_weight is None else args.mapping_weight
-    args.streams = args.streams or "both"
-    memory = label_embeddings(clip, data.COCO_LABELS, prompt_templates(args), args)
-    state = {"method": "lang_cls", "data": "coco", "clip": args.clip, "labels": data.COCO_LABELS,
-             "seconds": 0.0}
-    return clip, CoMC(weight.float(), memory).to(args.device), preprocess, state
-
-
-def autocast(args):
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
 
 
 def generate(labels, args):
@@ -463,14 +434,30 @@ def generate(labels, args):
           if missing else f"train with --texts {args.generate}")
 
 
+def start_or_resume(clip, labels, sentences, args):
+    """-> (CoMC, state): new ones, or with --resume those of last.pt."""
+    names = ("labels", "texts", "templates", "sources")
+    digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
+    if args.resume:
+        _, model, _, state = load_checkpoint(f"{args.output}/last.pt", args)
+        data.check_same(args, state["args"], (*PAPER, *data.SAME, *names))
+        if state["texts"] != digest:
+            raise UserError(f"--resume: the run in {args.output} was started with other texts")
+        return model, state
+    torch.manual_seed(args.seed)
+    memory = label_embeddings(clip, labels, prompt_templates(args), args)
+    weight = nn.Linear(memory.shape[1], len(labels), bias=False).weight.detach()
+    data.start_run(args)
+    state = {**data.new_state("lang_cls", labels, clip, args), "texts": digest}
+    return CoMC(weight, memory).to(args.device), state
+
+
 def run(args):
     """Train, unless --eval, and evaluate -> the results that results.json holds."""
-    begin, keep = time.time(), bool(args.output or not args.eval)
+    begin = time.time()
     if args.eval:
-        data.check_new(args.output)
         clip, model, preprocess, state = load_checkpoint(args.eval, args)
-        args.data, args.clip = args.data or state["data"], state["clip"]
-        data.same_dataset_options(args, state)
+        data.same_dataset(args, state)
         if args.data == "labels":
             raise UserError(f"{args.eval} was trained for --labels: name a dataset with --data")
     fill_defaults(args)
@@ -480,61 +467,33 @@ def run(args):
         test = data.load_split("test", None, args)  # first of all: it may lack files
     if args.generate:
         return generate(args.labels or test.labels, args)
-    if args.resume:
-        clip, model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
-        data.check_same(args, state["args"], (*PAPER, *data.SAME, "labels", "texts", "templates",
-                                              "sources", "mapping_weight", "streams"))
-    elif not args.eval:
-        clip, preprocess = clip_model.load(args.clip, args.device)
-    if test is not None:
-        test.transform = preprocess
     if not args.eval:
+        clip, preprocess = clip_model.load(args.clip, args.device)
         labels = args.labels or test.labels
         sentences, targets = training_texts(labels, args)
         if not args.quiet:
             print(f"{args.clip}: {len(labels)} labels, {len(sentences):,} texts to train with, "
                   f"{len(set(sentences)):,} distinct", flush=True)
         embeddings = embed_texts(clip, sentences, args.device, args.quiet)
-        digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
-        if args.resume and state["texts"] != digest:
-            raise UserError(f"--resume: the run in {args.output} was started with other texts")
-        if not args.resume:
-            torch.manual_seed(args.seed)
-            memory = label_embeddings(clip, labels, prompt_templates(args), args)
-            weight = nn.Linear(memory.shape[1], len(labels), bias=False).weight.detach()
-            model = CoMC(weight, memory).to(args.device)
-            state = {"method": "lang_cls", "data": args.data or "labels", "clip": args.clip,
-                     "labels": labels, "clip_fingerprint": clip.fingerprint(), "args": vars(args),
-                     "texts": digest, "epoch": 0, "optimizer": None, "log": [], "seconds": 0.0}
-            data.start_run(args)
+        model, state = start_or_resume(clip, labels, sentences, args)
         train(model, embeddings, targets, args, state)
         best = data.read_checkpoint(f"{args.output}/best.pt", "lang_cls")
         model.load_state_dict(best["model"])
     rows = []
     if test is not None:
+        test.transform = preprocess
         data.check_labels(test, state)
         rows = evaluate(clip, model, test, args)
         metrics.print_table(rows)
-        if test.missing:
-            print(f"{test.missing} test images are missing: not comparable with complete results")
         if args.gallery:
             data.write_gallery(test, scorer(clip, model, args), args)
-    print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
-    return data.write_results("lang_cls", args, state, rows, keep)
+    return data.write_results("lang_cls", args, state["seconds"], rows, test, begin)
 
 
 def main(arguments=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with data.command_line("lang_cls.py", clip_model.ClipError):
         args = parse_arguments(arguments)
         return predict(args) if args.predict else run(args)
-    except (UserError, clip_model.ClipError) as error:
-        print(f"lang_cls.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues after the last finished epoch, the same command "
-              "after the last answer to --generate", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ names the label's column). Infinite scores are ordinary values.
     >>> average_precision(scores, targets)
     tensor([0.8333, 1.0000], dtype=torch.float64)
 """
+import functools
 import re
 import shutil
 import tempfile
@@ -258,12 +259,16 @@ def evaluate(encode, scorers, batches, targets, settings, ks):
     """Several score functions in one pass over the images -> {name: summary}.
 
     encode: a batch of images -> features, a tuple. scorers: {name: function(*features, index) ->
-    scores [B, len(index)]}. batches: of (images, ...) in the order of targets int8 [N, C].
+    scores [B, len(index)]}; or names alone, whose scores of all labels are the features of encode,
+    [B, C] each. batches: of (images, ...) in the order of targets int8 [N, C].
     settings: {prefix: label indices that compete}; a summary a setting. ks: see summary.
 
     The scores of all images, 4 bytes each, lie in memory up to IN_MEMORY bytes, or else in
     temporary files (mapped, so the system pages them in and out); one scorer's at a time are read
     to be ranked."""
+    if not isinstance(scorers, dict):
+        scorers = {name: functools.partial(lambda i, *scores: scores[i][:, scores[-1]], i)
+                   for i, name in enumerate(scorers)}  # the last one is the index
     keys = [(name, prefix) for name in scorers for prefix in settings]
     scores = dict(zip(keys, _score_matrices([(len(targets), len(settings[prefix]))
                                              for _, prefix in keys])))
@@ -300,3 +305,22 @@ def print_table(rows):
                   + "".join(f"{100 * row[name]:7.1f}" for name in names))
     if best:
         print("* the best zero-shot scoring")
+
+
+def print_sweep(rows, shares, names):
+    """Print a line of mAP per method, a column per share of known labels, and the average, as
+    the papers on partial labels do -> rows of the averages.
+
+    rows: as print_table. shares: K values in (0, 1]. names: {method: names of its K rows}."""
+    averages, named = [], {row["name"]: row for row in rows}
+    metric = "mAP" if "mAP" in rows[0] else "gzsl_mAP"
+    print(f"\n{metric + ' (%), known labels':30}" + "".join(f"{100 * p:6g}%" for p in shares)
+          + f"{'average':>9}")
+    for method, names_of_rows in names.items():
+        swept = [named[name] for name in names_of_rows]
+        means = {key: sum(row[key] for row in swept) / len(swept)
+                 for key in swept[0] if key not in ("name", "kind")}
+        averages.append({"name": f"{method}, average", "kind": swept[0]["kind"], **means})
+        print(f"{method:30}" + "".join(f"{100 * row[metric]:7.1f}" for row in swept)
+              + f"{100 * means[metric]:9.1f}")
+    return averages

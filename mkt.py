@@ -36,8 +36,6 @@ import argparse
 import copy
 import functools
 import math
-import signal
-import sys
 import time
 
 import torch
@@ -246,7 +244,7 @@ def train(model, stage, epochs, dataset, validation, args, state):
     if stage == 1:
         groups = parameter_groups(model, args.weight_decay)
         peak, minimum, warmup = args.lr, 1e-6, args.warmup_epochs
-        with torch.no_grad(), autocast(args):
+        with torch.no_grad(), data.autocast(args):
             label_embeddings = model.label_embeddings(label_embeddings)
     else:
         groups = [{"params": [model.context], "scale": 1.0, "weight_decay": args.weight_decay}]
@@ -270,7 +268,7 @@ def train(model, stage, epochs, dataset, validation, args, state):
                     epoch + step / len(loader), peak, minimum, epochs, warmup)
             images = images.to(device, non_blocking=True)
             targets = targets[:, seen].to(device, non_blocking=True)
-            with autocast(args):
+            with data.autocast(args):
                 loss, terms = stage_loss(model, stage, images, targets, label_embeddings, args)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -301,7 +299,7 @@ def evaluate(encode, scorers, dataset, args, settings=None):
     usual, ks = data.evaluation(dataset)
 
     def encode_batch(images):  # scores are computed, and ranked, in float32
-        with autocast(args):
+        with data.autocast(args):
             return [x.float() for x in encode(images.to(args.device, non_blocking=True))]
 
     loader = data.progress(data.make_loader(dataset, args), "evaluating", args.quiet)
@@ -353,7 +351,7 @@ def scorer(model, labels, args):
     embeddings = model.label_embeddings(Prompts(model.clip, labels))
 
     def score(images):
-        with autocast(args):
+        with data.autocast(args):
             global_, local = model.student(model.trunk(images.to(args.device)))
         scores = model.scores(global_.float(), local.float(), embeddings)
         if not args.heatmap:
@@ -412,10 +410,7 @@ def parse_arguments(arguments=None):
 
 def fill_defaults(args):
     args.data = args.data or "toy"
-    for name, value in (TOY if args.data == "toy" else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.output = args.output or f"runs/mkt-{args.data}"
+    data.fill_defaults(args, "mkt", PAPER, TOY)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -431,15 +426,12 @@ def build(options, device):
 
 def load_checkpoint(path, args):
     """-> (MKT, preprocess, state). UserError for what is no MKT checkpoint or of another CLIP."""
-    state = data.read_checkpoint(path, "mkt")
-    if args.clip not in (None, state["clip"]):
-        raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
+    state = data.read_checkpoint(path, "mkt", args.clip)
     if args.topk not in (None, state["args"]["topk"]):
         raise UserError(f"{path} was trained with --topk {state['args']['topk']}; for the best N "
                         f"labels there is --top N")
     model, preprocess = build(state["args"], args.device)
-    if model.clip.fingerprint() != state["clip_fingerprint"]:
-        raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
+    data.check_weights(path, state, model.clip)
     model.load_state_dict(state["model"], strict=False)
     return model, preprocess, state
 
@@ -454,19 +446,12 @@ def load_training(preprocess, args):
     return data.hold_out(dataset, args.val_fraction, preprocess)
 
 
-def autocast(args):
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
-
-
 def run(args):
     """Train, unless --eval, and evaluate -> the results that results.json holds."""
-    begin, keep = time.time(), bool(args.output or not args.eval)
+    begin = time.time()
     if args.eval:
-        data.check_new(args.output)
         model, preprocess, state = load_checkpoint(args.eval, args)
-        args.data, args.clip = args.data or state["data"], state["clip"]
-        data.same_dataset_options(args, state)
+        data.same_dataset(args, state)
     fill_defaults(args)
     data.check_root(args.data, args.root)
     test = data.load_split("test", None, args, True)  # first of all: it may lack files
@@ -475,10 +460,7 @@ def run(args):
         data.check_same(args, state["args"], (*PAPER, *data.SAME, "streams", "normalization"))
     elif not args.eval:
         model, preprocess = build(vars(args), args.device)
-        state = {"method": "mkt", "data": args.data, "clip": args.clip, "labels": None,
-                 "clip_fingerprint": model.clip.fingerprint(), "args": vars(args), "stage": 0,
-                 "epoch": 0, "optimizer": None, "scaler": None, "log": [], "rows": [],
-                 "seconds": 0.0}
+        state = {**data.new_state("mkt", test.labels, model.clip, args), "stage": 0, "rows": []}
     test.transform = preprocess
     data.check_labels(test, state)
     if args.compile:
@@ -504,25 +486,15 @@ def run(args):
         model.load_state_dict(best["model"], strict=False)
     rows = rows + [model_row(model, test, args)]
     metrics.print_table(rows)
-    if test.missing:
-        print(f"{test.missing} test images are missing: not comparable with complete results")
     if args.gallery:
         data.write_gallery(test, scorer(model, test.labels, args), args)
-    print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
-    return data.write_results("mkt", args, state, rows, keep)
+    return data.write_results("mkt", args, state["seconds"], rows, test, begin)
 
 
 def main(arguments=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with data.command_line("mkt.py", clip_model.ClipError):
         args = parse_arguments(arguments)
         return predict(args) if args.predict else run(args)
-    except (UserError, clip_model.ClipError) as error:
-        print(f"mkt.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -32,22 +32,17 @@ embedding, H heads. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
  1. Attention starts as CLIP's own matching: its weights are the identity, the queries the labels'
-    embeddings, the temperature CLIP's, the MLP's last layer 0. In a prototype on the
-    toy world, the known labels' loss alone ended at 36 mAP from a random start, at 94 from this.
- 2. Without augmentation an image's embeddings never change: they are computed once and kept in
-    half precision (--cache-features).
- 3. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
+    embeddings, the temperature CLIP's, the MLP's last layer 0. In a prototype on the toy world,
+    the known labels' loss alone ended at 36 mAP from a random start, at 94 from this.
+ 2. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
     share among the known ones lets expect are present, and beyond twice as many absent. Known
     entries would flatter: training fits them.
- 4. Which entries are known is drawn once, with the seeds of this line of work, and kept with the
+ 3. Which entries are known is drawn once, with the seeds of this line of work, and kept with the
     run; every method and every --seed gets the same.
 """
 import argparse
-import contextlib
-import functools
 import hashlib
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -56,8 +51,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-from torch.utils.data import Subset, TensorDataset
 from torchvision import transforms
 
 import clip_model
@@ -69,9 +62,8 @@ from data import UserError
 BENCHMARK = {"clip": "RN101", "image_size": 448, "matching": ["region"], "epochs": 20,
              "batch_size": 32, "lr": 1e-4, "pseudo": 0.1, "contrastive": 0.2,
              "distillation": 0.01, "augment": "yes", "workers": 8}
-TOY = {"clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"], "epochs": 8,
-       "batch_size": 128, "lr": 1e-3, "pseudo": 0.1, "contrastive": 0.2,
-       "distillation": 0.01, "augment": "no", "workers": 0}
+TOY = {**BENCHMARK, "clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"],
+       "epochs": 8, "batch_size": 128, "lr": 1e-3, "augment": "no", "workers": 0}
 TITLES = {"image": "text-image matching", "pixel": "text-pixel matching", "region": "TRM-ML"}
 TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a scene with a {}.",
              "there is a {} in the scene.", "a photo of a small {}.", "a photo of a large {}."]
@@ -99,9 +91,10 @@ class TRM(nn.Module):
 
     matching: what a label's text is matched with, "region", or for comparison the whole "image",
     or every "pixel" (location), weighted by a softmax of their similarities (as DualCoOp, NeurIPS
-    2022). These have the same MLP and logits. Raises UserError for a label that is too long."""
+    2022). These have the same MLP and logits. start: the labels' embeddings [C, D] that regions
+    start from, by default CLIP's own. Raises UserError for a label that is too long."""
 
-    def __init__(self, clip, labels, matching="region", per_label_context=False):
+    def __init__(self, clip, labels, matching="region", per_label_context=False, start=None):
         super().__init__()
         self.clip, self.matching = clip.requires_grad_(False), matching
         tokens = clip.tokenize([f"{label}." for label in labels])
@@ -110,10 +103,9 @@ class TRM(nn.Module):
             raise UserError(f"the label '{labels[int(self.eot.argmax())]}' and {CONTEXT} words of "
                             f"context are over {clip.context_length} tokens: shorten its name")
         self.register_buffer("tokens", tokens[:, :int(self.eot.max()) + 1 - CONTEXT], False)
-        start = zero_shot_embeddings(clip, labels, TEMPLATES)  # [C, D]
-        size, width = start.shape[1], clip.token_embedding.weight.shape[1]
+        (width, size), device = clip.text_projection.shape, clip.text_projection.device
         self.context = nn.Parameter(0.02 * torch.randn(
-            len(labels) if per_label_context else 1, CONTEXT, width, device=start.device))
+            len(labels) if per_label_context else 1, CONTEXT, width, device=device))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.tensor(0.05).logit())  # about one label in twenty is there
         self.norm, self.hidden, self.last = (
@@ -121,12 +113,13 @@ class TRM(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
         if matching == "region":
+            start = zero_shot_embeddings(clip, labels, TEMPLATES) if start is None else start
             self.queries = nn.Parameter(start.clone())
             self.query, self.key, self.value, self.out = (identity(size) for _ in range(4))
             self.register_buffer("visual", start.clone())
             self.register_buffer("sure_present", torch.full((len(labels),), torch.inf))
             self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
-        self.to(start.device)
+        self.to(device)
 
     def texts(self, chunk=256):
         """T, the labels' embeddings with the learned context: unit length, [C, D].
@@ -134,7 +127,6 @@ class TRM(nn.Module):
         Chunks of many labels are recomputed in the backward pass, which bounds the memory."""
         def encode(tokens, context, eot):
             words = self.clip.token_embedding(tokens)  # [c, T, W]
-            context = context.expand(len(tokens), -1, -1)
             words = torch.cat([words[:, :1], context, words[:, 1:]], dim=1)
             return F.normalize(self.clip.encode_prompts(words, eot).float(), dim=-1)
 
@@ -173,10 +165,6 @@ class TRM(nn.Module):
             similarity = (weights * pixels).sum(dim=1)
         return self.log_scale.exp() * similarity + self.bias, regions, attention
 
-    def prototypes(self, texts):
-        """Of both modalities: [2, C, D]."""
-        return torch.stack([self.visual, texts])
-
     @torch.no_grad()
     def update_prototypes(self, regions, present):
         """Move the visual prototypes of the labels present, bool [B, C], towards their regions."""
@@ -188,7 +176,7 @@ class TRM(nn.Module):
     def estimates(self, regions, texts):
         """Regions [B, C, D] -> e [B, C], how surely the labels are there, on no fixed scale."""
         total = 0
-        for prototypes in self.prototypes(texts):
+        for prototypes in (self.visual, texts):
             own = (regions * prototypes).sum(dim=-1) / TEMPERATURE
             among_all = (regions @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
             total = total + 2 * own - among_all
@@ -243,7 +231,7 @@ def encode(clip, images, args):
     if images.ndim == 3:
         return images.float()
     is_vit = isinstance(clip.visual, clip_model.VisionTransformer)
-    with autocast(args):
+    with data.autocast(args):
         global_, local = clip.encode_image_dense(images, value_path=is_vit)
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
@@ -278,10 +266,10 @@ def contrastive_loss(regions, present, prototypes):
     return total / max(1, len(label) * len(prototypes))
 
 
-def batch_loss(model, x, known, args):
-    """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); both
-    are None without prototypes."""
-    with autocast(args):
+def batch_loss(model, x, known, args, warm_up=False):
+    """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); the last
+    two are None without prototypes, estimates also in warm-up, which has no pseudo labels yet."""
+    with data.autocast(args):
         texts = model.texts()
         logits, regions, attention = model(x, texts)
     logits = logits.float()
@@ -291,10 +279,13 @@ def batch_loss(model, x, known, args):
     present, prototypes = known == 1, texts[None]
     if args.pseudo:
         model.update_prototypes(regions, present)
-        estimates = model.estimates(regions, texts)
-        pseudo = model.pseudo_labels(estimates, known)
+        pseudo = torch.zeros_like(known)
+        if not warm_up:
+            estimates = model.estimates(regions, texts)
+            pseudo = model.pseudo_labels(estimates, known)
         terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
-        present, prototypes = present | (pseudo == 1), model.prototypes(texts)
+        present = present | (pseudo == 1)
+        prototypes = torch.stack([model.visual, texts])  # [2, C, D]
     if args.contrastive:
         terms["contrastive"] = args.contrastive * contrastive_loss(regions, present, prototypes)
     if args.distillation:
@@ -322,13 +313,15 @@ def pseudo_label_counts(pseudo, known, truth):
         (given == -1) & (hidden == -1), given == -1)])
 
 
-def train(model, loader, validation, args, state):
+def train(model, training, validation, known, truth, args, state):
     """Epoch by epoch, from wherever `state` is; a checkpoint after every epoch.
 
-    loader: batches of images or embeddings, and targets [B, 2 C], the known ones beside the truth,
-    which is for the log alone. Every epoch seeds its own shuffling and augmentation, so a resumed
-    run repeats the epoch it was killed in exactly."""
-    device, clip = torch.device(args.device), model.clip
+    training, validation: (images, kept embeddings or None), whose targets are rows of known and
+    truth, int8 [N, C]; the truth is for the log alone. Every epoch seeds its own shuffling and
+    augmentation, so a resumed run repeats the epoch it was killed in exactly."""
+    device, (dataset, kept) = torch.device(args.device), training
+    loader = data.make_loader(dataset, args, True, kept)
+    known, truth = known.to(device), truth.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -338,39 +331,39 @@ def train(model, loader, validation, args, state):
     for epoch in range(state["epoch"], args.epochs):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin, history, counts, drawn = time.time(), [], 0, []
+        warm_up = epoch + 1 < args.epochs // 2  # until prototypes mean something
         batches = data.progress(loader, f"epoch {epoch + 1}", args.quiet)
-        for step, (images, targets) in enumerate(batches):
+        for step, (images, rows) in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
-            known, truth = targets.to(device, non_blocking=True).chunk(2, dim=1)
-            x = encode(clip, images, args)
-            loss, terms, pseudo, estimates = batch_loss(model, x, known, args)
+            rows = rows.to(device, non_blocking=True)
+            x = encode(model.clip, images, args)
+            loss, terms, pseudo, estimates = batch_loss(model, x, known[rows], args, warm_up)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             history.append(torch.stack([loss.detach(), *(t.detach() for t in terms.values())]))
             if pseudo is not None:
-                counts = counts + pseudo_label_counts(pseudo, known, truth)
-                if step * args.batch_size < 20_000:  # images enough to calibrate with
-                    drawn.append((estimates, known))
+                counts = counts + pseudo_label_counts(pseudo, known[rows], truth[rows])
+            if estimates is not None and step * args.batch_size < 20_000:  # images enough
+                drawn.append((estimates, known[rows]))
             if step % 50 == 49 or step == len(loader) - 1:  # waits for the GPU
                 means = data.finite_means(history, ["loss", *terms], f"epoch {epoch + 1}",
                                           args.output)
         line = {"epoch": epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"]}
+        if drawn:
+            model.calibrate(*map(torch.cat, zip(*drawn)))
         if pseudo is not None:
-            if epoch + 1 >= args.epochs // 2:  # by then the prototypes mean something
-                model.calibrate(*map(torch.cat, zip(*drawn)))
             right, given, hidden, right_absent, given_absent = counts.tolist()
             if given and hidden:
                 line["pseudo_precision"], line["pseudo_recall"] = right / given, right / hidden
             if given_absent:
                 line["pseudo_precision_absent"] = right_absent / given_absent
-        if getattr(loader.dataset, "replaced", 0):
-            line["unreadable_images"] = loader.dataset.replaced
+        if dataset.replaced:
+            line["unreadable_images"] = dataset.replaced
         if validation is not None:
-            logits, known = predict_all(model, validation, args)
-            line["val_mAP"] = metrics.mean_average_precision(logits, known)
+            line["val_mAP"] = validation_score(model, *validation, known, args)
         line["seconds"] = time.time() - begin
         state.update(epoch=epoch + 1, model=model.trained(), optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict())
@@ -378,46 +371,43 @@ def train(model, loader, validation, args, state):
 
 
 @torch.no_grad()
-def predict_all(model, loader, args):
-    """-> logits float32 [N, C] and the known targets of a loader as train's."""
+def validation_score(model, dataset, kept, known, args):
+    """mAP of images by those of their labels that are known."""
     texts, batches = model.texts(), []
-    for images, targets in loader:
-        with autocast(args):
+    for images, rows in data.make_loader(dataset, args, kept=kept):
+        with data.autocast(args):
             logits = model(encode(model.clip, images, args), texts)[0]
-        batches.append((logits.float().cpu(), targets.chunk(2, dim=1)[0]))
-    return map(torch.cat, zip(*batches))
+        batches.append((logits.float(), known[rows.to(args.device)]))
+    return metrics.mean_average_precision(*map(torch.cat, zip(*batches)))
 
 
 # ---------------------------------------------------------------------------------------------
 # evaluate
 
 @torch.no_grad()
-def evaluate(clip, models, kinds, dataset, loader, args):
-    """The table in one pass over the images: CLIP as it is, then models {name: TRM}."""
-    def zero_shot(texts, mode, x, index):
-        similarity = x @ texts[index].T  # [B, L, c]
-        best = similarity[:, 1:].amax(dim=1)
-        return {"global": similarity[:, 0], "local": best,
-                "both": (similarity[:, 0] + best) / 2}[mode]
+def evaluate(clip, models, dataset, args):
+    """The table, in one pass over the images: CLIP as it is, then models [(name, kind, TRM)]."""
+    prompts = {f'"{TEMPLATES[0]}"': TEMPLATES[:1], f"mean of {len(TEMPLATES)} prompts": TEMPLATES}
+    zero_shot = [zero_shot_embeddings(clip, dataset.labels, x) for x in prompts.values()]
+    texts = [model.texts() for _, _, model in models]
 
-    def matching(model, texts, x, index):
-        with autocast(args):
-            return model(x, texts)[0][:, index].float()
+    def scores(images):
+        """-> [B, C] for every row of the table."""
+        x, columns = encode(clip, images, args), []
+        for embeddings in zero_shot:
+            global_, local = x[:, 0] @ embeddings.T, (x[:, 1:] @ embeddings.T).amax(dim=1)
+            columns += [global_, local, (global_ + local) / 2]
+        with data.autocast(args):
+            return columns + [model(x, t)[0].float() for (_, _, model), t in zip(models, texts)]
 
-    scorers = {}
-    for title, templates in ((f'"{TEMPLATES[0]}"', TEMPLATES[:1]),
-                             (f"mean of {len(TEMPLATES)} prompts", TEMPLATES)):
-        texts = zero_shot_embeddings(clip, dataset.labels, templates)
-        for mode in ("global", "local", "both"):
-            scorers[f"zero-shot, {mode}, {title}"] = functools.partial(zero_shot, texts, mode)
-    for name, model in models.items():
-        scorers[name] = functools.partial(matching, model, model.texts())
-    results = metrics.evaluate(
-        lambda images: [encode(clip, images, args)], scorers,
-        data.progress(loader, "evaluating", args.quiet), dataset.targets,
-        *data.evaluation(dataset))
-    return [{"name": name, "kind": kinds.get(name, "zero-shot"), **row}
-            for name, row in results.items()]
+    kinds = {f"zero-shot, {stream}, {title}": "zero-shot"
+             for title in prompts for stream in ("global", "local", "both")}
+    kinds |= {name: kind for name, kind, _ in models}
+    loader = data.make_loader(dataset, args, kept=kept_embeddings(clip, dataset, args))
+    results = metrics.evaluate(scores, list(kinds),
+                               data.progress(loader, "evaluating", args.quiet),
+                               dataset.targets, *data.evaluation(dataset))
+    return [{"name": name, "kind": kinds[name], **row} for name, row in results.items()]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,7 +418,7 @@ def scorer(model, args):
     texts = model.texts()
 
     def score(images):
-        with autocast(args):
+        with data.autocast(args):
             logits, _, attention = model(encode(model.clip, images, args), texts)
         if attention is not None:
             attention = attention[:, :, 1:]  # without the whole image
@@ -441,10 +431,10 @@ def scorer(model, args):
     return score
 
 
+@torch.no_grad()
 def predict(args):
     model, preprocess, state = load_checkpoint(args.checkpoint, args)
-    with torch.no_grad():
-        data.predict(scorer(model, args), state["labels"], preprocess, args, whole=True)
+    data.predict(scorer(model, args), state["labels"], preprocess, args, whole=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,9 +495,7 @@ def parse_arguments(arguments=None):
 
 def fill_defaults(args):
     args.data = args.data or "toy"
-    for name, value in (TOY if args.data == "toy" else BENCHMARK).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    data.fill_defaults(args, "trm_ml", BENCHMARK, TOY)
     args.cache_features = args.cache_features or ("disk" if args.augment == "no" else "no")
     if args.augment == "yes" and args.cache_features != "no":
         raise UserError(f"--cache-features {args.cache_features} needs --augment no: augmented "
@@ -518,7 +506,6 @@ def fill_defaults(args):
         raise UserError("--upper-bound: --partial 1 is that already, give a smaller share")
     args.partial = list(dict.fromkeys(args.partial))
     args.matching = list(dict.fromkeys(args.matching))
-    args.output = args.output or f"runs/trm_ml-{args.data}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -534,86 +521,42 @@ def build(options, device):
 
 def load_checkpoint(path, args):
     """-> (TRM, preprocess, state). UserError for another checkpoint or another CLIP."""
-    state = data.read_checkpoint(path, "trm_ml")
-    if args.clip not in (None, state["clip"]):
-        raise UserError(f"{path} belongs to --clip {state['clip']}, not {args.clip}")
+    state = data.read_checkpoint(path, "trm_ml", args.clip)
     clip, preprocess = build(state["args"], args.device)
-    if clip.fingerprint() != state["clip_fingerprint"]:
-        raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
+    data.check_weights(path, state, clip)
     model = TRM(clip, state["labels"], state["args"]["matching"],
-                state["args"]["per_label_context"])
+                state["args"]["per_label_context"], start=state["model"].get("visual"))
     model.load_state_dict(state["model"], strict=False)
     return model, preprocess, state
-
-
-def autocast(args):
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
 
 
 def known_targets(truth, args):
     """Targets [N, C] of which --partial or --single-positive leaves a part known, else 0."""
     if args.single_positive:
         return data.keep_single_positive(truth, SINGLE_POSITIVE_SEED)
-    if args.partial == 1:
-        return truth
-    return data.keep_partial(truth, args.partial, PARTIAL_SEED)
-
-
-def augmentation(preprocess):
-    """Cutout of a quarter of the image, every other time; flip; RandAugment."""
-    resize, to_rgb, to_tensor, normalize = preprocess.transforms
-    return transforms.Compose([
-        resize, transforms.RandomHorizontalFlip(), to_rgb, transforms.RandAugment(), to_tensor,
-        normalize, transforms.RandomErasing(0.5, scale=(0.25, 0.25), ratio=(1, 1))])
+    return truth if args.partial == 1 else data.keep_partial(truth, args.partial, PARTIAL_SEED)
 
 
 def kept_embeddings(clip, dataset, args):
-    """encode() of all images, float16 [N, 1 + L, D], in memory or in a file; None if not kept.
-
-    NaN for an image that cannot be read, of which a loader gives another one instead."""
-    def embeddings():
-        begin, loader = 0, data.make_loader(dataset, args)
-        for images, _ in data.progress(loader, "embedding images", args.quiet):
-            rows = dataset.indices[begin:begin + len(images)]
-            batch = encode(clip, images, args).half().cpu()
-            batch[dataset.unreadable[rows]] = torch.nan
-            yield batch
-            begin += len(images)
-
-    if args.cache_features == "no":
-        return None
-    if args.cache_features == "memory":
-        return torch.cat(list(embeddings()))
-    first = dataset[0][0]  # stands for how images are made
-    key = [clip.fingerprint(), args.precision, dataset.files_key(),
-           hashlib.sha256(first.numpy().tobytes()).hexdigest()]
-    shape = [len(dataset), *encode(clip, first[None], args).shape[1:]]
-    return data.mapped("embeddings", key, shape, embeddings)
+    """encode() of all images as --cache-features says: float16 [N, 1 + L, D], or None."""
+    return data.kept_embeddings(dataset, lambda images: encode(clip, images, args),
+                                [clip.fingerprint(), args.precision], args)
 
 
-def make_loader(dataset, kept, args, shuffle=False):
-    """Batches of (images, or their kept embeddings, and targets)."""
-    if kept is None:
-        return data.make_loader(dataset, args, shuffle)
-    rows = TensorDataset(kept, dataset.targets)
-    readable = (~kept[:, 0, 0].isnan()).nonzero()[:, 0].tolist()
-    if len(readable) < len(kept):
-        rows = Subset(rows, readable)
-    order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
-    return DataLoader(rows, sampler=BatchSampler(order, args.batch_size, False), batch_size=None,
-                      pin_memory=args.device.startswith("cuda"))
+def row_name(matching, partial, args):
+    return TITLES[matching] + f", {100 * partial:g}% known" * (len(args.partial) > 1)
 
 
-def settings(args):
+def plan(args):
     """The models that a run trains: [(name, kind of its row, args with one partial, one matching
     and an output of its own)]."""
-    models, several = [], len(args.partial) > 1
+    models = []
     for partial in args.partial:
         for matching in args.matching:
             kind = "method" if matching == args.matching[-1] else "ablation"
-            folders = [f"partial-{partial:g}"] * several + [matching] * (kind == "ablation")
-            models.append((TITLES[matching] + f", {100 * partial:g}% known" * several, kind, {
+            folders = ([f"partial-{partial:g}"] * (len(args.partial) > 1)
+                       + [matching] * (kind == "ablation"))
+            models.append((row_name(matching, partial, args), kind, {
                 "partial": partial, "matching": matching,
                 "output": str(Path(args.output, *folders))}))
     if args.upper_bound:
@@ -624,139 +567,98 @@ def settings(args):
             for name, kind, own in models]
 
 
-def start_or_resume(clip, labels, known, args):
-    """-> (TRM, state) of one of settings(args). Which entries are known, bool [N, C], is kept."""
-    file = Path(args.output, "known.pt")
+def start_or_resume(clip, labels, start, known, args):
+    """-> (TRM, state) of one of plan(args); known.pt says which entries are known, bool [N, C]."""
     torch.manual_seed(args.seed)
-    model = TRM(clip, labels, args.matching, args.per_label_context)
+    model = TRM(clip, labels, args.matching, args.per_label_context, start)
+    known = known != 0
+    digest = hashlib.sha256(known.numpy().tobytes()).hexdigest()
     if not Path(args.output, "last.pt").exists():
-        data.write_file(file, known)
-        return model, {"method": "trm_ml", "data": args.data, "clip": args.clip,
-                       "labels": labels, "clip_fingerprint": clip.fingerprint(),
-                       "args": vars(args), "epoch": 0, "optimizer": None, "scaler": None,
-                       "log": [], "seconds": 0.0}
+        data.write_file(f"{args.output}/known.pt", known)
+        return model, {**data.new_state("trm_ml", labels, clip, args), "known": digest}
     state = data.read_checkpoint(f"{args.output}/last.pt", "trm_ml")
     data.check_same(args, state["args"], (*BENCHMARK, *data.SAME, "partial", "single_positive",
                                           "per_label_context", "cache_features"))
-    before = None
-    with contextlib.suppress(Exception):  # a file that cannot be read does not fit either
-        before = torch.load(file, weights_only=True)
-    if (state["clip_fingerprint"] != clip.fingerprint() or state["labels"] != labels
-            or not torch.is_tensor(before) or not torch.equal(before, known)):
-        raise UserError(f"--resume: the run in {args.output} was started with other weights or "
-                        f"other data, or its {file.name} is damaged")
+    data.check_weights(args.output, state, clip)
+    if state["labels"] != labels or state["known"] != digest:
+        raise UserError(f"--resume: the run in {args.output} was started with other data")
     model.load_state_dict(state["model"], strict=False)
     return model, state
 
 
 def train_all(clip, preprocess, args):
-    """Train settings(args) -> ({name: TRM with its best weights}, {name: kind}, seconds)."""
-    runs, models, kinds, seconds = settings(args), {}, {}, 0.0
+    """Train what plan(args) says -> ([(name, kind, TRM with its best weights)], seconds)."""
+    runs, models, seconds = plan(args), [], 0.0
     if args.resume and not any(Path(own.output, "last.pt").exists() for _, _, own in runs):
         raise UserError(f"--resume: no checkpoint at {args.output}/last.pt")
-    augment = args.augment == "yes"
-    whole = data.load_split("train", augmentation(preprocess) if augment else preprocess, args)
-    if not torch.is_tensor(whole.targets):
-        raise UserError(f"{args.data}: targets of {len(whole):,} images and {len(whole.labels):,} "
+    augment = data.cutout_transform(preprocess) if args.augment == "yes" else preprocess
+    whole = data.load_split("train", augment, args)
+    truth, labels = whole.targets, whole.labels
+    if not torch.is_tensor(truth):
+        raise UserError(f"{args.data}: targets of {len(whole):,} images and {len(labels):,} "
                         f"labels are too many for this method: give a --limit")
-    known = [known_targets(whole.targets, own) for _, _, own in runs]
-    if not all(targets.any() for targets in known):
+    knowns = [known_targets(truth, own) for _, _, own in runs]
+    if not all(known.any() for known in knowns):
         raise UserError("none of the training labels is known: raise --partial or --limit")
-    whole.targets = torch.cat([*known, whole.targets], dim=1)  # [N, runs * C + C]
-    parts = [part for part in data.hold_out(whole, args.val_fraction, preprocess) if part]
-    kept = [kept_embeddings(clip, part, args) for part in parts]
+    whole.targets = torch.arange(len(whole))  # rows of what each run knows
+    parts = [part and (part, kept_embeddings(clip, part, args))
+             for part in data.hold_out(whole, args.val_fraction, preprocess)]
+    start = zero_shot_embeddings(clip, labels, TEMPLATES)
     if not args.resume:  # all at once, so that --resume later finds nothing of an earlier run
         for own in [args] * (len(args.partial) > 1) + [own for _, _, own in runs]:
             data.start_run(own)
-    for index, (name, kinds[name], own) in enumerate(runs):
-        without = [whole.labels[i] for i in (known[index] != 1).all(dim=0).nonzero()[:, 0]]
+    for (name, kind, own), known in zip(runs, knowns):
+        without = [labels[i] for i in (known != 1).all(dim=0).nonzero()[:, 0]]
         if not args.quiet:
-            print(f"\n{name}: {len(whole):,} training images, {len(whole.labels)} labels, "
-                  f"{(known[index] != 0).float().mean():.1%} of the entries known; {own.output}",
+            print(f"\n{name}: {len(whole):,} training images, {len(labels)} labels, "
+                  f"{(known != 0).float().mean():.1%} of the entries known; {own.output}",
                   flush=True)
-        if without:
+        if without and kind == "method":
             print(f"{len(without)} labels are known to be present nowhere, e.g. '{without[0]}': "
                   f"they get no pseudo labels and rest on CLIP's text", file=sys.stderr)
-        loaders = [None, None]
-        for i, part in enumerate(parts):
-            targets = part.targets.chunk(len(runs) + 1, dim=1)
-            part = part.subset(range(len(part)))
-            part.targets = torch.cat([targets[index], targets[-1]], dim=1)
-            loaders[i] = make_loader(part, kept[i], args, shuffle=i == 0)
-        model, state = start_or_resume(clip, whole.labels, known[index] != 0, own)
+        model, state = start_or_resume(clip, labels, start, known, own)
         if args.compile:
             model.regions = torch.compile(model.regions)
-        train(model, *loaders, own, state)
+        train(model, *parts, known, truth, own, state)
         best = data.read_checkpoint(f"{own.output}/best.pt", "trm_ml")
         model.load_state_dict(best["model"], strict=False)
-        models[name], seconds = model, seconds + state["seconds"]
-    return models, kinds, seconds
-
-
-def sweep_rows(rows, args):
-    """Print a line of mAP per matching, as the papers do -> rows of the averages."""
-    averages, swept = [], [row for row in rows if row["name"].endswith("% known")]
-    metric = "mAP" if "mAP" in swept[0] else "gzsl_mAP"
-    print(f"\n{metric + ' (%), known labels':30}" + "".join(f"{100 * p:6g}%" for p in args.partial)
-          + f"{'average':>9}")
-    for title in dict.fromkeys(row["name"].rpartition(", ")[0] for row in swept):
-        of_title = [row for row in swept if row["name"].startswith(f"{title}, ")]
-        averages.append({"name": f"{title}, average", "kind": of_title[0]["kind"],
-                         **{name: sum(row[name] for row in of_title) / len(of_title)
-                            for name in of_title[0] if name not in ("name", "kind")}})
-        print(f"{title:30}" + "".join(f"{100 * row[metric]:7.1f}" for row in of_title)
-              + f"{100 * averages[-1][metric]:9.1f}")
-    return averages
+        models.append((name, kind, model))
+        seconds += state["seconds"]
+    return models, seconds
 
 
 def run(args):
     """Train, unless --eval, and evaluate -> the results that results.json holds."""
-    begin, keep = time.time(), bool(args.output or not args.eval)
+    begin = time.time()
     if args.eval:
-        data.check_new(args.output)
         model, preprocess, state = load_checkpoint(args.eval, args)
-        args.data, args.clip = args.data or state["data"], state["clip"]
-        data.same_dataset_options(args, state)
+        data.same_dataset(args, state)
         args.partial, args.matching = [state["args"]["partial"]], [model.matching]
     fill_defaults(args)
     data.check_root(args.data, args.root)
     test = data.load_split("test", None, args)  # first of all: it may lack files
     if args.eval:
-        name = TITLES[model.matching]
-        clip, models, kinds, seconds = model.clip, {name: model}, {name: "method"}, 0.0
-        args.cache_features = args.cache_features or state["args"]["cache_features"]
+        data.check_labels(test, state)
+        clip, models, seconds = model.clip, [(TITLES[model.matching], "method", model)], 0.0
     else:
         clip, preprocess = build(vars(args), args.device)
+        models, seconds = train_all(clip, preprocess, args)
     test.transform = preprocess
-    if args.eval:
-        data.check_labels(test, state)
-    else:
-        models, kinds, seconds = train_all(clip, preprocess, args)
-    kept = kept_embeddings(clip, test, args)
-    rows = evaluate(clip, models, kinds, test, make_loader(test, kept, args), args)
+    rows = evaluate(clip, models, test, args)
     metrics.print_table(rows)
     if len(args.partial) > 1:
-        rows += sweep_rows(rows, args)
-    if test.missing:
-        print(f"{test.missing} test images are missing: not comparable with complete results")
+        rows += metrics.print_sweep(rows, args.partial, {
+            TITLES[m]: [row_name(m, p, args) for p in args.partial] for m in args.matching})
     if args.gallery:
-        last = [models[name] for name in models if kinds[name] == "method"][-1]
+        last = [model for _, kind, model in models if kind == "method"][-1]
         data.write_gallery(test, scorer(last, args), args)
-    print(f"{time.time() - begin:.0f} s" + f"; results and checkpoints: {args.output}" * keep)
-    return data.write_results("trm_ml", args, {"seconds": seconds}, rows, keep)
+    return data.write_results("trm_ml", args, seconds, rows, test, begin)
 
 
 def main(arguments=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with data.command_line("trm_ml.py", clip_model.ClipError):
         args = parse_arguments(arguments)
         return predict(args) if args.predict else run(args)
-    except (UserError, clip_model.ClipError) as error:
-        print(f"trm_ml.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -694,14 +694,16 @@ def test_a_strip_is_refused_before_it_becomes_huge(tmp_path):
 
 
 def test_an_evaluation_scores_what_the_training_saw():
-    args = argparse.Namespace(data="voc2007", **dict.fromkeys(data.DATASET_OPTIONS))
+    args = argparse.Namespace(data=None, clip=None, output=None,
+                              **dict.fromkeys(data.DATASET_OPTIONS))
     args.not_visible = "unknown"
-    data.same_dataset_options(args, {"data": "voc2007", "args": {"difficult": "unknown",
-                                                                  "not_visible": "absent"}})
+    data.same_dataset(args, {"data": "voc2007", "clip": "RN50", "args": {
+        "difficult": "unknown", "not_visible": "absent"}})
+    assert (args.data, args.clip) == ("voc2007", "RN50")
     assert args.difficult == "unknown" and args.not_visible == "unknown"
     args.difficult = None
-    data.same_dataset_options(args, {"data": "coco", "args": {"difficult": "unknown"}})
-    assert args.difficult is None
+    data.same_dataset(args, {"data": "coco", "clip": "RN50", "args": {"difficult": "unknown"}})
+    assert args.data == "voc2007" and args.difficult is None
 
 
 def test_evaluation_settings():

@@ -453,6 +453,17 @@ def test_a_weight_of_0_leaves_a_term_out(toy):
         regions, known == 1, texts[None]))
 
 
+def test_warm_up_has_prototypes_and_no_pseudo_labels(toy):
+    model, x = moved_model(toy[0]), unit(4, 6, 128)
+    known, before = random_targets(4, len(LABELS)), model.visual.clone()
+    model.sure_present.fill_(-100)  # all unknown ones would be present
+    _, terms, pseudo, estimates = trm_ml.batch_loss(model, x, known, options(), True)
+    assert terms["pseudo"] == 0 and not pseudo.any() and estimates is None
+    assert not torch.equal(model.visual, before)
+    pseudo = trm_ml.batch_loss(model, x, known, options())[2]
+    assert torch.equal(pseudo == 1, known == 0)
+
+
 def test_with_all_labels_known_there_are_no_pseudo_labels(toy):
     model, x = moved_model(toy[0]), unit(6, 9, 128)
     known = torch.where(random_targets(6, len(LABELS)) == 1, 1, -1).to(torch.int8)
@@ -745,9 +756,9 @@ def test_training_sees_every_image_with_its_known_labels(tmp_path, monkeypatch, 
     batches, truths = [], []
     originals = trm_ml.batch_loss, trm_ml.pseudo_label_counts
 
-    def batch_loss(model, x, known, args):
+    def batch_loss(model, x, known, *more):
         batches.append((x, known))
-        return originals[0](model, x, known, args)
+        return originals[0](model, x, known, *more)
 
     def pseudo_label_counts(pseudo, known, truth):
         truths.append(truth)
@@ -855,25 +866,6 @@ def test_resume_with_other_options_is_refused(trained, capsys, arguments, messag
         trm_ml.main([*QUICK, "--output", str(trained), "--resume", *arguments])
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.value.code == 2 and message in printed and content_of(trained) == before
-
-
-@pytest.mark.parametrize("damage", ["another", "missing", "text", "dictionary"])
-def test_resume_with_other_known_entries_is_refused(trained, tmp_path, capsys, damage):
-    for name in ("last.pt", "best.pt"):
-        (tmp_path / name).write_bytes((trained / name).read_bytes())
-    known = torch.load(trained / "known.pt", weights_only=True)
-    known[3, 5] ^= True
-    file = tmp_path / "known.pt"
-    if damage == "text":
-        file.write_text("no tensor")
-    elif damage != "missing":
-        torch.save({"another": known, "dictionary": {"known": known}}[damage], file)
-    before = content_of(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        trm_ml.main([*REGION, "--output", str(tmp_path), "--resume"])
-    printed = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.value.code == 2 and printed.startswith("trm_ml.py: error: ")
-    assert str(tmp_path) in printed and content_of(tmp_path) == before
 
 
 def test_a_second_run_sets_the_first_aside(tmp_path):
@@ -1212,6 +1204,22 @@ def test_own_images_with_a_part_of_their_labels(own, tmp_path):
         assert name.startswith("sure_") or value.isfinite().all(), name
 
 
+def test_resume_with_other_known_entries_is_refused(own, tmp_path, capsys):
+    arguments = own_arguments(own, "--augment", "no", "--output", str(tmp_path / "run"))
+    trm_ml.main(arguments)
+    trm_ml.main([*arguments, "--resume"])
+    lines = (own / "train.jsonl").read_text().splitlines(keepends=True)
+    entry = json.loads(lines[3])
+    entry["absent"] = entry["absent"][1:]  # is unknown now
+    (own / "train.jsonl").write_text("".join([*lines[:3], json.dumps(entry) + "\n", *lines[4:]]))
+    before = content_of(tmp_path / "run")
+    with pytest.raises(SystemExit) as error:
+        trm_ml.main([*arguments, "--resume"])
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.value.code == 2 and printed.startswith("trm_ml.py: error: --resume: ")
+    assert str(tmp_path) in printed and content_of(tmp_path / "run") == before
+
+
 def test_augmented_images_differ_every_time_and_test_images_never(own, tmp_path, monkeypatch):
     batches, original = [], clip_model.CLIP.encode_image_dense
 
@@ -1265,9 +1273,9 @@ def test_an_unreadable_image_lends_its_labels_to_no_other(own, tmp_path, keep,
     (own / "train" / "7.png").write_bytes(b"no image")
     seen, original = [], trm_ml.batch_loss
 
-    def batch_loss(model, x, known, args):
+    def batch_loss(model, x, known, *more):
         seen.extend(zip(x, known))
-        return original(model, x, known, args)
+        return original(model, x, known, *more)
 
     monkeypatch.setattr(trm_ml, "batch_loss", batch_loss)
     trm_ml.main(own_arguments(own, "--augment", "no", "--cache-features", keep, "--epochs", "1",
