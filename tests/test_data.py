@@ -1,6 +1,8 @@
 import argparse
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -642,11 +644,61 @@ def test_check_same_and_check_labels(tmp_path):
     with pytest.raises(data.UserError, match="--seed 3, not 0"):
         data.check_same(args, {**vars(args), "seed": 3}, data.SAME)
     dataset = data.load_split("test", None, args)
-    state = {"labels": None, "data": "toy"}
-    data.check_labels(dataset, state)
-    assert state["labels"] == data.TOY_LABELS
+    data.check_labels(dataset, {"labels": list(data.TOY_LABELS), "data": "toy"})
     with pytest.raises(data.UserError, match="1 labels of toy; toy has 56"):
         data.check_labels(dataset, {"labels": ["owl"], "data": "toy"})
+
+
+def test_check_weights():
+    clip, state = argparse.Namespace(fingerprint=lambda: "abc"), {"clip": "RN50"}
+    data.check_weights("best.pt", {**state, "clip_fingerprint": "abc"}, clip)
+    with pytest.raises(data.UserError, match="best.pt belongs to other weights than RN50"):
+        data.check_weights("best.pt", {**state, "clip_fingerprint": "abd"}, clip)
+
+
+def test_fill_defaults_keeps_what_was_given():
+    def filled(**given):
+        args = argparse.Namespace(**{"data": "toy", "eval": None, "output": None, "lr": None,
+                                     "topk": 0, **given})
+        data.fill_defaults(args, "method", {"lr": 1, "topk": 2}, {"lr": 3, "topk": 4})
+        return args.lr, args.topk, args.output
+
+    assert filled() == (3, 0, "runs/method-toy")
+    assert filled(data="coco", topk=None, output="here") == (1, 2, "here")
+    assert filled(data=None, lr=5) == (5, 0, "runs/method-labels")
+    assert filled(eval="best.pt") == (3, 0, None)
+
+
+def test_command_line_ends_in_one_line(capsys):
+    class OtherError(Exception):
+        pass
+
+    for raised, code, printed in (
+            (data.UserError("no such file: a"), 2, "script.py: error: no such file: a\n"),
+            (OtherError("no weights"), 2, "script.py: error: no weights\n"),
+            (KeyboardInterrupt(), 130, "interrupted")):
+        with pytest.raises(SystemExit) as error, data.command_line("script.py", OtherError):
+            raise raised
+        assert error.value.code == code and printed in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError), data.command_line("script.py"):  # a defect is not hidden
+        raise ZeroDivisionError
+    with pytest.raises(SystemExit) as error, data.command_line("script.py"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert error.value.code == 130
+
+
+def test_write_results_says_where_and_what_is_missing(tmp_path, capsys):
+    args = argparse.Namespace(data="coco", clip="RN50", seed=1, output=str(tmp_path / "run"))
+    rows = [{"name": "a", "kind": "method", "mAP": 0.5}]
+    results = data.write_results("mkt", args, 2.04, rows, argparse.Namespace(missing=7), time.time())
+    assert results == {"method": "mkt", "data": "coco", "clip": "RN50", "seed": 1, "seconds": 2.0,
+                       "rows": rows}
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    printed = capsys.readouterr().out
+    assert printed.startswith("7 test images are missing") and str(tmp_path / "run") in printed
+    args.output = None
+    assert data.write_results("mkt", args, 2.04, rows, None, time.time() - 3) == results
+    assert capsys.readouterr().out == "3 s\n"
 
 
 def test_image_files_and_label_lists(tmp_path):
