@@ -53,10 +53,9 @@ PROMPT = ("There is a", "in the scene")  # around the label
 # what the paper trains with, and what the toy world's small CLIP and 10,000 scenes ask for
 PAPER = {"clip": "ViT-B/16", "epochs": 20, "prompt_epochs": 4, "batch_size": 64, "lr": 1e-3,
          "prompt_lr": 1e-3, "warmup_epochs": 2, "weight_decay": 0.05, "distillation": 1.0,
-         "topk": 16, "augment": "yes", "workers": 8}
-TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "batch_size": 64, "lr": 1e-3,
-       "prompt_lr": 1e-3, "warmup_epochs": 1, "weight_decay": 0.05, "distillation": 0.1,
-       "topk": 4, "augment": "no", "workers": 0}
+         "topk": 16, "streams": "both", "augment": "yes", "workers": 8}
+TOY = {**PAPER, "clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "warmup_epochs": 1,
+       "distillation": 0.1, "topk": 4, "augment": "no", "workers": 0}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,19 +322,19 @@ def zero_shot_rows(model, dataset, args):
     prompts; and MKT's own two-stream score before any training."""
     clip, scorers = model.clip, {}
 
-    def cosine(texts, mode, global_, local, index):
+    def cosine(texts, stream, global_, local, index):
         total = F.normalize(global_, dim=-1) @ texts[index].T
-        if mode == "global":
+        if stream == "global":
             return total
         best = (F.normalize(local, dim=-1) @ texts[index].T).amax(dim=1)  # [B, L, c] -> [B, c]
-        return best if mode == "local" else (total + best) / 2
+        return best if stream == "local" else (total + best) / 2
 
     for prompt in ("a photo of a {}.", "{} {{}} {}".format(*PROMPT)):
         tokens = clip.tokenize([prompt.format(label) for label in dataset.labels])
         texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
-        for mode in ("global", "local", "both"):
-            scorers[f'zero-shot, {mode}, "{prompt}"'] = functools.partial(
-                cosine, F.normalize(texts, dim=-1), mode)
+        for stream in ("global", "local", "both"):
+            scorers[f'zero-shot, {stream}, "{prompt}"'] = functools.partial(
+                cosine, F.normalize(texts, dim=-1), stream)
     scorers["zero-shot, two-stream score"] = lambda global_, local, index: two_stream_scores(
         local, global_, texts[index], model.topk)
     results = evaluate(clip.encode_image_dense, scorers, dataset, args)
@@ -375,15 +374,14 @@ def parse_arguments(arguments=None):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     number = data.number
 
-    def add(name, type, text):  # an option whose value the paper and the toy world differ in
-        group.add_argument("--" + name.replace("_", "-"), type=type,
+    def add(name, type, text, **options):  # the paper and the toy world may differ in its value
+        group.add_argument("--" + name.replace("_", "-"), type=type, **options,
                            help=f"{text} (paper: {PAPER[name]}, toy: {TOY[name]})")
 
     group = parser.add_argument_group("model")
     add("clip", str, "a ViT: a name of clip_model.available_models() or a path to weights")
     add("topk", number(int, 1), "patches that the local score averages")
-    group.add_argument("--streams", choices=["both", "global", "local"], default="both",
-                       help="which of the two scores count (default: both)")
+    add("streams", str, "which of the two scores count", choices=["both", "global", "local"])
     group = parser.add_argument_group("optimization")
     add("epochs", number(int, 0), "of stage 1")
     add("prompt_epochs", number(int, 0), "of stage 2, prompt tuning; 0 leaves it out")
@@ -393,7 +391,7 @@ def parse_arguments(arguments=None):
     add("warmup_epochs", number(float, 0), "of stage 1")
     add("weight_decay", number(float, 0), "AdamW's")
     add("distillation", number(float, 0), "weight of the distillation loss; 0 leaves it out")
-    add("augment", str, "random crop, flip and RandAugment, yes or no")
+    add("augment", str, "random crop, flip and RandAugment", choices=["yes", "no"])
     group.add_argument("--normalization", choices=["clip", "imagenet"], default="clip",
                        help="of pixels (default: clip; the authors' code: imagenet)")
     data.add_run_arguments(parser, "mkt")
@@ -401,8 +399,6 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
     data.check_run_arguments(args)
     args.labels = None if args.labels is None else data.parse_labels(args.labels)
-    if args.augment not in (None, "yes", "no"):
-        raise UserError(f"--augment {args.augment}: yes or no")
     if args.epochs == 0 and args.prompt_epochs == 0:
         raise UserError("--epochs 0 and --prompt-epochs 0 leave nothing to train")
     return args
@@ -457,7 +453,7 @@ def run(args):
     test = data.load_split("test", None, args, True)  # first of all: it may lack files
     if args.resume:
         model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
-        data.check_same(args, state["args"], (*PAPER, *data.SAME, "streams", "normalization"))
+        data.check_same(args, state["args"], (*PAPER, *data.SAME, "normalization"))
     elif not args.eval:
         model, preprocess = build(vars(args), args.device)
         state = {**data.new_state("mkt", test.labels, model.clip, args), "stage": 0, "rows": []}
