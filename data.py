@@ -24,6 +24,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -2601,6 +2602,20 @@ def add_run_arguments(parser, method):
         "labels (default: 3) were seen")
 
 
+def check_writable(option, path, is_folder=False):
+    """UserError if no file can be written at a path, or below one, which may not exist yet."""
+    path = Path(os.path.abspath(path))
+    folder = path.parent
+    if is_folder:  # it will be made, and those above it
+        folder = next(part for part in (path, *path.parents) if part.exists())
+    elif path.is_dir():
+        raise UserError(f"{option}: {path} is a folder, give the name of a file")
+    try:  # permissions alone do not tell
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write to {folder}: {error.strerror}") from None
+
+
 def check_run_arguments(args):
     """UserError if options do not fit together; the images of --predict become a list of files."""
     if args.predict and not args.checkpoint:
@@ -2613,8 +2628,9 @@ def check_run_arguments(args):
             raise UserError(f"--{name} needs --predict IMAGE")
     if args.gallery and not args.gallery.lower().endswith(".png"):
         raise UserError(f"--gallery {args.gallery}: the name must end in .png")
-    if args.gallery and not Path(args.gallery).parent.is_dir():
-        raise UserError(f"--gallery: no such folder: {Path(args.gallery).parent}")
+    for name in ("csv", "gallery", "heatmap"):
+        if getattr(args, name) is not None:
+            check_writable(f"--{name}", getattr(args, name), is_folder=name == "heatmap")
     if args.predict:
         args.predict = image_files(args.predict)
 
@@ -2630,15 +2646,31 @@ def best_labels(scores, labels, args):
             if args.threshold is None or score >= args.threshold]
 
 
+def print_line(text):
+    """Print at once. Where nobody reads on (`| head -1`) the program ends, quietly, with SIGPIPE's
+    code; UserError for any other failure, such as a full disk."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more when it ends, which must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        raise UserError(f"cannot print the results: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def csv_rows(path):
-    """A csv.writer whose file has a temporary name until the end; without a path it is None."""
+    """A csv.writer whose file has a temporary name until the end; without a path it is None.
+
+    UTF-8: a file name's other bytes are escaped as in JSON, \\udce9, or few programs read any."""
     if path is None:
         yield None
         return
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             yield csv.writer(file)
         temporary.replace(path)
     except OSError as error:
@@ -2697,9 +2729,9 @@ def predict(score, labels, preprocess, args, whole=False):
             scores, maps = score(torch.stack([*images.values()]))
             for i, (file, row) in enumerate(zip(images, scores.float().cpu())):
                 best = best_labels(row, labels, args)
-                tqdm.write(json.dumps({"path": str(file), "labels": [
-                    {"label": label, "score": value} for label, value in best]},
-                    ensure_ascii=False))
+                # in ASCII: valid whatever stdout's encoding is, and any file name comes back exact
+                print_line(json.dumps({"path": str(file), "labels": [
+                    {"label": label, "score": value} for label, value in best]}))
                 if table:
                     table.writerows((file, label, value) for label, value in best)
                 if args.heatmap:

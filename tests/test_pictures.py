@@ -1,6 +1,8 @@
 """Heatmaps, curves and galleries, and --predict, which draws some of them."""
 import csv
+import io
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -339,6 +341,54 @@ def test_predict_draws_the_maps_it_is_given_in_batches_of_any_size(tmp_path, cap
         assert corners[i % 2] > 100 and corners[1 - i % 2] < 10
 
 
+def predict_png(name, **options):
+    """data.predict of one label and one image, in a batch of its own."""
+    args = Namespace(predict=[name], batch_size=1, workers=1, heatmap=None, top=None,
+                     threshold=None, quiet=True, **{"csv": None, **options})
+    data.predict(lambda images: (torch.ones(1, 1), None), ["owl"],
+                 lambda image: torch.zeros(3, 2, 2), args)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_any_file_name_is_printed_as_json_that_gives_it_back(tmp_path, monkeypatch, encoding):
+    name, table = os.fsdecode(bytes(tmp_path) + b"/\xe9 \xe7\x8c\xab.png"), tmp_path / "out.csv"
+    try:
+        Image.new("RGB", (4, 4)).save(name, "PNG")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding))
+    predict_png(name, csv=table)
+    path = json.loads(printed.getvalue().decode("utf-8"))["path"]
+    assert os.fsencode(path) == os.fsencode(name)
+    rows = list(csv.reader(open(table, encoding="utf-8", newline="")))
+    assert rows == [["path", "label", "score"],
+                    [str(tmp_path / "\\udce9 猫.png"), "owl", "1.0"]]
+
+
+def test_predictions_that_nobody_reads_end_quietly(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stdout)
+        with pytest.raises(SystemExit) as stop:
+            predict_png(tmp_path / "x.png", csv=tmp_path / "out.csv")
+        stdout.flush()  # as Python does when it ends
+    assert stop.value.code == 141 and capsys.readouterr() == ("", "")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]  # no half of a table
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to print to")
+def test_predictions_that_cannot_be_printed_stop_with_the_reason(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stdout)
+        with pytest.raises(UserError, match="cannot print.*space"):
+            predict_png(tmp_path / "x.png", csv=tmp_path / "out.csv")
+        stdout.flush()
+
+
 # ---- the command line
 
 @pytest.fixture(scope="module")
@@ -453,8 +503,14 @@ def test_a_heatmap_follows_the_thing_across_the_image(trained, script, method):
 @METHODS
 @pytest.mark.parametrize("arguments, message", [
     (["--predict", "{photos}/*.jpg", "--checkpoint", "{best}"], "*.jpg"),
-    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "{photos}/no/x.csv"], "no/x"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "{photos}/no/x.csv"],
+     "photos/no: No such file or directory"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "{photos}"],
+     "photos is a folder"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "/proc/x.csv"], "/proc"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", ""], "--csv"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--heatmap", "{best}"], "best.pt"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--heatmap", "{best}/a/b"], "best.pt"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--gallery", "sheet.png"], "--gallery"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--top", "0"], "--top"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--threshold", "nan"], "--threshold"),
@@ -463,6 +519,7 @@ def test_a_heatmap_follows_the_thing_across_the_image(trained, script, method):
     (["--top", "3"], "--top needs --predict"),
     (["--gallery", "sheet.jpg"], "sheet.jpg"),
     (["--gallery", "{photos}/no/sheet.png"], "photos/no"),
+    (["--gallery", "{best}/sheet.png"], "best.pt"),
 ])
 def test_options_that_do_not_fit_are_refused(trained, tmp_path, capsys, script, method, arguments,
                                              message):
@@ -472,7 +529,7 @@ def test_options_that_do_not_fit_are_refused(trained, tmp_path, capsys, script, 
         script.main([argument.format(photos=tmp_path / "photos", best=trained[method] / "best.pt")
                      for argument in arguments])
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and (not out or "--heatmap" in arguments)
+    assert stop.value.code == 2 and not out
     assert err.startswith(f"{method}.py: error: ") and message in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*.*")] == ["x.png"]
 
