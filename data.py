@@ -295,6 +295,8 @@ def _lines(path):
             lines = [line.strip() for line in file.read().rstrip().split("\n")]
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a UTF-8 text file") from None
+    if lines == [""]:
+        raise UserError(f"{path}: the file is empty")
     if "" in lines:
         raise UserError(f"{path}, line {lines.index('') + 1}: the line is empty")
     return lines
