@@ -2113,26 +2113,38 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
 PALETTE = np.array([(25, 15, 115), (135, 25, 155), (215, 60, 100), (250, 140, 40), (255, 225, 30)])
 # of curves: colours that colour-blind people tell apart (Okabe and Ito, 2008)
 LINE_COLOURS = ["#000000", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9"]
+PANEL = (1040, 760)  # pixels; curves are drawn twice as large, then reduced
 INK, GREY, PALE = "#222222", "#6f6f6f", "#e4e4e4"
 CORRECT, FALSE = "#007a5a", "#d55e00"
+# of Linux, Windows and macOS, those with the most scripts first
+OTHER_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
 
 
 @functools.lru_cache
-def _font(size):
+def _font(size, is_ascii=True):
+    """Pillow's own font, which has hardly a letter beyond ASCII, or one of the system's."""
+    for name in () if is_ascii else OTHER_FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
 
 
 def _fit_text(text, size, width):
-    """One line of text no wider than so many pixels, cut with an ellipsis where it has to be.
+    """-> (text, font): a line no wider than so many pixels, in smaller letters where it has to be
+    and cut with an ellipsis where that is not enough.
 
-    Pillow's font has few letters beyond ASCII: accents go, what else it lacks becomes a box."""
-    text = unicodedata.normalize("NFKD", " ".join(text[:300].split()))
-    text = "".join(letter for letter in text if not unicodedata.combining(letter))
-    if _font(size).getlength(text) <= width:
-        return text
-    while text and _font(size).getlength(text + "…") > width:
+    Accents go where the rest is ASCII; a letter that no font here has becomes a box."""
+    text = " ".join(text[:300].split())
+    letters = unicodedata.normalize("NFKD", text)
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    text = plain if plain.isascii() else text
+    for height in (size, size * 6 // 7):
+        font = _font(height, text.isascii())
+        if font.getlength(text) <= width:
+            return text, font
+    while text and font.getlength(text + "…") > width:
         text = text[:-1]
-    return text.rstrip() + "…"
+    return text.rstrip() + "…", font
 
 
 def _palette(values):
@@ -2152,12 +2164,16 @@ def draw_heatmaps(photo, maps, whole=False):
 
     photo: RGB PIL image. maps: (label, score, float [h, w]) each, a grid over the central square
     of the photo, which is what CLIP's preprocessing keeps, or over the whole photo; what a grid
-    does not cover stays as it is.
+    does not cover stays as it is, and of a longer strip twice the square is shown.
     Colours go from a map's own lowest to its own highest value; a constant map has none."""
+    if not whole:
+        width, height = (min(size, 2 * min(photo.size)) for size in photo.size)
+        left, top = (photo.width - width) // 2, (photo.height - height) // 2
+        photo = photo.crop((left, top, left + width, top + height))
     scale, gap, caption = 360 / max(photo.size), 16, 36
     width, height = (max(1, round(scale * size)) for size in photo.size)
     photo = photo.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    side, cell = min(width, height), max(width, 180)  # a label needs some room
+    side, cell = min(width, height), max(width, 240)  # a label needs some room
     left, top, right, bottom = 0, 0, width, height
     if not whole:
         left, top = (width - side) // 2, (height - side) // 2
@@ -2182,13 +2198,14 @@ def draw_heatmaps(photo, maps, whole=False):
         x, y = gap + i % 4 * (cell + gap), gap + i // 4 * (height + caption + gap)
         sheet.paste(photo, (x, y))
         sheet.paste(_overlay(covered, np.asarray(values).clip(0, 1)), (x + left, y + top))
-        if covered.size != photo.size:  # say where the map ends
-            draw.rectangle((x + left, y + top, x + right - 1, y + bottom - 1),
-                           outline="white")
-        score = f"{score:.3f}"
-        room = cell - 12 - _font(17).getlength(score)
-        draw.text((x, y + height + 8), _fit_text(label, 17, room), INK, _font(17))
-        draw.text((x + cell, y + height + 8), score, GREY, _font(17), anchor="ra")
+        if covered.size != photo.size:  # say where the map ends, on bright and dark ground
+            for inset, colour in ((0, "white"), (1, INK)):
+                draw.rectangle((x + left + inset, y + top + inset, x + right - 1 - inset,
+                                y + bottom - 1 - inset), outline=colour)
+        score, y = f"{score:.3f}", y + height + 24
+        label, font = _fit_text(label, 17, cell - 12 - _font(17).getlength(score))
+        draw.text((x, y), label, INK, font, anchor="ls")
+        draw.text((x + cell, y), score, GREY, _font(17), anchor="rs")
     return sheet
 
 
@@ -2206,65 +2223,70 @@ def draw_curves(log):
     """The lines of a log.jsonl as a panel of losses, and one of scores if any -> RGB PIL image.
 
     log: dicts with "epoch", numbers, perhaps "stage". Names with mAP, precision, recall or F1 are
-    scores. Epochs are counted through all stages; a line is broken where a stage ends."""
+    scores in [0, 1], drawn in percent. Epochs are counted through all stages; a line is broken
+    where a stage ends."""
     names = [name for name in dict.fromkeys(name for line in log for name in line)
              if name not in ("stage", "epoch", "lr", "seconds", "unreadable_images")]
     scores = [name for name in names if re.search("mAP|precision|recall|F1", name)]
     losses = [name for name in names if name not in scores]
-    panels = [panel for panel in (("Loss", losses), ("Scores", scores)) if panel[1]]
-    stages = [line.get("stage", 1) for line in log]
-    width, height = 1040, 760  # of a panel; everything is drawn twice as large, then reduced
-    sheet = Image.new("RGB", (width * max(1, len(panels)), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for panel, (title, names) in enumerate(panels):
-        left, right, bottom = panel * width + 124, (panel + 1) * width - 44, height - 104
-        draw.text((left, 28), title, INK, _font(34))
-        legend, x, y = [], left, 84
-        for name in names:
-            text = _fit_text(name, 26, 400)
-            if x > left and x + 56 + _font(26).getlength(text) > right:
-                x, y = left, y + 40
-            legend.append((x, y, text))
-            x += 104 + int(_font(26).getlength(text))
-        top = y + (84 if len(set(stages)) > 1 else 56)
-        values = {name: [(epoch, line[name]) for epoch, line in enumerate(log)
-                         if math.isfinite(line.get(name, math.nan))] for name in names}
-        drawn = [value for points in values.values() for _, value in points] or [0.0]
-        ticks, digits = _ticks(min(drawn), max(drawn), 5)
-
-        def place(epoch, value):
-            return (left + (right - left) * (epoch + 0.5) / len(log),
-                    bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
-
-        for tick in ticks:
-            y = place(0, tick)[1]
-            draw.line((left, y, right, y), PALE, 2)
-            draw.text((left - 16, y), f"{tick:.{digits}f}", GREY, _font(24), anchor="rm")
-        draw.line((left, bottom, right, bottom), GREY, 2)
-        for epoch in {round(tick) for tick in _ticks(0, len(log), 8)[0]}:
-            if 1 <= epoch <= len(log):
-                x = place(epoch - 1, 0)[0]
-                draw.line((x, bottom, x, bottom + 8), GREY, 2)
-                draw.text((x, bottom + 16), str(epoch), GREY, _font(24), anchor="mt")
-        draw.text(((left + right) / 2, bottom + 56), "epoch", GREY, _font(24), anchor="mt")
-        for stage in dict.fromkeys(stages) if len(set(stages)) > 1 else ():
-            x, text = place(stages.index(stage) - 0.5, 0)[0], f"stage {stage}"
-            draw.text((min(x, right - _font(24).getlength(text)), top - 36), text, GREY, _font(24))
-            if x > left:
-                draw.line((x, top, x, bottom), GREY, 2)
-        for i, (name, (x, y, text)) in enumerate(zip(names, legend)):
-            # the first line is the widest: a total stays visible under a term that equals it
-            colour, size = LINE_COLOURS[i % len(LINE_COLOURS)], 4 if i else 8
-            draw.line((x, y + 16, x + 44, y + 16), colour, size)
-            draw.text((x + 60, y), text, INK, _font(26))
-            for stage in dict.fromkeys(stages):
-                points = [place(epoch, value) for epoch, value in values[name]
-                          if stages[epoch] == stage]
-                if len(points) > 1:
-                    draw.line(points, colour, size, joint="curve")
-                for x, y in points if len(log) <= 40 or len(points) == 1 else ():
-                    draw.ellipse((x - size, y - size, x + size, y + size), colour)
+    scores.sort(key=lambda name: "mAP" not in name)  # first what best.pt is selected by
+    panels = [panel for panel in (("Loss", losses, 1), ("Scores (%)", scores, 100)) if panel[1]]
+    sheet = Image.new("RGB", (PANEL[0] * max(1, len(panels)), PANEL[1]), "white")
+    for i, panel in enumerate(panels):
+        _draw_panel(ImageDraw.Draw(sheet), i * PANEL[0], log, *panel)
     return sheet.reduce(2)
+
+
+def _draw_panel(draw, x, log, title, names, factor):
+    """The values of these names, times a factor, over the epochs, from x to x + PANEL[0]."""
+    left, right, bottom = x + 124, x + PANEL[0] - 44, PANEL[1] - 104
+    draw.text((left, 28), title, INK, _font(34))
+    legend, x, y = [], left, 84
+    for name in names:
+        text, font = _fit_text(name, 26, 400)
+        if x > left and x + 56 + font.getlength(text) > right:
+            x, y = left, y + 40
+        legend.append((x, y, text, font))
+        x += 104 + int(font.getlength(text))
+    stages = [line.get("stage", 1) for line in log]
+    top = y + (84 if len(set(stages)) > 1 else 56)
+    values = {name: [(epoch, factor * line[name]) for epoch, line in enumerate(log)
+                     if math.isfinite(line.get(name, math.nan))] for name in names}
+    drawn = [value for points in values.values() for _, value in points] or [0.0]
+    ticks, digits = _ticks(min(drawn), max(drawn), 5)
+
+    def place(epoch, value):
+        return (left + (right - left) * (epoch + 0.5) / len(log),
+                bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
+
+    for tick in ticks:
+        y = place(0, tick)[1]
+        draw.line((left, y, right, y), PALE, 2)
+        draw.text((left - 16, y), f"{tick:.{digits}f}", GREY, _font(24), anchor="rm")
+    draw.line((left, bottom, right, bottom), GREY, 2)
+    for epoch in {round(tick) for tick in _ticks(0, len(log), 8)[0]}:
+        if 1 <= epoch <= len(log):
+            x = place(epoch - 1, 0)[0]
+            draw.line((x, bottom, x, bottom + 8), GREY, 2)
+            draw.text((x, bottom + 16), str(epoch), GREY, _font(24), anchor="mt")
+    draw.text(((left + right) / 2, bottom + 56), "epoch", GREY, _font(24), anchor="mt")
+    for stage in dict.fromkeys(stages) if len(set(stages)) > 1 else ():
+        x, text = place(stages.index(stage) - 0.5, 0)[0], f"stage {stage}"
+        draw.text((min(x, right - _font(24).getlength(text)), top - 36), text, GREY, _font(24))
+        if x > left:
+            draw.line((x, top, x, bottom), GREY, 2)
+    for i, (name, (x, y, text, font)) in enumerate(zip(names, legend)):
+        # the first line is the widest: a total stays visible under a term that equals it
+        colour, size = LINE_COLOURS[i % len(LINE_COLOURS)], 4 if i else 8
+        draw.line((x, y + 16, x + 44, y + 16), colour, size)
+        draw.text((x + 60, y), text, INK, font)
+        for stage in dict.fromkeys(stages):
+            points = [place(epoch, value) for epoch, value in values[name]
+                      if stages[epoch] == stage]
+            if len(points) > 1:
+                draw.line(points, colour, size, joint="curve")
+            for x, y in points if len(log) <= 40 or len(points) == 1 else ():
+                draw.ellipse((x - size, y - size, x + size, y + size), colour)
 
 
 def _mark(draw, kind, x, y):
@@ -2313,9 +2335,10 @@ def draw_gallery(images, truths, predictions):
                 top = y + side + 16 + i * line
                 if kind:
                     _mark(draw, kind, x, top + 4)
-                label = _fit_text(label, 26, side - 46 - _font(26).getlength(score))
-                draw.text((x + 34, top), label, GREY if kind != "correct" else INK, _font(26))
-                draw.text((x + side, top), score, GREY, _font(26), anchor="ra")
+                label, font = _fit_text(label, 26, side - 46 - _font(26).getlength(score))
+                draw.text((x + 34, top + 24), label, INK if kind == "correct" else GREY, font,
+                          anchor="ls")
+                draw.text((x + side, top + 24), score, GREY, _font(26), anchor="rs")
         y += heights[row]
     return sheet.reduce(2)
 

@@ -36,25 +36,42 @@ def pixels_of(image, colour, tolerance=60):
 
 @pytest.mark.parametrize("size, shown", [
     ((64, 64), (360, 360)), ((4000, 3000), (360, 270)), ((700, 1400), (180, 360)),
-    ((64, 3000), (8, 360))])
+    ((64, 3000), (180, 360)), ((3000, 400), (360, 180))])  # of long strips the middle
 def test_one_hot_corner_colours_this_corner_of_the_central_square(size, shown):
     width, height = shown
     sheet = np.asarray(data.draw_heatmaps(Image.new("RGB", size, GREY),
                                           [("cup", 0.5, corner_map())])).astype(int)
-    cell, side = max(width, 180), min(shown)
+    cell, side = max(width, 240), min(shown)
     assert sheet.shape[1] == 16 + 2 * (cell + 16)
     assert (sheet[16:16 + height, 16:16 + width] == GREY).all()  # the photo as it is
     tile = sheet[16:16 + height, 32 + cell:32 + cell + width]
     left, top = (width - side) // 2, (height - side) // 2
     change = np.abs(tile - GREY).sum(axis=-1)
-    square = change[top + 1:top + side - 1, left + 1:left + side - 1]
+    square = change[top + 2:top + side - 2, left + 2:left + side - 2]
     assert (square[side // 2:, side // 2:] == 0).all()
-    if side > 100:  # not where a tile is a few pixels high
-        assert square[side // 20, side // 20] > 150
-        # smooth: the edges of the map's cells would be steps of some 200
-        assert np.abs(np.diff(square, axis=0)).max() < 50 > np.abs(np.diff(square, axis=1)).max()
+    assert square[side // 20, side // 20] > 150
+    # smooth: the edges of the map's cells would be steps of some 200
+    assert np.abs(np.diff(square, axis=0)).max() < 50 > np.abs(np.diff(square, axis=1)).max()
     change[top:top + side, left:left + side] = 0
     assert (change == 0).all()
+
+
+def test_only_the_ends_of_a_strip_that_no_map_covers_are_left_out():
+    strip = Image.new("RGB", (3000, 400), "red")
+    strip.paste(GREY, (1100, 0, 1900, 400))
+    maps = [("cup", 0.5, corner_map())]
+    assert not pixels_of(data.draw_heatmaps(strip, maps), "red").any()
+    whole = data.draw_heatmaps(strip, maps, whole=True).crop((16, 16, 376, 16 + 48))
+    assert pixels_of(whole, "red").mean() == pytest.approx(2200 / 3000, abs=0.02)
+
+
+@pytest.mark.parametrize("ground", ["white", "black", "#808080"])
+def test_the_edge_of_a_map_is_seen_on_any_ground(ground):
+    sheet = data.draw_heatmaps(Image.new("RGB", (200, 100), ground), [("cup", 0.5, corner_map())])
+    row = np.asarray(sheet.convert("L")).astype(int)[16 + 150, 392:752]
+    edges = np.flatnonzero(np.abs(row - row[0]) > 60)
+    assert len(edges) and {int(edge) // 90 for edge in edges} == {1, 2}
+    assert all(abs(edge - 90) < 3 or abs(edge - 270) < 3 for edge in edges)
 
 
 def test_heatmaps_are_relative_to_their_own_range_and_flat_ones_show_the_photo():
@@ -106,12 +123,27 @@ def test_tiles_wrap_and_labels_of_any_kind_stay_in_their_tile():
         assert count == 0 or (captions[:, 392:752] < 80).any()
 
 
-def test_texts_are_cut_with_an_ellipsis_where_they_have_to_be():
-    assert data._fit_text("cup", 17, 100) == "cup"
-    assert data._fit_text("  Äpfel \n café ", 17, 300) == "Apfel cafe"
-    cut = data._fit_text("traffic light at the corner", 17, 100)
+def test_texts_become_smaller_and_are_cut_where_they_have_to_be():
+    def fit(text, size, width):
+        text, font = data._fit_text(text, size, width)
+        assert font.getlength(text) <= width
+        return text, font.size
+
+    assert fit("cup", 17, 100) == ("cup", 17)
+    assert fit("  Äpfel \n café ", 17, 300) == ("Apfel cafe", 17)
+    length = data._font(17).getlength("traffic light at the corner")
+    assert fit("traffic light at the corner", 17, 0.9 * length) == (
+        "traffic light at the corner", 14)
+    cut, size = fit("traffic light at the corner", 17, 100)
     assert cut.endswith("…") and "traffic light at the corner".startswith(cut[:-1])
-    assert 70 < data._font(17).getlength(cut) <= 100
+    assert size == 14 and 70 < data._font(14).getlength(cut)
+
+
+def test_letters_that_the_font_lacks_come_from_another_one():
+    if data._font(17, False).getname() == data._font(17).getname():
+        pytest.skip("this system has none of OTHER_FONTS")
+    boxes = [bytes(data._fit_text(text, 17, 200)[1].getmask(text)) for text in ("кошка", "собак")]
+    assert boxes[0] != boxes[1]  # Pillow's font has a box for each of their five letters
 
 
 # ---- curves
@@ -151,6 +183,19 @@ def test_a_curve_is_where_its_values_are():
     assert rising[columns[0]] - rising[columns[-1]] > 100
     falling = curve(sheet, data.LINE_COLOURS[0], panel=1)
     assert falling[min(falling)] + 100 < falling[max(falling)]
+
+
+def test_curves_say_what_they_show_and_scores_are_in_percent(monkeypatch):
+    texts, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, place, string, *more, **options:
+                        (texts.append(string), text(draw, place, string, *more, **options)))
+    data.draw_curves([{"epoch": i, "loss": 2.0 - i, "pseudo_recall": 0.2, "val_mAP": 0.2 * i}
+                      for i in (1, 2)])
+    assert texts.count("epoch") == 2 and "Loss" in texts
+    scores = texts[texts.index("Scores (%)"):]
+    assert {"20", "25", "30", "35", "40"} <= {*scores}
+    # the one that the best epoch is selected by comes first, as the widest line
+    assert scores.index("val_mAP") < scores.index("pseudo_recall")
 
 
 def test_stages_share_an_axis_and_a_line_is_broken_between_them():
