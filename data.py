@@ -278,7 +278,7 @@ def keep_single_positive(targets, seed):
     return kept
 
 
-# ---- reading files
+# ---- reading and writing files
 
 def _find(root, *candidates, layout):
     """The first candidate that exists below root, or a UserError with the expected layout."""
@@ -288,13 +288,22 @@ def _find(root, *candidates, layout):
     raise UserError(f"{' or '.join(candidates)} not found in {root}\n{layout}")
 
 
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte-order mark; UserError names a bad line."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8, save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
 def _lines(path):
     """Stripped lines of a text file; empty ones at the end are dropped, others are a UserError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read().rstrip().split("\n")]
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a UTF-8 text file") from None
+    lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
     if lines == [""]:
         raise UserError(f"{path}: the file is empty")
     if "" in lines:
@@ -302,13 +311,19 @@ def _lines(path):
     return lines
 
 
-def _distinct_lines(path):
-    """_lines, of which none may come twice."""
-    first = {}
+def _entries(path, parse=lambda line: (line, None)):
+    """{key: value} of the pairs that parse makes of a file's lines; UserError names the line of
+    parse's ValueError, or where a key comes again."""
+    entries = {}
     for number, line in enumerate(_lines(path), 1):
-        if first.setdefault(line, number) != number:
-            raise UserError(f"{path}, line {number}: {line} is listed twice")
-    return list(first)
+        try:
+            key, value = parse(line)
+            if key in entries:
+                raise ValueError(f"{key} is listed twice")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        entries[key] = value
+    return entries
 
 
 def _parse_json(path, **options):
@@ -320,6 +335,21 @@ def _parse_json(path, **options):
         raise UserError(f"{path}: not JSON: {error}") from None
 
 
+def read_json(path):
+    """The entries of a JSON list or of JSON lines: [(where it is, entry)], else UserError."""
+    text, line, entries = read_text(path), 1, []
+    try:
+        if text.lstrip().startswith("["):
+            return [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), 1)]
+        for line, content in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028
+            if content.strip():
+                entries.append((f"{path}, line {line}", json.loads(content)))
+        return entries
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}, line {line}: not JSON: {error}") from None
+
+
 def _note_count(what, count, published, quiet):
     note = f"{what}: {count:,} images listed, {published:,} published"
     if count != published:
@@ -327,31 +357,46 @@ def _note_count(what, count, published, quiet):
     _note(note, quiet)
 
 
-def _read_bits(path, columns, progress):
-    """A text file with rows of 0/1 entries -> bits, uint8 [rows, ceil(columns / 8)].
-
-    Entries are separated by white space, empty lines ignored; UserError names a bad line. The
-    file is read in blocks of whole lines, and no Python loop sees a line or an entry.
-    """
-    packed, first_line = [np.empty((0, (columns + 7) // 8), np.uint8)], 1
-    with open(path, "rb") as file:
+def _line_blocks(path, quiet):
+    """Yield (number of the first line, some MB of whole lines as bytes), with a progress bar."""
+    first_line = 1
+    with open(path, "rb") as file, tqdm(
+            total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
+            desc=os.path.basename(path), disable=quiet or None) as progress:
         while block := file.read(1 << 21):
-            block += file.readline()
+            block += file.readline(1 << 20)  # bounded, whatever the file is
             progress.update(len(block))
+            if first_line == 1:
+                block = block.removeprefix(b"\xef\xbb\xbf")
             if not block.endswith(b"\n"):
                 block += b"\n"
-            characters = np.frombuffer(block, np.uint8)
-            is_entry = characters > ord(" ")
-            line_starts = np.flatnonzero(characters == ord("\n"))[:-1] + 1
-            line_starts = np.concatenate([[0], line_starts])
-            entries = np.add.reduceat(is_entry, line_starts, dtype=np.int32)  # in every line
-            # unsigned: characters that sort before "0" become large
-            values = np.frombuffer(block.translate(None, b" \t\r\n"), np.uint8) - ord("0")
-            if ((values > 1).any() or (is_entry[1:] & is_entry[:-1]).any()
-                    or ((entries != columns) & (entries != 0)).any()):
-                raise _bad_entry(path, block, first_line, columns)
-            packed.append(np.packbits(values.reshape(-1, columns), axis=1))
-            first_line += len(line_starts)
+            yield first_line, block
+            first_line += block.count(b"\n")
+
+
+def _bad_line(path, first_line, block, index, expected):
+    text = block.split(b"\n")[index].strip()[:60].decode(errors="backslashreplace")
+    return UserError(f"{path}, line {first_line + index}: '{text}' is not {expected}")
+
+
+def _read_bits(path, columns, quiet):
+    """A text file with rows of 0/1 entries -> bits, uint8 [rows, ceil(columns / 8)].
+
+    Entries are separated by white space, empty lines ignored; UserError names a bad line. No
+    Python loop sees a line or an entry."""
+    packed = [np.empty((0, (columns + 7) // 8), np.uint8)]
+    for first_line, block in _line_blocks(path, quiet):
+        characters = np.frombuffer(block, np.uint8)
+        is_entry = characters > ord(" ")
+        line_starts = np.flatnonzero(characters == ord("\n"))[:-1] + 1
+        line_starts = np.concatenate([[0], line_starts])
+        entries = np.add.reduceat(is_entry, line_starts, dtype=np.int32)  # in every line
+        # unsigned: characters that sort before "0" become large
+        values = np.frombuffer(block.translate(None, b" \t\r\n"), np.uint8) - ord("0")
+        if ((values > 1).any() or (is_entry[1:] & is_entry[:-1]).any()
+                or ((entries != columns) & (entries != 0)).any()):
+            raise _bad_entry(path, block, first_line, columns)
+        packed.append(np.packbits(values.reshape(-1, columns), axis=1))
     return np.concatenate(packed)
 
 
@@ -364,6 +409,38 @@ def _bad_entry(path, block, first_line, columns):
                 return UserError(f"{path}, line {number}: '{shown}' is not 0 or 1")
         if len(entries) not in (0, columns):
             return UserError(f"{path}, line {number}: {len(entries)} entries instead of {columns}")
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb", suffix=".tmp", **options):
+    """open(path, mode, **options) under a temporary name until the end: whatever happens
+    meanwhile, the old file or the new one is there, whole. Folders that do not exist are made.
+    UserError if it cannot be written."""
+    temporary = Path(f"{path}{suffix}")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_file(path, content):
+    """Write str, bytes, an image as PNG or what torch.save takes; UserError and all as replacing
+    has it."""
+    with replacing(path) as file:
+        if isinstance(content, (str, bytes)):
+            file.write(content.encode() if isinstance(content, str) else content)
+        elif isinstance(content, Image.Image):
+            content.save(file, "PNG")
+        else:
+            torch.save(content, file)
 
 
 def cache_folder():
@@ -394,16 +471,11 @@ def cached(name, paths, key, make, quiet):
         _note(f"{cache} cannot be read ({error}), it is made anew", quiet)
 
     arrays = make()
-    temporary = f"{cache}.{os.getpid()}"
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(cache, suffix=f".{os.getpid()}") as file:  # others may be at it too
             np.savez(file, key=key, **arrays)
-        os.replace(temporary, cache)
-    except OSError as error:
-        _note(f"{cache} cannot be written ({error.strerror}), the next start is slow too", quiet)
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+    except UserError as error:
+        _note(f"the cache cannot be written, the next start is slow too: {error}", quiet)
     return arrays
 
 
@@ -415,18 +487,9 @@ def mapped(name, key, shape, batches):
     digest = hashlib.sha256(json.dumps([key, shape]).encode()).hexdigest()
     file, size = cache_folder() / f"{name}-{digest[:16]}.f16", math.prod(shape)
     if not file.exists() or file.stat().st_size != 2 * size:
-        temporary = Path(f"{file}.{os.getpid()}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as out:
-                for batch in batches():
-                    out.write(batch.half().cpu().numpy().tobytes())
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with replacing(file, suffix=f".{os.getpid()}") as out:
+            for batch in batches():
+                out.write(batch.half().cpu().numpy().tobytes())
     return torch.from_file(str(file), False, size, dtype=torch.float16).view(shape)
 
 
@@ -436,13 +499,11 @@ def _cached_bits(paths, columns, rows, quiet):
     UserError if a file has not `rows` rows.
     """
     def make():
-        bits, size = [], sum(map(os.path.getsize, paths))
-        with tqdm(total=size, unit="B", unit_scale=True, disable=quiet or None) as progress:
-            for path in paths:
-                progress.set_description(os.path.basename(path))
-                bits.append(_read_bits(path, columns, progress))
-                if len(bits[-1]) != rows:
-                    raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
+        bits = []
+        for path in paths:
+            bits.append(_read_bits(path, columns, quiet))
+            if len(bits[-1]) != rows:
+                raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
         return {"bits": np.stack(bits, axis=1)}
 
     return cached(os.path.basename(paths[0]), paths, [columns, rows], make, quiet)["bits"]
@@ -454,28 +515,6 @@ def _fill_targets(targets, bits, width, rows, columns):
         block = np.unpackbits(bits[rows[start:start + 4096]], axis=-1, count=width)
         block = block.reshape(len(block), -1)[:, columns]  # [n, files, width] -> [n, C]
         targets[start:start + 4096] = 2 * block.astype(np.int8) - 1
-
-
-def _line_blocks(path, quiet):
-    """Yield (number of the first line, some MB of whole lines as bytes), with a progress bar."""
-    first_line = 1
-    with open(path, "rb") as file, tqdm(
-            total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
-            desc=os.path.basename(path), disable=quiet or None) as progress:
-        while block := file.read(1 << 21):
-            block += file.readline(1 << 20)  # bounded, whatever the file is
-            progress.update(len(block))
-            if first_line == 1:
-                block = block.removeprefix(b"\xef\xbb\xbf")
-            if not block.endswith(b"\n"):
-                block += b"\n"
-            yield first_line, block
-            first_line += block.count(b"\n")
-
-
-def _bad_line(path, first_line, block, index, expected):
-    text = block.split(b"\n")[index].strip()[:60].decode(errors="backslashreplace")
-    return UserError(f"{path}, line {first_line + index}: '{text}' is not {expected}")
 
 
 # ---- NUS-WIDE
@@ -497,14 +536,9 @@ def _nuswide_images(root, split, quiet):
     lists = []
     for name in ("Imagelist.txt", f"{split.title()}Imagelist.txt"):
         path = _find(root, os.path.join("ImageList", name), layout=NUSWIDE_LAYOUT)
-        images = {}  # file name -> path; file names are unique across directories
-        for number, line in enumerate(_lines(path), 1):
-            line = line.replace("\\", "/")
-            name = line.rsplit("/", 1)[-1]
-            if name in images:
-                raise UserError(f"{path}, line {number}: {name} is listed twice")
-            images[name] = line
-        lists.append(images)
+        # file name -> path; file names are unique across directories
+        lists.append(_entries(path, lambda line: (re.split(r"[\\/]", line)[-1],
+                                                  line.replace("\\", "/"))))
     everything, chosen = lists
     row_of = {name: row for row, name in enumerate(everything)}
     strangers = [name for name in chosen if name not in row_of]
@@ -605,15 +639,13 @@ CUB_IMAGES = {"train": 5_994, "test": 5_794}  # as published
 
 def _numbered_lines(path):
     """{number: text} of the lines "number text"."""
-    texts = {}
-    for row, line in enumerate(_lines(path), 1):
+    def parse(line):
         number, *text = line.split(None, 1)
         if not (number.isascii() and number.isdecimal() and len(number) < 8 and text):
-            raise UserError(f"{path}, line {row}: '{line[:60]}' is not a number and a text")
-        if int(number) in texts:
-            raise UserError(f"{path}, line {row}: {number} is listed twice")
-        texts[int(number)] = text[0]
-    return texts
+            raise ValueError(f"'{line[:60]}' is not a number and a text")
+        return int(number), text[0]
+
+    return _entries(path, parse)
 
 
 def cub_label(name):
@@ -894,15 +926,13 @@ def _openimages_entries(root, split, class_file, class_ids, quiet):
 
 def _openimages_classes(path):
     """{class id: name} of class-descriptions.csv."""
-    names = {}
-    for number, line in enumerate(_lines(path), 1):
+    def parse(line):
         fields = next(csv.reader([line]))
         if len(fields) != 2 or not fields[0] or not fields[1].strip():
-            raise UserError(f"{path}, line {number}: '{line[:60]}' is not `class id,name`")
-        if fields[0] in names:
-            raise UserError(f"{path}, line {number}: {fields[0]} is listed twice")
-        names[fields[0]] = fields[1].strip()
-    return names
+            raise ValueError(f"'{line[:60]}' is not `class id,name`")
+        return fields[0], fields[1].strip()
+
+    return _entries(path, parse)
 
 
 def _openimages_unseen(path, others, counts, quiet):
@@ -918,24 +948,26 @@ def _openimages_unseen(path, others, counts, quiet):
     frequent ones have (and these ten or more each, on average), the most frequent ones are taken,
     with a warning. A file of class ids (/m/...) instead of numbers is taken as it is.
     """
-    known, unseen, numbers = set(others), [], False
-    for row, text in enumerate(_lines(path), 1):
-        if text.isascii() and text.isdecimal() and len(text) < 8 and int(text) < len(others):
-            text, numbers = others[int(text)], True
-        if text not in known:
-            raise UserError(f"{path}, line {row}: '{text[:60]}' is neither a number below "
-                            f"{len(others):,} nor a class that is not trainable")
-        if text in unseen:
-            raise UserError(f"{path}, line {row}: {text} is listed twice")
-        unseen.append(text)
+    known = set(others)
+
+    def parse(line):
+        is_number = line.isascii() and line.isdecimal() and len(line) < 8
+        if is_number and int(line) < len(others):
+            return others[int(line)], True
+        if line not in known:
+            raise ValueError(f"'{line[:60]}' is neither a number below {len(others):,} nor a "
+                             f"class that is not trainable")
+        return line, False
+
+    unseen = _entries(path, parse)  # {class: whether it was a number}
     frequent = sorted(others, key=lambda name: -counts[name])[:len(unseen)]
     listed, most = (sum(counts[name] for name in names) for names in (unseen, frequent))
-    if numbers and most >= 10 * len(unseen) and 2 * listed < most:
+    if any(unseen.values()) and most >= 10 * len(unseen) and 2 * listed < most:
         _note(f"Open Images: WARNING: the labels that {path} counts off have {listed:,} test "
               f"annotations, the {len(unseen)} most frequent unseen labels {most:,}; these are "
               f"taken", quiet)
         return frequent
-    return unseen
+    return list(unseen)
 
 
 def openimages(root, split, transform=None, *, allow_missing=False, quiet=False):
@@ -949,7 +981,7 @@ def openimages(root, split, transform=None, *, allow_missing=False, quiet=False)
     names = _openimages_classes(class_file)
     ids = list(names)
     seen_file = _openimages_find(root, "classes-trainable.txt")
-    seen = _distinct_lines(seen_file)
+    seen = list(_entries(seen_file))
     is_seen = set(seen)
     for row, name in enumerate(seen, 1):
         if name not in names:
@@ -1121,15 +1153,15 @@ VOC_DIFFICULT = {"absent": -1, "unknown": 0, "present": 1}
 
 def _voc_class_file(path, row_of):
     """int8 [N] in {1, -1, 0}, from lines like "000012 -1"; 0 means difficult objects only."""
-    column = {}
-    for number, line in enumerate(_lines(path), 1):
+    def parse(line):
         image, *value = line.split()
         if value not in (["1"], ["-1"], ["0"]):
-            raise UserError(f"{path}, line {number}: '{line}' is not an image and 1, -1 or 0")
-        if image not in row_of or image in column:
-            problem = "is listed twice" if image in column else "is not in the list of the split"
-            raise UserError(f"{path}, line {number}: {image} {problem}")
-        column[image] = int(value[0])
+            raise ValueError(f"'{line}' is not an image and 1, -1 or 0")
+        if image not in row_of:
+            raise ValueError(f"{image} is not in the list of the split")
+        return image, int(value[0])
+
+    column = _entries(path, parse)
     lacking = [image for image in row_of if image not in column]
     if lacking:
         raise UserError(f"{path}: {len(lacking):,} images of the split are not listed, "
@@ -1166,7 +1198,7 @@ def voc2007(root, split, transform=None, *, difficult="absent", allow_missing=Fa
                                  layout=VOC_LAYOUT))
     part = {"train": "trainval", "test": "test"}[split]
     main = os.path.join("ImageSets", "Main")
-    images = _distinct_lines(_find(root, os.path.join(main, f"{part}.txt"), layout=VOC_LAYOUT))
+    images = list(_entries(_find(root, os.path.join(main, f"{part}.txt"), layout=VOC_LAYOUT)))
     directory = _find(root, "JPEGImages", layout=VOC_LAYOUT)
     _note_count(f"VOC 2007 {split}", len(images), VOC_IMAGES[split], quiet)
 
@@ -1204,7 +1236,7 @@ def _vg_names(root):
     """The names of the labels, in the order of their indices."""
     text, path = (os.path.join(root, f"vg_category_200.{suffix}") for suffix in ("txt", "json"))
     if os.path.exists(text):
-        return _distinct_lines(text)
+        return list(_entries(text))
     if not os.path.exists(path):
         raise UserError(f"{root}: VG-200's labels are published as numbers, but these methods "
                         f"need their names: write them to {text}, a line each, in the order of "
@@ -1222,7 +1254,7 @@ def vg200(root, split, transform=None, *, allow_missing=False, quiet=False):
     if len(names) != 200:
         _note(f"VG-200: WARNING: {len(names)} names instead of 200", quiet)
     list_path = _find(root, f"{split}_list_500.txt", layout=VG_LAYOUT)
-    images = [os.path.basename(image) for image in _distinct_lines(list_path)]
+    images = [os.path.basename(image) for image in list(_entries(list_path))]
     _note_count(f"VG-200 {split}", len(images), VG_IMAGES[split], quiet)
     first = _find(root, "VG_100K", "VG_100K_2", layout=VG_LAYOUT)
     second = os.path.join(root, "VG_100K_2")
@@ -1299,7 +1331,7 @@ def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
                if os.path.exists(file := os.path.join(root, f"{part}.jsonl"))}
     fixed, unseen_path = (os.path.join(root, name) for name in ("labels.txt", "unseen.txt"))
     if os.path.exists(fixed):
-        labels = _distinct_lines(fixed)
+        labels = list(_entries(fixed))
     else:
         labels = sorted({label for part in entries.values() for _, _, present, absent in part
                          for label in present + (absent if absent != "rest" else [])})
@@ -1307,7 +1339,7 @@ def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
             raise UserError(f"{path}: no label occurs in it\n{FOLDER_LAYOUT}")
     column_of = {label: column for column, label in enumerate(labels)}
 
-    unseen = _distinct_lines(unseen_path) if os.path.exists(unseen_path) else []
+    unseen = list(_entries(unseen_path)) if os.path.exists(unseen_path) else []
     for number, label in enumerate(unseen, 1):
         if label not in column_of:
             raise UserError(f"{unseen_path}, line {number}: there is no label '{label}'")
@@ -1513,19 +1545,6 @@ def grammar_sentences(labels, count, seed=0):
     return sentences, as_targets(drawn, len(labels))
 
 
-def read_text(path):
-    """The text of a UTF-8 file, with or without a byte-order mark; UserError names a bad line."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8, save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
 SYNONYMS = [{name.replace("_", " ") for name in group.split()} for group in """
     person man woman boy girl child kid player rider, airplane aeroplane plane jet, boat ship,
     bicycle bike, motorcycle motorbike, car automobile, couch sofa, refrigerator fridge, ocean sea,
@@ -1533,21 +1552,6 @@ SYNONYMS = [{name.replace("_", " ") for name in group.split()} for group in """
     potted_plant pottedplant plant, donut doughnut, hair_drier hair_dryer hairdryer""".split(",")]
 REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
                      r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
-
-
-def read_json(path):
-    """The entries of a JSON list or of JSON lines: [(where it is, entry)], else UserError."""
-    text, line, entries = read_text(path), 1, []
-    try:
-        if text.lstrip().startswith("["):
-            return [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), 1)]
-        for line, content in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028
-            if content.strip():
-                entries.append((f"{path}, line {line}", json.loads(content)))
-        return entries
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}, line {line}: not JSON: {error}") from None
 
 
 def spellings(name, vocabulary):
@@ -2382,29 +2386,6 @@ def parse_labels(text):
     return labels
 
 
-def write_file(path, content):
-    """Write str, bytes, an image as PNG or what torch.save takes under a temporary name, then
-    rename it: whatever happens meanwhile, the old file or the new one is there, whole. Folders
-    that do not exist are made."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            if isinstance(content, (str, bytes)):
-                file.write(content.encode() if isinstance(content, str) else content)
-            elif isinstance(content, Image.Image):
-                content.save(file, "PNG")
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def start_run(args):
     """Make --output and write args.json; files of an earlier run move to output/previous-N."""
     output = Path(args.output)
@@ -2693,16 +2674,8 @@ def csv_rows(path):
     if path is None:
         yield None
         return
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            yield csv.writer(file)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        yield csv.writer(file)
 
 
 def heatmap_files(files, folder):
