@@ -1750,6 +1750,8 @@ COLOURS = {"red": (214, 40, 40), "orange": (244, 140, 30), "yellow": (242, 208, 
            "pink": (240, 130, 180), "brown": (130, 85, 50)}
 
 
+# outlines of THINGS: points float64 [n, 2], in [-1, 1] with y down; angles are in degrees
+
 def oval(x, y, rx, ry=None, start=0, stop=360, points=22):
     angle = np.radians(np.linspace(start, stop, points))
     return np.stack([x + rx * np.cos(angle), y + (ry or rx) * np.sin(angle)], 1)
@@ -2170,13 +2172,10 @@ def draw_heatmaps(photo, maps, whole=False):
     of the photo, which is what CLIP's preprocessing keeps, or over the whole photo; what a grid
     does not cover stays as it is, and of a longer strip twice the square is shown.
     Colours go from a map's own lowest to its own highest value; a constant map has none."""
-    if not whole:
-        width, height = (min(size, 2 * min(photo.size)) for size in photo.size)
-        left, top = (photo.width - width) // 2, (photo.height - height) // 2
-        photo = photo.crop((left, top, left + width, top + height))
-    scale, gap, caption = 360 / max(photo.size), 16, 36
-    width, height = (max(1, round(scale * size)) for size in photo.size)
-    photo = photo.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    gap, caption, most = 16, 36, math.inf if whole else 2 * min(photo.size)
+    shown = [min(size, most) for size in photo.size]
+    width, height = (max(1, round(360 * size / max(shown))) for size in shown)
+    photo = ImageOps.fit(photo, (width, height), Image.Resampling.LANCZOS)
     side, cell = min(width, height), max(width, 240)  # a label needs some room
     left, top, right, bottom = 0, 0, width, height
     if not whole:
@@ -2387,7 +2386,9 @@ def parse_labels(text):
 
 
 def start_run(args):
-    """Make --output and write args.json; files of an earlier run move to output/previous-N."""
+    """Make --output and write args.json; files of an earlier run move to output/previous-N.
+
+    UserError if the folder cannot be made or written to."""
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -2395,11 +2396,12 @@ def start_run(args):
         raise UserError(f"cannot write to --output {output}: {error.strerror}") from None
     earlier = [output / name for name in RUN_FILES if (output / name).exists()]
     if earlier:
-        number = next(n for n in itertools.count(1) if not (output / f"previous-{n}").exists())
-        (output / f"previous-{number}").mkdir()
+        folders = (output / f"previous-{number}" for number in itertools.count(1))
+        previous = next(folder for folder in folders if not folder.exists())
+        previous.mkdir()
         for file in earlier:
-            file.rename(output / f"previous-{number}" / file.name)
-        _note(f"the earlier run in {output} is now in {output / f'previous-{number}'}")
+            file.rename(previous / file.name)
+        _note(f"the earlier run in {output} is now in {previous}")
     write_file(output / "args.json", json.dumps(vars(args), indent=1))
 
 
@@ -2628,7 +2630,7 @@ def check_run_arguments(args):
         raise UserError("--predict needs --checkpoint FILE")
     if args.predict and args.gallery:
         raise UserError("--gallery shows images of the test split: leave --predict out")
-    for name in ("csv", "heatmap", "top", "threshold"):
+    for name in ("checkpoint", "csv", "heatmap", "top", "threshold"):
         pictured = args.gallery and name in ("top", "threshold")
         if getattr(args, name) is not None and not (args.predict or pictured):
             raise UserError(f"--{name} needs --predict IMAGE")
@@ -2725,6 +2727,9 @@ def predict(score, labels, preprocess, args, whole=False):
             if not images:
                 continue
             scores, maps = score(torch.stack([*images.values()]))
+            if not scores.isfinite().all():  # nor would it be JSON
+                raise UserError(f"scores of {next(iter(images))} or one of the {len(images) - 1} "
+                                f"after it are not finite: try --precision fp32")
             for i, (file, row) in enumerate(zip(images, scores.float().cpu())):
                 best = best_labels(row, labels, args)
                 # in ASCII: valid whatever stdout's encoding is, and any file name comes back exact

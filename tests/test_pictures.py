@@ -386,12 +386,20 @@ def test_predict_draws_the_maps_it_is_given_in_batches_of_any_size(tmp_path, cap
         assert corners[i % 2] > 100 and corners[1 - i % 2] < 10
 
 
-def predict_png(name, **options):
-    """data.predict of one label and one image, in a batch of its own."""
-    args = Namespace(predict=[name], batch_size=1, workers=1, heatmap=None, top=None,
-                     threshold=None, quiet=True, **{"csv": None, **options})
-    data.predict(lambda images: (torch.ones(1, 1), None), ["owl"],
+def predict_png(name, csv=None, score=1.0):
+    """data.predict of one label, which has this score, and one image."""
+    args = Namespace(predict=[name], batch_size=1, workers=1, csv=csv, heatmap=None, top=None,
+                     threshold=None, quiet=True)
+    data.predict(lambda images: (torch.full((1, 1), score), None), ["owl"],
                  lambda image: torch.zeros(3, 2, 2), args)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_not_printed(tmp_path, capsys, score):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="x.png.*--precision fp32"):
+        predict_png(tmp_path / "x.png", score=score)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
@@ -559,6 +567,7 @@ def test_a_heatmap_follows_the_thing_across_the_image(trained, script, method):
     (["--predict", "{photos}", "--checkpoint", "{best}", "--gallery", "sheet.png"], "--gallery"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--top", "0"], "--top"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--threshold", "nan"], "--threshold"),
+    (["--checkpoint", "{best}"], "--checkpoint needs --predict"),
     (["--csv", "out.csv"], "--csv needs --predict"),
     (["--heatmap", "maps"], "--heatmap needs --predict"),
     (["--top", "3"], "--top needs --predict"),
