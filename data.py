@@ -850,17 +850,8 @@ def _fields(characters, starts, ends):
     return fields.view(f"S{width}")[:, 0]
 
 
-def _read_openimages(path, class_ids, quiet):
-    """Human-verified labels -> images S [N] in the order of the file, starts int64 [N + 1],
-    columns int32 [K] (rows of class_ids), values int8 [K]; entries as in SparseTargets.
-
-    Entries verified twice with different answers, and of classes without a description, are
-    unknown.
-    """
-    ids = np.array([name.encode() for name in class_ids])
-    order = ids.argsort()
-    ids = ids[order]
-    images, counts, columns, present = [], [], [], []
+def _openimages_lines(path, quiet):
+    """Yield images S [n], labels S [n], and whether these are present, bool [n], of some lines."""
     for first_line, block in _line_blocks(path, quiet):
         characters = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(characters == ord("\n"))
@@ -887,11 +878,25 @@ def _read_openimages(path, class_ids, quiet):
         if wrong.any():
             raise _bad_line(path, first_line, block, lines[wrong.argmax()],
                             f"`{OPENIMAGES_HEADER.decode()}` with confidence 0 or 1")
-        label = _fields(characters, b + 1, c)
+        yield _fields(characters, starts, a), _fields(characters, b + 1, c), is_one
+
+
+def _read_openimages(path, class_ids, quiet):
+    """Human-verified labels -> images S [N] in the order of the file, starts int64 [N + 1],
+    columns int32 [K] (rows of class_ids), values int8 [K]; entries as in SparseTargets.
+
+    Entries verified twice with different answers, and of classes without a description, are
+    unknown.
+    """
+    ids = np.array([name.encode() for name in class_ids])
+    order = ids.argsort()
+    ids = ids[order]
+    images, counts, columns, present = [], [], [], []
+    for image, label, is_one in _openimages_lines(path, quiet):
         position = np.minimum(np.searchsorted(ids, label), len(ids) - 1)
         columns.append(np.where(ids[position] == label, order[position], -1).astype(np.int32))
         present.append(is_one)
-        image = _fields(characters, starts, a)  # an image's lines mostly follow one another
+        # an image's lines mostly follow one another
         runs = np.flatnonzero(np.concatenate([[True], image[1:] != image[:-1]]))
         images.append(image[runs])
         counts.append(np.diff(runs, append=len(image)))
@@ -1320,6 +1325,25 @@ def _folder_entries(path):
     return entries
 
 
+def _folder_labels(root, path, entries):
+    """-> the labels of entries, {split: _folder_entries}, and indices of the unseen ones."""
+    fixed, unseen_path = (os.path.join(root, name) for name in ("labels.txt", "unseen.txt"))
+    if os.path.exists(fixed):
+        labels = list(_entries(fixed))
+    else:
+        labels = sorted({label for part in entries.values() for _, _, present, absent in part
+                         for label in present + (absent if absent != "rest" else [])})
+        if not labels:
+            raise UserError(f"{path}: no label occurs in it\n{FOLDER_LAYOUT}")
+    unseen = list(_entries(unseen_path)) if os.path.exists(unseen_path) else []
+    for number, label in enumerate(unseen, 1):
+        if label not in labels:
+            raise UserError(f"{unseen_path}, line {number}: there is no label '{label}'")
+    if len(unseen) == len(labels):
+        raise UserError(f"{unseen_path}: every label is in it, none is left to train with")
+    return labels, [labels.index(label) for label in unseen]
+
+
 def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
     """Images of one's own, described in train.jsonl and test.jsonl as FOLDER_LAYOUT shows.
 
@@ -1329,24 +1353,8 @@ def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
     path = _find(root, f"{split}.jsonl", layout=FOLDER_LAYOUT)
     entries = {part: _folder_entries(file) for part in ("train", "test")
                if os.path.exists(file := os.path.join(root, f"{part}.jsonl"))}
-    fixed, unseen_path = (os.path.join(root, name) for name in ("labels.txt", "unseen.txt"))
-    if os.path.exists(fixed):
-        labels = list(_entries(fixed))
-    else:
-        labels = sorted({label for part in entries.values() for _, _, present, absent in part
-                         for label in present + (absent if absent != "rest" else [])})
-        if not labels:
-            raise UserError(f"{path}: no label occurs in it\n{FOLDER_LAYOUT}")
+    labels, unseen = _folder_labels(root, path, entries)
     column_of = {label: column for column, label in enumerate(labels)}
-
-    unseen = list(_entries(unseen_path)) if os.path.exists(unseen_path) else []
-    for number, label in enumerate(unseen, 1):
-        if label not in column_of:
-            raise UserError(f"{unseen_path}, line {number}: there is no label '{label}'")
-    unseen = [column_of[label] for label in unseen]
-    if len(unseen) == len(labels):
-        raise UserError(f"{unseen_path}: every label is in it, none is left to train with")
-
     targets = np.zeros((len(entries[split]), len(labels)), np.int8)
     for row, (where, _, present, absent) in enumerate(entries[split]):
         for names, value in ((absent, -1), (present, 1)):
@@ -1355,7 +1363,7 @@ def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
                 continue
             for name in names:
                 if name not in column_of:
-                    raise UserError(f"{where}: '{name}' is not in {fixed}")
+                    raise UserError(f"{where}: '{name}' is not in {root}/labels.txt")
                 targets[row, column_of[name]] = value
     if split == "train":
         targets[:, unseen] = 0
