@@ -25,6 +25,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -288,7 +289,7 @@ def keep_single_positive(targets, seed):
     return kept
 
 
-# ---- reading files
+# ---- reading and writing files
 
 def _find(root, *candidates, layout):
     """The first candidate that exists below root, or a UserError with the expected layout."""
@@ -298,25 +299,42 @@ def _find(root, *candidates, layout):
     raise UserError(f"{' or '.join(candidates)} not found in {root}\n{layout}")
 
 
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte-order mark; UserError names a bad line."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8, save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
 def _lines(path):
     """Stripped lines of a text file; empty ones at the end are dropped, others are a UserError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read().rstrip().split("\n")]
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a UTF-8 text file") from None
+    lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
+    if lines == [""]:
+        raise UserError(f"{path}: the file is empty")
     if "" in lines:
         raise UserError(f"{path}, line {lines.index('') + 1}: the line is empty")
     return lines
 
 
-def _distinct_lines(path):
-    """_lines, of which none may come twice."""
-    first = {}
+def _entries(path, parse=lambda line: (line, None)):
+    """{key: value} of the pairs that parse makes of a file's lines; UserError names the line of
+    parse's ValueError, or where a key comes again."""
+    entries = {}
     for number, line in enumerate(_lines(path), 1):
-        if first.setdefault(line, number) != number:
-            raise UserError(f"{path}, line {number}: {line} is listed twice")
-    return list(first)
+        try:
+            key, value = parse(line)
+            if key in entries:
+                raise ValueError(f"{key} is listed twice")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        entries[key] = value
+    return entries
 
 
 def _parse_json(path, **options):
@@ -328,6 +346,21 @@ def _parse_json(path, **options):
         raise UserError(f"{path}: not JSON: {error}") from None
 
 
+def read_json(path):
+    """The entries of a JSON list or of JSON lines: [(where it is, entry)], else UserError."""
+    text, line, entries = read_text(path), 1, []
+    try:
+        if text.lstrip().startswith("["):
+            return [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), 1)]
+        for line, content in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028
+            if content.strip():
+                entries.append((f"{path}, line {line}", json.loads(content)))
+        return entries
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}, line {line}: not JSON: {error}") from None
+
+
 def _note_count(what, count, published, quiet):
     note = f"{what}: {count:,} images listed, {published:,} published"
     if count != published:
@@ -335,31 +368,46 @@ def _note_count(what, count, published, quiet):
     _note(note, quiet)
 
 
-def _read_bits(path, columns, progress):
-    """A text file with rows of 0/1 entries -> bits, uint8 [rows, ceil(columns / 8)].
-
-    Entries are separated by white space, empty lines ignored; UserError names a bad line. The
-    file is read in blocks of whole lines, and no Python loop sees a line or an entry.
-    """
-    packed, first_line = [np.empty((0, (columns + 7) // 8), np.uint8)], 1
-    with open(path, "rb") as file:
+def _line_blocks(path, quiet):
+    """Yield (number of the first line, some MB of whole lines as bytes), with a progress bar."""
+    first_line = 1
+    with open(path, "rb") as file, tqdm(
+            total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
+            desc=os.path.basename(path), disable=quiet or None) as progress:
         while block := file.read(1 << 21):
-            block += file.readline()
+            block += file.readline(1 << 20)  # bounded, whatever the file is
             progress.update(len(block))
+            if first_line == 1:
+                block = block.removeprefix(b"\xef\xbb\xbf")
             if not block.endswith(b"\n"):
                 block += b"\n"
-            characters = np.frombuffer(block, np.uint8)
-            is_entry = characters > ord(" ")
-            line_starts = np.flatnonzero(characters == ord("\n"))[:-1] + 1
-            line_starts = np.concatenate([[0], line_starts])
-            entries = np.add.reduceat(is_entry, line_starts, dtype=np.int32)  # in every line
-            # unsigned: characters that sort before "0" become large
-            values = np.frombuffer(block.translate(None, b" \t\r\n"), np.uint8) - ord("0")
-            if ((values > 1).any() or (is_entry[1:] & is_entry[:-1]).any()
-                    or ((entries != columns) & (entries != 0)).any()):
-                raise _bad_entry(path, block, first_line, columns)
-            packed.append(np.packbits(values.reshape(-1, columns), axis=1))
-            first_line += len(line_starts)
+            yield first_line, block
+            first_line += block.count(b"\n")
+
+
+def _bad_line(path, first_line, block, index, expected):
+    text = block.split(b"\n")[index].strip()[:60].decode(errors="backslashreplace")
+    return UserError(f"{path}, line {first_line + index}: '{text}' is not {expected}")
+
+
+def _read_bits(path, columns, quiet):
+    """A text file with rows of 0/1 entries -> bits, uint8 [rows, ceil(columns / 8)].
+
+    Entries are separated by white space, empty lines ignored; UserError names a bad line. No
+    Python loop sees a line or an entry."""
+    packed = [np.empty((0, (columns + 7) // 8), np.uint8)]
+    for first_line, block in _line_blocks(path, quiet):
+        characters = np.frombuffer(block, np.uint8)
+        is_entry = characters > ord(" ")
+        line_starts = np.flatnonzero(characters == ord("\n"))[:-1] + 1
+        line_starts = np.concatenate([[0], line_starts])
+        entries = np.add.reduceat(is_entry, line_starts, dtype=np.int32)  # in every line
+        # unsigned: characters that sort before "0" become large
+        values = np.frombuffer(block.translate(None, b" \t\r\n"), np.uint8) - ord("0")
+        if ((values > 1).any() or (is_entry[1:] & is_entry[:-1]).any()
+                or ((entries != columns) & (entries != 0)).any()):
+            raise _bad_entry(path, block, first_line, columns)
+        packed.append(np.packbits(values.reshape(-1, columns), axis=1))
     return np.concatenate(packed)
 
 
@@ -372,6 +420,38 @@ def _bad_entry(path, block, first_line, columns):
                 return UserError(f"{path}, line {number}: '{shown}' is not 0 or 1")
         if len(entries) not in (0, columns):
             return UserError(f"{path}, line {number}: {len(entries)} entries instead of {columns}")
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb", suffix=".tmp", **options):
+    """open(path, mode, **options) under a temporary name until the end: whatever happens
+    meanwhile, the old file or the new one is there, whole. Folders that do not exist are made.
+    UserError if it cannot be written."""
+    temporary = Path(f"{path}{suffix}")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_file(path, content):
+    """Write str, bytes, an image as PNG or what torch.save takes; UserError and all as replacing
+    has it."""
+    with replacing(path) as file:
+        if isinstance(content, (str, bytes)):
+            file.write(content.encode() if isinstance(content, str) else content)
+        elif isinstance(content, Image.Image):
+            content.save(file, "PNG")
+        else:
+            torch.save(content, file)
 
 
 def cache_folder():
@@ -402,16 +482,11 @@ def cached(name, paths, key, make, quiet):
         _note(f"{cache} cannot be read ({error}), it is made anew", quiet)
 
     arrays = make()
-    temporary = f"{cache}.{os.getpid()}"
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(cache, suffix=f".{os.getpid()}") as file:  # others may be at it too
             np.savez(file, key=key, **arrays)
-        os.replace(temporary, cache)
-    except OSError as error:
-        _note(f"{cache} cannot be written ({error.strerror}), the next start is slow too", quiet)
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+    except UserError as error:
+        _note(f"the cache cannot be written, the next start is slow too: {error}", quiet)
     return arrays
 
 
@@ -423,18 +498,9 @@ def mapped(name, key, shape, batches):
     digest = hashlib.sha256(json.dumps([key, shape]).encode()).hexdigest()
     file, size = cache_folder() / f"{name}-{digest[:16]}.f16", math.prod(shape)
     if not file.exists() or file.stat().st_size != 2 * size:
-        temporary = Path(f"{file}.{os.getpid()}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as out:
-                for batch in batches():
-                    out.write(batch.half().cpu().numpy().tobytes())
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with replacing(file, suffix=f".{os.getpid()}") as out:
+            for batch in batches():
+                out.write(batch.half().cpu().numpy().tobytes())
     return torch.from_file(str(file), False, size, dtype=torch.float16).view(shape)
 
 
@@ -444,13 +510,11 @@ def _cached_bits(paths, columns, rows, quiet):
     UserError if a file has not `rows` rows.
     """
     def make():
-        bits, size = [], sum(map(os.path.getsize, paths))
-        with tqdm(total=size, unit="B", unit_scale=True, disable=quiet or None) as progress:
-            for path in paths:
-                progress.set_description(os.path.basename(path))
-                bits.append(_read_bits(path, columns, progress))
-                if len(bits[-1]) != rows:
-                    raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
+        bits = []
+        for path in paths:
+            bits.append(_read_bits(path, columns, quiet))
+            if len(bits[-1]) != rows:
+                raise UserError(f"{path}: {len(bits[-1]):,} rows for {rows:,} images")
         return {"bits": np.stack(bits, axis=1)}
 
     return cached(os.path.basename(paths[0]), paths, [columns, rows], make, quiet)["bits"]
@@ -462,28 +526,6 @@ def _fill_targets(targets, bits, width, rows, columns):
         block = np.unpackbits(bits[rows[start:start + 4096]], axis=-1, count=width)
         block = block.reshape(len(block), -1)[:, columns]  # [n, files, width] -> [n, C]
         targets[start:start + 4096] = 2 * block.astype(np.int8) - 1
-
-
-def _line_blocks(path, quiet):
-    """Yield (number of the first line, some MB of whole lines as bytes), with a progress bar."""
-    first_line = 1
-    with open(path, "rb") as file, tqdm(
-            total=os.path.getsize(path), unit="B", unit_scale=True, leave=False,
-            desc=os.path.basename(path), disable=quiet or None) as progress:
-        while block := file.read(1 << 21):
-            block += file.readline(1 << 20)  # bounded, whatever the file is
-            progress.update(len(block))
-            if first_line == 1:
-                block = block.removeprefix(b"\xef\xbb\xbf")
-            if not block.endswith(b"\n"):
-                block += b"\n"
-            yield first_line, block
-            first_line += block.count(b"\n")
-
-
-def _bad_line(path, first_line, block, index, expected):
-    text = block.split(b"\n")[index].strip()[:60].decode(errors="backslashreplace")
-    return UserError(f"{path}, line {first_line + index}: '{text}' is not {expected}")
 
 
 # ---- NUS-WIDE
@@ -505,14 +547,9 @@ def _nuswide_images(root, split, quiet):
     lists = []
     for name in ("Imagelist.txt", f"{split.title()}Imagelist.txt"):
         path = _find(root, os.path.join("ImageList", name), layout=NUSWIDE_LAYOUT)
-        images = {}  # file name -> path; file names are unique across directories
-        for number, line in enumerate(_lines(path), 1):
-            line = line.replace("\\", "/")
-            name = line.rsplit("/", 1)[-1]
-            if name in images:
-                raise UserError(f"{path}, line {number}: {name} is listed twice")
-            images[name] = line
-        lists.append(images)
+        # file name -> path; file names are unique across directories
+        lists.append(_entries(path, lambda line: (re.split(r"[\\/]", line)[-1],
+                                                  line.replace("\\", "/"))))
     everything, chosen = lists
     row_of = {name: row for row, name in enumerate(everything)}
     strangers = [name for name in chosen if name not in row_of]
@@ -613,15 +650,13 @@ CUB_IMAGES = {"train": 5_994, "test": 5_794}  # as published
 
 def _numbered_lines(path):
     """{number: text} of the lines "number text"."""
-    texts = {}
-    for row, line in enumerate(_lines(path), 1):
+    def parse(line):
         number, *text = line.split(None, 1)
         if not (number.isascii() and number.isdecimal() and len(number) < 8 and text):
-            raise UserError(f"{path}, line {row}: '{line[:60]}' is not a number and a text")
-        if int(number) in texts:
-            raise UserError(f"{path}, line {row}: {number} is listed twice")
-        texts[int(number)] = text[0]
-    return texts
+            raise ValueError(f"'{line[:60]}' is not a number and a text")
+        return int(number), text[0]
+
+    return _entries(path, parse)
 
 
 def cub_label(name):
@@ -826,17 +861,8 @@ def _fields(characters, starts, ends):
     return fields.view(f"S{width}")[:, 0]
 
 
-def _read_openimages(path, class_ids, quiet):
-    """Human-verified labels -> images S [N] in the order of the file, starts int64 [N + 1],
-    columns int32 [K] (rows of class_ids), values int8 [K]; entries as in SparseTargets.
-
-    Entries verified twice with different answers, and of classes without a description, are
-    unknown.
-    """
-    ids = np.array([name.encode() for name in class_ids])
-    order = ids.argsort()
-    ids = ids[order]
-    images, counts, columns, present = [], [], [], []
+def _openimages_lines(path, quiet):
+    """Yield images S [n], labels S [n], and whether these are present, bool [n], of some lines."""
     for first_line, block in _line_blocks(path, quiet):
         characters = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(characters == ord("\n"))
@@ -863,11 +889,25 @@ def _read_openimages(path, class_ids, quiet):
         if wrong.any():
             raise _bad_line(path, first_line, block, lines[wrong.argmax()],
                             f"`{OPENIMAGES_HEADER.decode()}` with confidence 0 or 1")
-        label = _fields(characters, b + 1, c)
+        yield _fields(characters, starts, a), _fields(characters, b + 1, c), is_one
+
+
+def _read_openimages(path, class_ids, quiet):
+    """Human-verified labels -> images S [N] in the order of the file, starts int64 [N + 1],
+    columns int32 [K] (rows of class_ids), values int8 [K]; entries as in SparseTargets.
+
+    Entries verified twice with different answers, and of classes without a description, are
+    unknown.
+    """
+    ids = np.array([name.encode() for name in class_ids])
+    order = ids.argsort()
+    ids = ids[order]
+    images, counts, columns, present = [], [], [], []
+    for image, label, is_one in _openimages_lines(path, quiet):
         position = np.minimum(np.searchsorted(ids, label), len(ids) - 1)
         columns.append(np.where(ids[position] == label, order[position], -1).astype(np.int32))
         present.append(is_one)
-        image = _fields(characters, starts, a)  # an image's lines mostly follow one another
+        # an image's lines mostly follow one another
         runs = np.flatnonzero(np.concatenate([[True], image[1:] != image[:-1]]))
         images.append(image[runs])
         counts.append(np.diff(runs, append=len(image)))
@@ -902,15 +942,13 @@ def _openimages_entries(root, split, class_file, class_ids, quiet):
 
 def _openimages_classes(path):
     """{class id: name} of class-descriptions.csv."""
-    names = {}
-    for number, line in enumerate(_lines(path), 1):
+    def parse(line):
         fields = next(csv.reader([line]))
         if len(fields) != 2 or not fields[0] or not fields[1].strip():
-            raise UserError(f"{path}, line {number}: '{line[:60]}' is not `class id,name`")
-        if fields[0] in names:
-            raise UserError(f"{path}, line {number}: {fields[0]} is listed twice")
-        names[fields[0]] = fields[1].strip()
-    return names
+            raise ValueError(f"'{line[:60]}' is not `class id,name`")
+        return fields[0], fields[1].strip()
+
+    return _entries(path, parse)
 
 
 def _openimages_unseen(path, others, counts, quiet):
@@ -926,24 +964,26 @@ def _openimages_unseen(path, others, counts, quiet):
     frequent ones have (and these ten or more each, on average), the most frequent ones are taken,
     with a warning. A file of class ids (/m/...) instead of numbers is taken as it is.
     """
-    known, unseen, numbers = set(others), [], False
-    for row, text in enumerate(_lines(path), 1):
-        if text.isascii() and text.isdecimal() and len(text) < 8 and int(text) < len(others):
-            text, numbers = others[int(text)], True
-        if text not in known:
-            raise UserError(f"{path}, line {row}: '{text[:60]}' is neither a number below "
-                            f"{len(others):,} nor a class that is not trainable")
-        if text in unseen:
-            raise UserError(f"{path}, line {row}: {text} is listed twice")
-        unseen.append(text)
+    known = set(others)
+
+    def parse(line):
+        is_number = line.isascii() and line.isdecimal() and len(line) < 8
+        if is_number and int(line) < len(others):
+            return others[int(line)], True
+        if line not in known:
+            raise ValueError(f"'{line[:60]}' is neither a number below {len(others):,} nor a "
+                             f"class that is not trainable")
+        return line, False
+
+    unseen = _entries(path, parse)  # {class: whether it was a number}
     frequent = sorted(others, key=lambda name: -counts[name])[:len(unseen)]
     listed, most = (sum(counts[name] for name in names) for names in (unseen, frequent))
-    if numbers and most >= 10 * len(unseen) and 2 * listed < most:
+    if any(unseen.values()) and most >= 10 * len(unseen) and 2 * listed < most:
         _note(f"Open Images: WARNING: the labels that {path} counts off have {listed:,} test "
               f"annotations, the {len(unseen)} most frequent unseen labels {most:,}; these are "
               f"taken", quiet)
         return frequent
-    return unseen
+    return list(unseen)
 
 
 def openimages(root, split, transform=None, *, allow_missing=False, quiet=False):
@@ -957,7 +997,7 @@ def openimages(root, split, transform=None, *, allow_missing=False, quiet=False)
     names = _openimages_classes(class_file)
     ids = list(names)
     seen_file = _openimages_find(root, "classes-trainable.txt")
-    seen = _distinct_lines(seen_file)
+    seen = list(_entries(seen_file))
     is_seen = set(seen)
     for row, name in enumerate(seen, 1):
         if name not in names:
@@ -1129,15 +1169,15 @@ VOC_DIFFICULT = {"absent": -1, "unknown": 0, "present": 1}
 
 def _voc_class_file(path, row_of):
     """int8 [N] in {1, -1, 0}, from lines like "000012 -1"; 0 means difficult objects only."""
-    column = {}
-    for number, line in enumerate(_lines(path), 1):
+    def parse(line):
         image, *value = line.split()
         if value not in (["1"], ["-1"], ["0"]):
-            raise UserError(f"{path}, line {number}: '{line}' is not an image and 1, -1 or 0")
-        if image not in row_of or image in column:
-            problem = "is listed twice" if image in column else "is not in the list of the split"
-            raise UserError(f"{path}, line {number}: {image} {problem}")
-        column[image] = int(value[0])
+            raise ValueError(f"'{line}' is not an image and 1, -1 or 0")
+        if image not in row_of:
+            raise ValueError(f"{image} is not in the list of the split")
+        return image, int(value[0])
+
+    column = _entries(path, parse)
     lacking = [image for image in row_of if image not in column]
     if lacking:
         raise UserError(f"{path}: {len(lacking):,} images of the split are not listed, "
@@ -1174,7 +1214,7 @@ def voc2007(root, split, transform=None, *, difficult="absent", allow_missing=Fa
                                  layout=VOC_LAYOUT))
     part = {"train": "trainval", "test": "test"}[split]
     main = os.path.join("ImageSets", "Main")
-    images = _distinct_lines(_find(root, os.path.join(main, f"{part}.txt"), layout=VOC_LAYOUT))
+    images = list(_entries(_find(root, os.path.join(main, f"{part}.txt"), layout=VOC_LAYOUT)))
     directory = _find(root, "JPEGImages", layout=VOC_LAYOUT)
     _note_count(f"VOC 2007 {split}", len(images), VOC_IMAGES[split], quiet)
 
@@ -1212,7 +1252,7 @@ def _vg_names(root):
     """The names of the labels, in the order of their indices."""
     text, path = (os.path.join(root, f"vg_category_200.{suffix}") for suffix in ("txt", "json"))
     if os.path.exists(text):
-        return _distinct_lines(text)
+        return list(_entries(text))
     if not os.path.exists(path):
         raise UserError(f"{root}: VG-200's labels are published as numbers, but these methods "
                         f"need their names: write them to {text}, a line each, in the order of "
@@ -1230,7 +1270,7 @@ def vg200(root, split, transform=None, *, allow_missing=False, quiet=False):
     if len(names) != 200:
         _note(f"VG-200: WARNING: {len(names)} names instead of 200", quiet)
     list_path = _find(root, f"{split}_list_500.txt", layout=VG_LAYOUT)
-    images = [os.path.basename(image) for image in _distinct_lines(list_path)]
+    images = [os.path.basename(image) for image in list(_entries(list_path))]
     _note_count(f"VG-200 {split}", len(images), VG_IMAGES[split], quiet)
     first = _find(root, "VG_100K", "VG_100K_2", layout=VG_LAYOUT)
     second = os.path.join(root, "VG_100K_2")
@@ -1296,6 +1336,25 @@ def _folder_entries(path):
     return entries
 
 
+def _folder_labels(root, path, entries):
+    """-> the labels of entries, {split: _folder_entries}, and indices of the unseen ones."""
+    fixed, unseen_path = (os.path.join(root, name) for name in ("labels.txt", "unseen.txt"))
+    if os.path.exists(fixed):
+        labels = list(_entries(fixed))
+    else:
+        labels = sorted({label for part in entries.values() for _, _, present, absent in part
+                         for label in present + (absent if absent != "rest" else [])})
+        if not labels:
+            raise UserError(f"{path}: no label occurs in it\n{FOLDER_LAYOUT}")
+    unseen = list(_entries(unseen_path)) if os.path.exists(unseen_path) else []
+    for number, label in enumerate(unseen, 1):
+        if label not in labels:
+            raise UserError(f"{unseen_path}, line {number}: there is no label '{label}'")
+    if len(unseen) == len(labels):
+        raise UserError(f"{unseen_path}: every label is in it, none is left to train with")
+    return labels, [labels.index(label) for label in unseen]
+
+
 def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
     """Images of one's own, described in train.jsonl and test.jsonl as FOLDER_LAYOUT shows.
 
@@ -1305,24 +1364,8 @@ def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
     path = _find(root, f"{split}.jsonl", layout=FOLDER_LAYOUT)
     entries = {part: _folder_entries(file) for part in ("train", "test")
                if os.path.exists(file := os.path.join(root, f"{part}.jsonl"))}
-    fixed, unseen_path = (os.path.join(root, name) for name in ("labels.txt", "unseen.txt"))
-    if os.path.exists(fixed):
-        labels = _distinct_lines(fixed)
-    else:
-        labels = sorted({label for part in entries.values() for _, _, present, absent in part
-                         for label in present + (absent if absent != "rest" else [])})
-        if not labels:
-            raise UserError(f"{path}: no label occurs in it\n{FOLDER_LAYOUT}")
+    labels, unseen = _folder_labels(root, path, entries)
     column_of = {label: column for column, label in enumerate(labels)}
-
-    unseen = _distinct_lines(unseen_path) if os.path.exists(unseen_path) else []
-    for number, label in enumerate(unseen, 1):
-        if label not in column_of:
-            raise UserError(f"{unseen_path}, line {number}: there is no label '{label}'")
-    unseen = [column_of[label] for label in unseen]
-    if len(unseen) == len(labels):
-        raise UserError(f"{unseen_path}: every label is in it, none is left to train with")
-
     targets = np.zeros((len(entries[split]), len(labels)), np.int8)
     for row, (where, _, present, absent) in enumerate(entries[split]):
         for names, value in ((absent, -1), (present, 1)):
@@ -1331,7 +1374,7 @@ def folder(root, split, transform=None, *, allow_missing=False, quiet=False):
                 continue
             for name in names:
                 if name not in column_of:
-                    raise UserError(f"{where}: '{name}' is not in {fixed}")
+                    raise UserError(f"{where}: '{name}' is not in {root}/labels.txt")
                 targets[row, column_of[name]] = value
     if split == "train":
         targets[:, unseen] = 0
@@ -1521,19 +1564,6 @@ def grammar_sentences(labels, count, seed=0):
     return sentences, as_targets(drawn, len(labels))
 
 
-def read_text(path):
-    """The text of a UTF-8 file, with or without a byte-order mark; UserError names a bad line."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8, save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
 SYNONYMS = [{name.replace("_", " ") for name in group.split()} for group in """
     person man woman boy girl child kid player rider, airplane aeroplane plane jet, boat ship,
     bicycle bike, motorcycle motorbike, car automobile, couch sofa, refrigerator fridge, ocean sea,
@@ -1541,21 +1571,6 @@ SYNONYMS = [{name.replace("_", " ") for name in group.split()} for group in """
     potted_plant pottedplant plant, donut doughnut, hair_drier hair_dryer hairdryer""".split(",")]
 REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
                      r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
-
-
-def read_json(path):
-    """The entries of a JSON list or of JSON lines: [(where it is, entry)], else UserError."""
-    text, line, entries = read_text(path), 1, []
-    try:
-        if text.lstrip().startswith("["):
-            return [(f"{path}, entry {n}", entry) for n, entry in enumerate(json.loads(text), 1)]
-        for line, content in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028
-            if content.strip():
-                entries.append((f"{path}, line {line}", json.loads(content)))
-        return entries
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}, line {line}: not JSON: {error}") from None
 
 
 def spellings(name, vocabulary):
@@ -1753,6 +1768,8 @@ COLOURS = {"red": (214, 40, 40), "orange": (244, 140, 30), "yellow": (242, 208, 
            "green": (50, 160, 70), "blue": (40, 100, 215), "purple": (130, 60, 170),
            "pink": (240, 130, 180), "brown": (130, 85, 50)}
 
+
+# outlines of THINGS: points float64 [n, 2], in [-1, 1] with y down; angles are in degrees
 
 def oval(x, y, rx, ry=None, start=0, stop=360, points=22):
     angle = np.radians(np.linspace(start, stop, points))
@@ -2121,26 +2138,38 @@ def load_dataset(name, root=None, split="train", transform=None, **options):
 PALETTE = np.array([(25, 15, 115), (135, 25, 155), (215, 60, 100), (250, 140, 40), (255, 225, 30)])
 # of curves: colours that colour-blind people tell apart (Okabe and Ito, 2008)
 LINE_COLOURS = ["#000000", "#e69f00", "#0072b2", "#cc79a7", "#009e73", "#d55e00", "#56b4e9"]
+PANEL = (1040, 760)  # pixels; curves are drawn twice as large, then reduced
 INK, GREY, PALE = "#222222", "#6f6f6f", "#e4e4e4"
 CORRECT, FALSE = "#007a5a", "#d55e00"
+# of Linux, Windows and macOS, those with the most scripts first
+OTHER_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
 
 
 @functools.lru_cache
-def _font(size):
+def _font(size, is_ascii=True):
+    """Pillow's own font, which has hardly a letter beyond ASCII, or one of the system's."""
+    for name in () if is_ascii else OTHER_FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
 
 
 def _fit_text(text, size, width):
-    """One line of text no wider than so many pixels, cut with an ellipsis where it has to be.
+    """-> (text, font): a line no wider than so many pixels, in smaller letters where it has to be
+    and cut with an ellipsis where that is not enough.
 
-    Pillow's font has few letters beyond ASCII: accents go, what else it lacks becomes a box."""
-    text = unicodedata.normalize("NFKD", " ".join(text[:300].split()))
-    text = "".join(letter for letter in text if not unicodedata.combining(letter))
-    if _font(size).getlength(text) <= width:
-        return text
-    while text and _font(size).getlength(text + "…") > width:
+    Accents go where the rest is ASCII; a letter that no font here has becomes a box."""
+    text = " ".join(text[:300].split())
+    letters = unicodedata.normalize("NFKD", text)
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    text = plain if plain.isascii() else text
+    for height in (size, size * 6 // 7):
+        font = _font(height, text.isascii())
+        if font.getlength(text) <= width:
+            return text, font
+    while text and font.getlength(text + "…") > width:
         text = text[:-1]
-    return text.rstrip() + "…"
+    return text.rstrip() + "…", font
 
 
 def _palette(values):
@@ -2160,12 +2189,13 @@ def draw_heatmaps(photo, maps, whole=False):
 
     photo: RGB PIL image. maps: (label, score, float [h, w]) each, a grid over the central square
     of the photo, which is what CLIP's preprocessing keeps, or over the whole photo; what a grid
-    does not cover stays as it is.
+    does not cover stays as it is, and of a longer strip twice the square is shown.
     Colours go from a map's own lowest to its own highest value; a constant map has none."""
-    scale, gap, caption = 360 / max(photo.size), 16, 36
-    width, height = (max(1, round(scale * size)) for size in photo.size)
-    photo = photo.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    side, cell = min(width, height), max(width, 180)  # a label needs some room
+    gap, caption, most = 16, 36, math.inf if whole else 2 * min(photo.size)
+    shown = [min(size, most) for size in photo.size]
+    width, height = (max(1, round(360 * size / max(shown))) for size in shown)
+    photo = ImageOps.fit(photo, (width, height), Image.Resampling.LANCZOS)
+    side, cell = min(width, height), max(width, 240)  # a label needs some room
     left, top, right, bottom = 0, 0, width, height
     if not whole:
         left, top = (width - side) // 2, (height - side) // 2
@@ -2190,13 +2220,14 @@ def draw_heatmaps(photo, maps, whole=False):
         x, y = gap + i % 4 * (cell + gap), gap + i // 4 * (height + caption + gap)
         sheet.paste(photo, (x, y))
         sheet.paste(_overlay(covered, np.asarray(values).clip(0, 1)), (x + left, y + top))
-        if covered.size != photo.size:  # say where the map ends
-            draw.rectangle((x + left, y + top, x + right - 1, y + bottom - 1),
-                           outline="white")
-        score = f"{score:.3f}"
-        room = cell - 12 - _font(17).getlength(score)
-        draw.text((x, y + height + 8), _fit_text(label, 17, room), INK, _font(17))
-        draw.text((x + cell, y + height + 8), score, GREY, _font(17), anchor="ra")
+        if covered.size != photo.size:  # say where the map ends, on bright and dark ground
+            for inset, colour in ((0, "white"), (1, INK)):
+                draw.rectangle((x + left + inset, y + top + inset, x + right - 1 - inset,
+                                y + bottom - 1 - inset), outline=colour)
+        score, y = f"{score:.3f}", y + height + 24
+        label, font = _fit_text(label, 17, cell - 12 - _font(17).getlength(score))
+        draw.text((x, y), label, INK, font, anchor="ls")
+        draw.text((x + cell, y), score, GREY, _font(17), anchor="rs")
     return sheet
 
 
@@ -2214,65 +2245,70 @@ def draw_curves(log):
     """The lines of a log.jsonl as a panel of losses, and one of scores if any -> RGB PIL image.
 
     log: dicts with "epoch", numbers, perhaps "stage". Names with mAP, precision, recall or F1 are
-    scores. Epochs are counted through all stages; a line is broken where a stage ends."""
+    scores in [0, 1], drawn in percent. Epochs are counted through all stages; a line is broken
+    where a stage ends."""
     names = [name for name in dict.fromkeys(name for line in log for name in line)
              if name not in ("stage", "epoch", "lr", "seconds", "unreadable_images")]
     scores = [name for name in names if re.search("mAP|precision|recall|F1", name)]
     losses = [name for name in names if name not in scores]
-    panels = [panel for panel in (("Loss", losses), ("Scores", scores)) if panel[1]]
-    stages = [line.get("stage", 1) for line in log]
-    width, height = 1040, 760  # of a panel; everything is drawn twice as large, then reduced
-    sheet = Image.new("RGB", (width * max(1, len(panels)), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for panel, (title, names) in enumerate(panels):
-        left, right, bottom = panel * width + 124, (panel + 1) * width - 44, height - 104
-        draw.text((left, 28), title, INK, _font(34))
-        legend, x, y = [], left, 84
-        for name in names:
-            text = _fit_text(name, 26, 400)
-            if x > left and x + 56 + _font(26).getlength(text) > right:
-                x, y = left, y + 40
-            legend.append((x, y, text))
-            x += 104 + int(_font(26).getlength(text))
-        top = y + (84 if len(set(stages)) > 1 else 56)
-        values = {name: [(epoch, line[name]) for epoch, line in enumerate(log)
-                         if math.isfinite(line.get(name, math.nan))] for name in names}
-        drawn = [value for points in values.values() for _, value in points] or [0.0]
-        ticks, digits = _ticks(min(drawn), max(drawn), 5)
-
-        def place(epoch, value):
-            return (left + (right - left) * (epoch + 0.5) / len(log),
-                    bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
-
-        for tick in ticks:
-            y = place(0, tick)[1]
-            draw.line((left, y, right, y), PALE, 2)
-            draw.text((left - 16, y), f"{tick:.{digits}f}", GREY, _font(24), anchor="rm")
-        draw.line((left, bottom, right, bottom), GREY, 2)
-        for epoch in {round(tick) for tick in _ticks(0, len(log), 8)[0]}:
-            if 1 <= epoch <= len(log):
-                x = place(epoch - 1, 0)[0]
-                draw.line((x, bottom, x, bottom + 8), GREY, 2)
-                draw.text((x, bottom + 16), str(epoch), GREY, _font(24), anchor="mt")
-        draw.text(((left + right) / 2, bottom + 56), "epoch", GREY, _font(24), anchor="mt")
-        for stage in dict.fromkeys(stages) if len(set(stages)) > 1 else ():
-            x, text = place(stages.index(stage) - 0.5, 0)[0], f"stage {stage}"
-            draw.text((min(x, right - _font(24).getlength(text)), top - 36), text, GREY, _font(24))
-            if x > left:
-                draw.line((x, top, x, bottom), GREY, 2)
-        for i, (name, (x, y, text)) in enumerate(zip(names, legend)):
-            # the first line is the widest: a total stays visible under a term that equals it
-            colour, size = LINE_COLOURS[i % len(LINE_COLOURS)], 4 if i else 8
-            draw.line((x, y + 16, x + 44, y + 16), colour, size)
-            draw.text((x + 60, y), text, INK, _font(26))
-            for stage in dict.fromkeys(stages):
-                points = [place(epoch, value) for epoch, value in values[name]
-                          if stages[epoch] == stage]
-                if len(points) > 1:
-                    draw.line(points, colour, size, joint="curve")
-                for x, y in points if len(log) <= 40 or len(points) == 1 else ():
-                    draw.ellipse((x - size, y - size, x + size, y + size), colour)
+    scores.sort(key=lambda name: "mAP" not in name)  # first what best.pt is selected by
+    panels = [panel for panel in (("Loss", losses, 1), ("Scores (%)", scores, 100)) if panel[1]]
+    sheet = Image.new("RGB", (PANEL[0] * max(1, len(panels)), PANEL[1]), "white")
+    for i, panel in enumerate(panels):
+        _draw_panel(ImageDraw.Draw(sheet), i * PANEL[0], log, *panel)
     return sheet.reduce(2)
+
+
+def _draw_panel(draw, x, log, title, names, factor):
+    """The values of these names, times a factor, over the epochs, from x to x + PANEL[0]."""
+    left, right, bottom = x + 124, x + PANEL[0] - 44, PANEL[1] - 104
+    draw.text((left, 28), title, INK, _font(34))
+    legend, x, y = [], left, 84
+    for name in names:
+        text, font = _fit_text(name, 26, 400)
+        if x > left and x + 56 + font.getlength(text) > right:
+            x, y = left, y + 40
+        legend.append((x, y, text, font))
+        x += 104 + int(font.getlength(text))
+    stages = [line.get("stage", 1) for line in log]
+    top = y + (84 if len(set(stages)) > 1 else 56)
+    values = {name: [(epoch, factor * line[name]) for epoch, line in enumerate(log)
+                     if math.isfinite(line.get(name, math.nan))] for name in names}
+    drawn = [value for points in values.values() for _, value in points] or [0.0]
+    ticks, digits = _ticks(min(drawn), max(drawn), 5)
+
+    def place(epoch, value):
+        return (left + (right - left) * (epoch + 0.5) / len(log),
+                bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
+
+    for tick in ticks:
+        y = place(0, tick)[1]
+        draw.line((left, y, right, y), PALE, 2)
+        draw.text((left - 16, y), f"{tick:.{digits}f}", GREY, _font(24), anchor="rm")
+    draw.line((left, bottom, right, bottom), GREY, 2)
+    for epoch in {round(tick) for tick in _ticks(0, len(log), 8)[0]}:
+        if 1 <= epoch <= len(log):
+            x = place(epoch - 1, 0)[0]
+            draw.line((x, bottom, x, bottom + 8), GREY, 2)
+            draw.text((x, bottom + 16), str(epoch), GREY, _font(24), anchor="mt")
+    draw.text(((left + right) / 2, bottom + 56), "epoch", GREY, _font(24), anchor="mt")
+    for stage in dict.fromkeys(stages) if len(set(stages)) > 1 else ():
+        x, text = place(stages.index(stage) - 0.5, 0)[0], f"stage {stage}"
+        draw.text((min(x, right - _font(24).getlength(text)), top - 36), text, GREY, _font(24))
+        if x > left:
+            draw.line((x, top, x, bottom), GREY, 2)
+    for i, (name, (x, y, text, font)) in enumerate(zip(names, legend)):
+        # the first line is the widest: a total stays visible under a term that equals it
+        colour, size = LINE_COLOURS[i % len(LINE_COLOURS)], 4 if i else 8
+        draw.line((x, y + 16, x + 44, y + 16), colour, size)
+        draw.text((x + 60, y), text, INK, font)
+        for stage in dict.fromkeys(stages):
+            points = [place(epoch, value) for epoch, value in values[name]
+                      if stages[epoch] == stage]
+            if len(points) > 1:
+                draw.line(points, colour, size, joint="curve")
+            for x, y in points if len(log) <= 40 or len(points) == 1 else ():
+                draw.ellipse((x - size, y - size, x + size, y + size), colour)
 
 
 def _mark(draw, kind, x, y):
@@ -2321,9 +2357,10 @@ def draw_gallery(images, truths, predictions):
                 top = y + side + 16 + i * line
                 if kind:
                     _mark(draw, kind, x, top + 4)
-                label = _fit_text(label, 26, side - 46 - _font(26).getlength(score))
-                draw.text((x + 34, top), label, GREY if kind != "correct" else INK, _font(26))
-                draw.text((x + side, top), score, GREY, _font(26), anchor="ra")
+                label, font = _fit_text(label, 26, side - 46 - _font(26).getlength(score))
+                draw.text((x + 34, top + 24), label, INK if kind == "correct" else GREY, font,
+                          anchor="ls")
+                draw.text((x + side, top + 24), score, GREY, _font(26), anchor="rs")
         y += heights[row]
     return sheet.reduce(2)
 
@@ -2367,31 +2404,10 @@ def parse_labels(text):
     return labels
 
 
-def write_file(path, content):
-    """Write str, bytes, an image as PNG or what torch.save takes under a temporary name, then
-    rename it: whatever happens meanwhile, the old file or the new one is there, whole. Folders
-    that do not exist are made."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            if isinstance(content, (str, bytes)):
-                file.write(content.encode() if isinstance(content, str) else content)
-            elif isinstance(content, Image.Image):
-                content.save(file, "PNG")
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def start_run(args):
-    """Make --output and write args.json; files of an earlier run move to output/previous-N."""
+    """Make --output and write args.json; files of an earlier run move to output/previous-N.
+
+    UserError if the folder cannot be made or written to."""
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -2399,11 +2415,12 @@ def start_run(args):
         raise UserError(f"cannot write to --output {output}: {error.strerror}") from None
     earlier = [output / name for name in RUN_FILES if (output / name).exists()]
     if earlier:
-        number = next(n for n in itertools.count(1) if not (output / f"previous-{n}").exists())
-        (output / f"previous-{number}").mkdir()
+        folders = (output / f"previous-{number}" for number in itertools.count(1))
+        previous = next(folder for folder in folders if not folder.exists())
+        previous.mkdir()
         for file in earlier:
-            file.rename(output / f"previous-{number}" / file.name)
-        _note(f"the earlier run in {output} is now in {output / f'previous-{number}'}")
+            file.rename(previous / file.name)
+        _note(f"the earlier run in {output} is now in {previous}")
     write_file(output / "args.json", json.dumps(vars(args), indent=1))
 
 
@@ -2701,20 +2718,35 @@ def add_run_arguments(parser, method):
         "labels (default: 3) were seen")
 
 
+def check_writable(option, path, is_folder=False):
+    """UserError if no file can be written at a path, or below one, which may not exist yet."""
+    path = Path(os.path.abspath(path))
+    folder = path.parent
+    if is_folder:  # it will be made, and those above it
+        folder = next(part for part in (path, *path.parents) if part.exists())
+    elif path.is_dir():
+        raise UserError(f"{option}: {path} is a folder, give the name of a file")
+    try:  # permissions alone do not tell
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write to {folder}: {error.strerror}") from None
+
+
 def check_run_arguments(args):
     """UserError if options do not fit together; the images of --predict become a list of files."""
     if args.predict and not args.checkpoint:
         raise UserError("--predict needs --checkpoint FILE")
     if args.predict and args.gallery:
         raise UserError("--gallery shows images of the test split: leave --predict out")
-    for name in ("csv", "heatmap", "top", "threshold"):
+    for name in ("checkpoint", "csv", "heatmap", "top", "threshold"):
         pictured = args.gallery and name in ("top", "threshold")
         if getattr(args, name) is not None and not (args.predict or pictured):
             raise UserError(f"--{name} needs --predict IMAGE")
     if args.gallery and not args.gallery.lower().endswith(".png"):
         raise UserError(f"--gallery {args.gallery}: the name must end in .png")
-    if args.gallery and not Path(args.gallery).parent.is_dir():
-        raise UserError(f"--gallery: no such folder: {Path(args.gallery).parent}")
+    for name in ("csv", "gallery", "heatmap"):
+        if getattr(args, name) is not None:
+            check_writable(f"--{name}", getattr(args, name), is_folder=name == "heatmap")
     if args.predict:
         args.predict = image_files(args.predict)
 
@@ -2730,22 +2762,30 @@ def best_labels(scores, labels, args):
             if args.threshold is None or score >= args.threshold]
 
 
+def print_line(text):
+    """Print at once. Where nobody reads on (`| head -1`) the program ends, quietly, with SIGPIPE's
+    code; UserError for any other failure, such as a full disk."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more when it ends, which must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        raise UserError(f"cannot print the results: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def csv_rows(path):
-    """A csv.writer whose file has a temporary name until the end; without a path it is None."""
+    """A csv.writer whose file has a temporary name until the end; without a path it is None.
+
+    UTF-8: a file name's other bytes are escaped as in JSON, \\udce9, or few programs read any."""
     if path is None:
         yield None
         return
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield csv.writer(file)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        yield csv.writer(file)
 
 
 def heatmap_files(files, folder):
@@ -2795,11 +2835,14 @@ def predict(score, labels, preprocess, args, whole=False):
             if not images:
                 continue
             scores, maps = score(torch.stack([*images.values()]))
+            if not scores.isfinite().all():  # nor would it be JSON
+                raise UserError(f"scores of {next(iter(images))} or one of the {len(images) - 1} "
+                                f"after it are not finite: try --precision fp32")
             for i, (file, row) in enumerate(zip(images, scores.float().cpu())):
                 best = best_labels(row, labels, args)
-                tqdm.write(json.dumps({"path": str(file), "labels": [
-                    {"label": label, "score": value} for label, value in best]},
-                    ensure_ascii=False))
+                # in ASCII: valid whatever stdout's encoding is, and any file name comes back exact
+                print_line(json.dumps({"path": str(file), "labels": [
+                    {"label": label, "score": value} for label, value in best]}))
                 if table:
                     table.writerows((file, label, value) for label, value in best)
                 if args.heatmap:

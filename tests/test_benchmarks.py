@@ -584,7 +584,9 @@ def test_folder_files_that_are_wrong(folder_root):
     assert f"{unseen}: every label is in it" in message_of("folder", folder_root)
     write(labels, "dog\ncat\nice cream\ndog\n")
     assert f"{labels}, line 4: dog is listed twice" in message_of("folder", folder_root)
-    for path in (unseen, labels):
+    for path in (labels, unseen):  # not as if there were none
+        write(path, "\n")
+        assert message_of("folder", folder_root) == f"{path}: the file is empty"
         path.unlink()
     write(folder_root / "test.jsonl", "\n")
     assert message_of("folder", folder_root).endswith("test.jsonl: there are no images in it")

@@ -378,6 +378,8 @@ def test_openimages_header_and_empty_files(openimages_root):
     ("class-descriptions.csv", "/m/01,Satay\n/m/01,Bat\n", "line 2: /m/01 is listed twice"),
     ("classes-trainable.txt", "/m/01\n/m/99\n", "line 2: '/m/99' is not in .*class-desc"),
     ("classes-trainable.txt", "/m/01\n/m/02\n/m/02\n", "line 3: /m/02 is listed twice"),
+    ("top_400_unseen.csv", "", "the file is empty"),
+    ("top_400_unseen.csv", "\ufeff \r\n\r\n", "the file is empty"),
     ("top_400_unseen.csv", "1\n5\n", "line 2: '5' is neither a number below 5 nor"),
     ("top_400_unseen.csv", "1\n/m/01\n", "line 2: '/m/01' is neither"),
     ("top_400_unseen.csv", "1\n1\n", "line 2: /m/05 is listed twice"),

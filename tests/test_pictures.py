@@ -1,6 +1,8 @@
 """Heatmaps, curves and galleries, and --predict, which draws some of them."""
 import csv
+import io
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -34,25 +36,42 @@ def pixels_of(image, colour, tolerance=60):
 
 @pytest.mark.parametrize("size, shown", [
     ((64, 64), (360, 360)), ((4000, 3000), (360, 270)), ((700, 1400), (180, 360)),
-    ((64, 3000), (8, 360))])
+    ((64, 3000), (180, 360)), ((3000, 400), (360, 180))])  # of long strips the middle
 def test_one_hot_corner_colours_this_corner_of_the_central_square(size, shown):
     width, height = shown
     sheet = np.asarray(data.draw_heatmaps(Image.new("RGB", size, GREY),
                                           [("cup", 0.5, corner_map())])).astype(int)
-    cell, side = max(width, 180), min(shown)
+    cell, side = max(width, 240), min(shown)
     assert sheet.shape[1] == 16 + 2 * (cell + 16)
     assert (sheet[16:16 + height, 16:16 + width] == GREY).all()  # the photo as it is
     tile = sheet[16:16 + height, 32 + cell:32 + cell + width]
     left, top = (width - side) // 2, (height - side) // 2
     change = np.abs(tile - GREY).sum(axis=-1)
-    square = change[top + 1:top + side - 1, left + 1:left + side - 1]
+    square = change[top + 2:top + side - 2, left + 2:left + side - 2]
     assert (square[side // 2:, side // 2:] == 0).all()
-    if side > 100:  # not where a tile is a few pixels high
-        assert square[side // 20, side // 20] > 150
-        # smooth: the edges of the map's cells would be steps of some 200
-        assert np.abs(np.diff(square, axis=0)).max() < 50 > np.abs(np.diff(square, axis=1)).max()
+    assert square[side // 20, side // 20] > 150
+    # smooth: the edges of the map's cells would be steps of some 200
+    assert np.abs(np.diff(square, axis=0)).max() < 50 > np.abs(np.diff(square, axis=1)).max()
     change[top:top + side, left:left + side] = 0
     assert (change == 0).all()
+
+
+def test_only_the_ends_of_a_strip_that_no_map_covers_are_left_out():
+    strip = Image.new("RGB", (3000, 400), "red")
+    strip.paste(GREY, (1100, 0, 1900, 400))
+    maps = [("cup", 0.5, corner_map())]
+    assert not pixels_of(data.draw_heatmaps(strip, maps), "red").any()
+    whole = data.draw_heatmaps(strip, maps, whole=True).crop((16, 16, 376, 16 + 48))
+    assert pixels_of(whole, "red").mean() == pytest.approx(2200 / 3000, abs=0.02)
+
+
+@pytest.mark.parametrize("ground", ["white", "black", "#808080"])
+def test_the_edge_of_a_map_is_seen_on_any_ground(ground):
+    sheet = data.draw_heatmaps(Image.new("RGB", (200, 100), ground), [("cup", 0.5, corner_map())])
+    row = np.asarray(sheet.convert("L")).astype(int)[16 + 150, 392:752]
+    edges = np.flatnonzero(np.abs(row - row[0]) > 60)
+    assert len(edges) and {int(edge) // 90 for edge in edges} == {1, 2}
+    assert all(abs(edge - 90) < 3 or abs(edge - 270) < 3 for edge in edges)
 
 
 def test_heatmaps_are_relative_to_their_own_range_and_flat_ones_show_the_photo():
@@ -104,12 +123,27 @@ def test_tiles_wrap_and_labels_of_any_kind_stay_in_their_tile():
         assert count == 0 or (captions[:, 392:752] < 80).any()
 
 
-def test_texts_are_cut_with_an_ellipsis_where_they_have_to_be():
-    assert data._fit_text("cup", 17, 100) == "cup"
-    assert data._fit_text("  Äpfel \n café ", 17, 300) == "Apfel cafe"
-    cut = data._fit_text("traffic light at the corner", 17, 100)
+def test_texts_become_smaller_and_are_cut_where_they_have_to_be():
+    def fit(text, size, width):
+        text, font = data._fit_text(text, size, width)
+        assert font.getlength(text) <= width
+        return text, font.size
+
+    assert fit("cup", 17, 100) == ("cup", 17)
+    assert fit("  Äpfel \n café ", 17, 300) == ("Apfel cafe", 17)
+    length = data._font(17).getlength("traffic light at the corner")
+    assert fit("traffic light at the corner", 17, 0.9 * length) == (
+        "traffic light at the corner", 14)
+    cut, size = fit("traffic light at the corner", 17, 100)
     assert cut.endswith("…") and "traffic light at the corner".startswith(cut[:-1])
-    assert 70 < data._font(17).getlength(cut) <= 100
+    assert size == 14 and 70 < data._font(14).getlength(cut)
+
+
+def test_letters_that_the_font_lacks_come_from_another_one():
+    if data._font(17, False).getname() == data._font(17).getname():
+        pytest.skip("this system has none of OTHER_FONTS")
+    boxes = [bytes(data._fit_text(text, 17, 200)[1].getmask(text)) for text in ("кошка", "собак")]
+    assert boxes[0] != boxes[1]  # Pillow's font has a box for each of their five letters
 
 
 # ---- curves
@@ -149,6 +183,19 @@ def test_a_curve_is_where_its_values_are():
     assert rising[columns[0]] - rising[columns[-1]] > 100
     falling = curve(sheet, data.LINE_COLOURS[0], panel=1)
     assert falling[min(falling)] + 100 < falling[max(falling)]
+
+
+def test_curves_say_what_they_show_and_scores_are_in_percent(monkeypatch):
+    texts, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, place, string, *more, **options:
+                        (texts.append(string), text(draw, place, string, *more, **options)))
+    data.draw_curves([{"epoch": i, "loss": 2.0 - i, "pseudo_recall": 0.2, "val_mAP": 0.2 * i}
+                      for i in (1, 2)])
+    assert texts.count("epoch") == 2 and "Loss" in texts
+    scores = texts[texts.index("Scores (%)"):]
+    assert {"20", "25", "30", "35", "40"} <= {*scores}
+    # the one that the best epoch is selected by comes first, as the widest line
+    assert scores.index("val_mAP") < scores.index("pseudo_recall")
 
 
 def test_stages_share_an_axis_and_a_line_is_broken_between_them():
@@ -302,7 +349,7 @@ def test_csv_rows_leave_the_old_file_or_the_new_one(tmp_path):
         table.writerow(["a,b", 'say "owl"', 1.5])
     assert list(csv.reader(path.open())) == [["a,b", 'say "owl"', "1.5"]]
     assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(UserError, match="nosuch"), data.csv_rows(tmp_path / "nosuch" / "out.csv"):
+    with pytest.raises(UserError, match="out.csv/x"), data.csv_rows(path / "x.csv"):
         raise AssertionError("it starts work before it knows")
     with data.csv_rows(None) as table:
         assert table is None
@@ -337,6 +384,62 @@ def test_predict_draws_the_maps_it_is_given_in_batches_of_any_size(tmp_path, cap
         change = np.abs(pixels[:, 392:752] - pixels[:, 16:376]).sum(axis=-1)
         corners = [change[60, 60], change[300, 300]]
         assert corners[i % 2] > 100 and corners[1 - i % 2] < 10
+
+
+def predict_png(name, csv=None, score=1.0):
+    """data.predict of one label, which has this score, and one image."""
+    args = Namespace(predict=[name], batch_size=1, workers=1, csv=csv, heatmap=None, top=None,
+                     threshold=None, quiet=True)
+    data.predict(lambda images: (torch.full((1, 1), score), None), ["owl"],
+                 lambda image: torch.zeros(3, 2, 2), args)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_not_printed(tmp_path, capsys, score):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="x.png.*--precision fp32"):
+        predict_png(tmp_path / "x.png", score=score)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_any_file_name_is_printed_as_json_that_gives_it_back(tmp_path, monkeypatch, encoding):
+    name, table = os.fsdecode(bytes(tmp_path) + b"/\xe9 \xe7\x8c\xab.png"), tmp_path / "out.csv"
+    try:
+        Image.new("RGB", (4, 4)).save(name, "PNG")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding))
+    predict_png(name, csv=table)
+    path = json.loads(printed.getvalue().decode("utf-8"))["path"]
+    assert os.fsencode(path) == os.fsencode(name)
+    rows = list(csv.reader(open(table, encoding="utf-8", newline="")))
+    assert rows == [["path", "label", "score"],
+                    [str(tmp_path / "\\udce9 猫.png"), "owl", "1.0"]]
+
+
+def test_predictions_that_nobody_reads_end_quietly(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stdout)
+        with pytest.raises(SystemExit) as stop:
+            predict_png(tmp_path / "x.png", csv=tmp_path / "out.csv")
+        stdout.flush()  # as Python does when it ends
+    assert stop.value.code == 141 and capsys.readouterr() == ("", "")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]  # no half of a table
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to print to")
+def test_predictions_that_cannot_be_printed_stop_with_the_reason(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stdout)
+        with pytest.raises(UserError, match="cannot print.*space"):
+            predict_png(tmp_path / "x.png", csv=tmp_path / "out.csv")
+        stdout.flush()
 
 
 # ---- the command line
@@ -453,16 +556,24 @@ def test_a_heatmap_follows_the_thing_across_the_image(trained, script, method):
 @METHODS
 @pytest.mark.parametrize("arguments, message", [
     (["--predict", "{photos}/*.jpg", "--checkpoint", "{best}"], "*.jpg"),
-    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "{photos}/no/x.csv"], "no/x"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "{photos}/no/x.csv"],
+     "photos/no: No such file or directory"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "{photos}"],
+     "photos is a folder"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", "/proc/x.csv"], "/proc"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--csv", ""], "--csv"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--heatmap", "{best}"], "best.pt"),
+    (["--predict", "{photos}", "--checkpoint", "{best}", "--heatmap", "{best}/a/b"], "best.pt"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--gallery", "sheet.png"], "--gallery"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--top", "0"], "--top"),
     (["--predict", "{photos}", "--checkpoint", "{best}", "--threshold", "nan"], "--threshold"),
+    (["--checkpoint", "{best}"], "--checkpoint needs --predict"),
     (["--csv", "out.csv"], "--csv needs --predict"),
     (["--heatmap", "maps"], "--heatmap needs --predict"),
     (["--top", "3"], "--top needs --predict"),
     (["--gallery", "sheet.jpg"], "sheet.jpg"),
     (["--gallery", "{photos}/no/sheet.png"], "photos/no"),
+    (["--gallery", "{best}/sheet.png"], "best.pt"),
 ])
 def test_options_that_do_not_fit_are_refused(trained, tmp_path, capsys, script, method, arguments,
                                              message):
@@ -472,7 +583,7 @@ def test_options_that_do_not_fit_are_refused(trained, tmp_path, capsys, script, 
         script.main([argument.format(photos=tmp_path / "photos", best=trained[method] / "best.pt")
                      for argument in arguments])
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and (not out or "--heatmap" in arguments)
+    assert stop.value.code == 2 and not out
     assert err.startswith(f"{method}.py: error: ") and message in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*.*")] == ["x.png"]
 
