@@ -2650,7 +2650,8 @@ class Parser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def command_line(script, *errors):
     """What is wrong with a call, UserError or another of these errors, is one line on stderr and
-    exit code 2; Ctrl-C and SIGTERM are a line and 130."""
+    exit code 2; Ctrl-C and SIGTERM are a line and 130; where nobody reads on (`| head -1`) the
+    program ends, quietly, with SIGPIPE's code 141."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -2661,6 +2662,10 @@ def command_line(script, *errors):
         print("\ninterrupted; a training goes on after its last finished epoch with --resume",
               file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Python flushes once more when it ends, which must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def fill_defaults(args, method, usual, toy):

@@ -2,6 +2,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -681,6 +683,16 @@ def test_command_line_ends_in_one_line(capsys):
     with pytest.raises(SystemExit) as error, data.command_line("script.py"):
         os.kill(os.getpid(), signal.SIGTERM)
     assert error.value.code == 130
+
+
+def test_a_closed_pipe_ends_quietly():
+    program = ("import data\nwith data.command_line('script.py'):\n"
+               "    for i in range(100_000): print(i)")
+    with subprocess.Popen([sys.executable, "-c", program], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=Path(data.__file__).parent) as process:
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_write_results_says_where_and_what_is_missing(tmp_path, capsys):

@@ -1267,7 +1267,7 @@ def test_an_image_that_changed_is_embedded_anew(own, empty_cache, encoded):
     assert changed == [3]
 
 
-@pytest.mark.parametrize("keep", ["no", "memory"])
+@pytest.mark.parametrize("keep", ["no", "memory", "disk"])
 def test_an_unreadable_image_lends_its_labels_to_no_other(own, tmp_path, keep,
                                                                       monkeypatch, capsys):
     (own / "train" / "7.png").write_bytes(b"no image")
@@ -1281,6 +1281,7 @@ def test_an_unreadable_image_lends_its_labels_to_no_other(own, tmp_path, keep,
     trm_ml.main(own_arguments(own, "--augment", "no", "--cache-features", keep, "--epochs", "1",
                               "--output", str(tmp_path / "run")))
     assert capsys.readouterr().err.count("7.png") == 1
+    assert [line["unreadable_images"] for line in log_of(tmp_path / "run")] == [1]
     _, preprocess = trm_ml.build({"clip": "toy-RN", "image_size": 128}, "cpu")
     clip, dataset = toy_images(1)[0], data.load_dataset("folder", own, "train", preprocess)
     readable = [i for i in range(24) if i != 7]
