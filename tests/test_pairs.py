@@ -26,8 +26,8 @@ DATASETS = {
 }
 
 
-@pytest.fixture
-def root(request, dataset, tmp_path):
+def tree(dataset, request, tmp_path):
+    """A small tree in the dataset's layout -> its root."""
     name = dataset.split(",")[0]
     fixtures = {"vg200": "vg_root", "cub": "cub_root", "openimages": "openimages_root",
                 "folder": "folder_root", "nuswide": "nuswide_root", "nuswide81": "nuswide_root"}
@@ -44,6 +44,11 @@ def root(request, dataset, tmp_path):
         for part in ("train2014", "val2014"):
             write_coco(tmp_path, part, {1: 0, 2: 1, 3: 2}, boxes, categories)
     return tmp_path
+
+
+@pytest.fixture
+def root(request, dataset, tmp_path):
+    return tree(dataset, request, tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
