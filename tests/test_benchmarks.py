@@ -11,14 +11,6 @@ import data
 from data import UserError, load_dataset
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """No test reads or leaves anything in the user's own cache."""
-    directory = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
-    return directory / "clip_multilabel"
-
-
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = content if isinstance(content, (str, bytes)) else json.dumps(content)

@@ -17,14 +17,6 @@ import data
 from data import UserError, MultiLabelDataset, load_dataset
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """No test reads or leaves anything in the user's own cache."""
-    directory = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
-    return directory / "clip_multilabel"
-
-
 def save(path, colour=(200, 30, 40), size=(8, 6)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)

@@ -430,7 +430,7 @@ def test_the_published_classifier_loads(tmp_path, capsys, monkeypatch):
     line = json.loads(capsys.readouterr().out)
     assert asked == ["RN50"]
     assert sorted(entry["label"] for entry in line["labels"]) == sorted(data.COCO_LABELS)
-    options = lang_cls.parse_arguments(arguments)
+    options = lang_cls.parse_arguments(arguments[:3])
     _, model, _, state = lang_cls.load_checkpoint(tmp_path / "published.pth", options)
     assert torch.equal(model.weight, weight.float()) and state["labels"] == data.COCO_LABELS
     torch.save({"adapter.0.weight": weight[:, :512]}, tmp_path / "published.pth")

@@ -10,7 +10,7 @@ import data
 import lang_cls
 import mkt
 import trm_ml
-from test_benchmarks import cache, folder_root, vg_root  # noqa: F401
+from test_benchmarks import folder_root, vg_root  # noqa: F401
 from test_big_benchmarks import cub_root, openimages_root  # noqa: F401
 from test_data import nuswide_root  # noqa: F401
 from test_pairs import tree
