@@ -101,7 +101,8 @@ def check(output, runs):
                        if name != "output" and before.get(name) != now
                        and before.get(name) not in (now if isinstance(now, list) else [])]
             if changed:
-                sys.exit(f"{kept} had another {', '.join(changed)} than now: delete it to run again")
+                sys.exit(f"{kept} was run with another {', '.join(changed)} than a run has now: "
+                         f"delete it to run it again")
         rows = json.loads((kept / "results.json").read_text())["rows"]
         maps = [value for row in rows if row["kind"] == "zero-shot"
                 for name, value in row.items() if name.endswith("mAP")]
