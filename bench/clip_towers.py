@@ -1,6 +1,6 @@
 """The CLIP towers and their loading beside open_clip and transformers: same weights and inputs.
 
-    python bench/clip_towers.py            # four minutes on two cores
+    python bench/clip_towers.py            # five minutes on two cores
     python bench/clip_towers.py --quick    # shallow towers: does it run?
 
 What is timed: encode_image of ViT-B/16 and RN50 (float32, batch 8) and encode_text of 1,006

@@ -76,11 +76,11 @@ def alternate(functions, repeats, device="cpu", warm_up=True):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def compare(work, against, theirs, ours, repeats, target="", device="cpu", warm_up=True):
+def compare(work, against, theirs, ours, repeats, target="", device="cpu", warm_up=True, note=""):
     """A row of the table: two functions, medians of their times."""
     seconds = alternate({"theirs": theirs, "ours": ours}, repeats, device, warm_up)
     row(work, against, duration(seconds["theirs"]), duration(seconds["ours"]),
-        seconds["theirs"] / seconds["ours"], target)
+        seconds["theirs"] / seconds["ours"], target, note=note)
 
 
 def resident(field):
