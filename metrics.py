@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 # Entries of the matrix that are worked on at a time; bounds the memory, never changes a result.
@@ -71,8 +72,11 @@ def _average_precision(scores, targets):
     if targets.abs().amin() == 0:
         keys.masked_fill_(targets == 0, largest)   # unknown: behind all others, even -inf
     keys, order = keys.sort()
-    # 0-based ranks of the positives; index_select is much faster here than targets[order]
-    ranks = targets.clamp(min=0).index_select(0, order).nonzero().squeeze(1)
+    # 0-based ranks of the positives; index_select is much faster here than targets[order], and
+    # NumPy, where it can read the tensor, than nonzero
+    present = targets.clamp(min=0).index_select(0, order).view(torch.bool)
+    ranks = (torch.from_numpy(np.flatnonzero(present.numpy())) if present.device.type == "cpu"
+             else present.nonzero().squeeze(1))
     hits = torch.arange(1, len(ranks) + 1, device=ranks.device)   # positives down to this one
     items = ranks + 1                                             # all images down to this one
     # Where the next image has the same score, both counts go on to the end of the tie.

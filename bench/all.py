@@ -1,7 +1,7 @@
 """Run the comparisons of this folder one after the other and write bench/RESULTS.md.
 
-    python bench/all.py             # half an hour on two cores
-    python bench/all.py --quick     # tiny sizes: does everything run?
+    python bench/all.py                             # half an hour on two cores
+    python bench/all.py --quick --output quick.md   # tiny sizes: does everything run?
 
 A script that fails, or lacks a library, is reported in its place, and the exit code is 1 if one
 failed. toy_table.py, the results of the methods, is not part of it.
@@ -73,14 +73,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
-    parser.add_argument("--output", default=FOLDER / "RESULTS.md")
+    parser.add_argument("--output", help="default: bench/RESULTS.md, for a complete run alone")
     args = parser.parse_args()
+    if args.output is None:
+        if args.quick or args.scripts != SCRIPTS:
+            parser.error("--quick and --scripts need --output: RESULTS.md is of a complete run")
+        args.output = FOLDER / "RESULTS.md"
     arguments = ["--quick"] * args.quick
     head = (f"# Measurements\n\nWritten by `python bench/all.py`, {datetime.date.today()}.\n\n"
+            f"{'Tiny sizes: the ratios mean nothing. ' * args.quick}"
             f"Machine: {machine()}. Python {platform.python_version()}, "
             f"{', '.join(map(version, LIBRARIES))}.\n\n"
             f"A row compares in one process, taking turns (what loads: a process each); medians; "
-            f"equal results asserted. Ratio: how many times ours is faster, or needs less memory.")
+            f"equal results asserted. Ratio: how many times ours is faster, or needs less memory. "
+            f"A target that was not reached is marked: **missed**.")
     sections, failed = [], False
     for script in args.scripts:
         print(f"\n{script}.py", flush=True)

@@ -71,9 +71,9 @@ def main():
                 peaks.append(max(2 ** 20, side_by_side.peak_beyond(function)))  # noise below it
             work = f"{name}, {' / '.join(f'{count:,}' for count in counts)} {what}"
             for title, values, shown in (("time", seconds, duration), ("memory", peaks, memory)):
+                power = exponent(counts, values)
                 row(f"{work}: {title}", "their number", "", " / ".join(map(shown, values)),
-                    f"exponent {exponent(counts, values):.2f}",
-                    "about 1, or less")
+                    f"exponent {power:.2f}", "about 1, or less", missed=power > 1.1)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,20 @@
     python bench/toy_table.py --seeds 0 --jobs 1   # one seed, a run at a time
 
 Every run is a subprocess with one thread. Its results.json stays in --output, and what is there
-is not run again: an interrupted call goes on, and more seeds can be added.
+is not run again: an interrupted call goes on, and more seeds can be added. It stops at a kept run
+whose args.json, where it has one, holds other settings than a run of today has, or whose zero-shot
+rows, which no option changes, are not the others': another world, CLIP or metrics. What else has
+changed in the code it can't see; the dates of the runs stand above the table.
 """
 import argparse
+import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -81,6 +86,31 @@ def run(output, method, arguments, seed):
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def check(output, runs):
+    """Stop at a kept run with other settings than today's, or of another world than the first."""
+    first = {}
+    for method, arguments, seed in runs:
+        kept = folder(output, method, arguments, seed)
+        if not (kept / "results.json").exists():
+            continue
+        if (kept / "args.json").exists():
+            before, script = json.loads((kept / "args.json").read_text()), import_module(method)
+            args = script.parse_arguments([*arguments.split(), "--seed", str(seed), "--quiet"])
+            script.fill_defaults(args)
+            changed = [f"--{name.replace('_', '-')}" for name, now in vars(args).items()
+                       if name != "output" and before.get(name) != now
+                       and before.get(name) not in (now if isinstance(now, list) else [])]
+            if changed:
+                sys.exit(f"{kept} was run with another {', '.join(changed)} than a run has now: "
+                         f"delete it to run it again")
+        rows = json.loads((kept / "results.json").read_text())["rows"]
+        maps = [value for row in rows if row["kind"] == "zero-shot"
+                for name, value in row.items() if name.endswith("mAP")]
+        other, expected = first.setdefault(method, (kept, maps))
+        if len(maps) != len(expected) or any(abs(a - b) > 2e-3 for a, b in zip(maps, expected)):
+            sys.exit(f"{kept} and {other} differ in their zero-shot rows: delete the older one")
+
+
 def value(output, method, arguments, seed, row, metric):
     results = json.loads((folder(output, method, arguments, seed) / "results.json").read_text())
     if row == BEST:
@@ -100,13 +130,20 @@ def main():
                          for method in args.methods for seed in args.seeds
                          for filling, _ in TABLES[method][1].values()
                          for arguments, _ in TABLES[method][0].values())
+    sys.path.insert(0, str(ROOT))
+    check(args.output, runs)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run, args.output, *each) for each in runs]
         for job in tqdm(jobs, disable=None):
             job.result()
+    check(args.output, runs)
     for method in args.methods:
+        days = sorted(datetime.date.fromtimestamp(
+            (folder(args.output, *each) / "results.json").stat().st_mtime)
+            for each in runs if each[0] == method)
         lines, columns = TABLES[method]
-        print(f"\n`{method}.py`, {len(args.seeds)} seeds, mean and sample standard deviation, %\n")
+        print(f"\n`{method}.py`, {len(args.seeds)} seeds, mean and sample standard deviation, %, "
+              f"run from {days[0]} to {days[-1]}\n")
         print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
         for title, (arguments, row) in lines.items():
             cells = []
