@@ -211,7 +211,7 @@ class LayerNorm(nn.LayerNorm):
 class QuickGELU(nn.Module):
     def forward(self, x):
         # x * sigmoid(1.702 x), written so that autograd keeps one tensor instead of two
-        return F.silu(1.702 * x) / 1.702
+        return F.silu(1.702 * x).div_(1.702)  # in place: backward needs only silu's input
 
 
 class Attention(nn.Module):
