@@ -2640,8 +2640,23 @@ def number(kind, least, most=math.inf):
     return convert
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Lines as wide as the docstring's; what an option takes is called by its type."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=100)
+
+    def _get_default_metavar_for_optional(self, action):
+        return (action.type or str).__name__.upper()
+
+
 class Parser(argparse.ArgumentParser):
-    """Errors become UserError: one line instead of the usage and a line."""
+    """The first paragraphs of a docstring, then the options. Errors become UserError: one line
+    instead of the usage and a line."""
+
+    def __init__(self, docstring="", paragraphs=1):
+        super().__init__(usage="%(prog)s [options]", formatter_class=HelpFormatter,
+                         description="\n\n".join(docstring.split("\n\n")[:paragraphs]))
 
     def error(self, message):
         raise UserError(message)
@@ -2682,7 +2697,7 @@ def add_run_arguments(parser, method):
     """The options that every method has and that mean the same in each."""
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=list(DATASETS), help="default: toy")
-    add("--root", help="the dataset's folder, laid out as the README shows")
+    add("--root", metavar="DIR", help="the dataset's folder, laid out as the README shows")
     add("--val-fraction", type=number(float, 0, 0.9), default=0.0,
         help="of the training images (lang_cls.py: sentences), held out to select the best epoch "
              "(default: 0, the last)")
@@ -2700,12 +2715,12 @@ def add_run_arguments(parser, method):
     add("--not-visible", choices=["absent", "unknown"],
         help="cub: what an attribute of a part that was not visible is (default: absent)")
     add = parser.add_argument_group("run").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s here")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="here: %(default)s")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
     add("--compile", action="store_true", help="torch.compile what is trained (lang_cls.py: the "
         "image encoder)")
     add("--seed", type=number(int, 0), default=0, help="of everything drawn (default: 0)")
-    add("--output", help=f"the run's folder (default: runs/{method}-DATA)")
+    add("--output", metavar="DIR", help=f"the run's folder (default: runs/{method}-DATA)")
     add("--resume", action="store_true", help="continue the run in --output")
     add("--quiet", action="store_true", help="print the results only")
     add = parser.add_argument_group("use a trained model").add_argument

@@ -33,7 +33,6 @@ Where this differs from the paper
     model write one. The prompt templates, some forty, are our own.
  2. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -336,9 +335,7 @@ def predict(args):
 # arguments
 
 def parse_arguments(arguments=None):
-    parser = data.Parser(description="\n\n".join(__doc__.split("\n\n")[:4]),
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = data.number
+    parser, number = data.Parser(__doc__, 4), data.number
 
     def add(name, type, text, **options):  # the paper and the toy world may differ in its value
         group.add_argument("--" + name.replace("_", "-"), type=type, **options,

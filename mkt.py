@@ -32,7 +32,6 @@ Where this differs from the paper
  2. Images without a seen label are dropped before batching, so batches stay full.
  3. The last epoch is reported; --val-fraction selects on held-out training images.
 """
-import argparse
 import copy
 import functools
 import math
@@ -370,9 +369,7 @@ def predict(args):
 # arguments
 
 def parse_arguments(arguments=None):
-    parser = data.Parser(description="\n\n".join(__doc__.split("\n\n")[:4]),
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = data.number
+    parser, number = data.Parser(__doc__, 4), data.number
 
     def add(name, type, text, **options):  # the paper and the toy world may differ in its value
         group.add_argument("--" + name.replace("_", "-"), type=type, **options,
@@ -390,7 +387,7 @@ def parse_arguments(arguments=None):
     add("prompt_lr", number(float, 0), "peak learning rate of stage 2")
     add("warmup_epochs", number(float, 0), "of stage 1")
     add("weight_decay", number(float, 0), "AdamW's")
-    add("distillation", number(float, 0), "weight of the distillation loss; 0 leaves it out")
+    add("distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
     add("augment", str, "random crop, flip and RandAugment", choices=["yes", "no"])
     group.add_argument("--normalization", choices=["clip", "imagenet"], default="clip",
                        help="of pixels (default: clip; the authors' code: imagenet)")

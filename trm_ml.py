@@ -441,9 +441,7 @@ def predict(args):
 # arguments
 
 def parse_arguments(arguments=None):
-    parser = data.Parser(description="\n\n".join(__doc__.split("\n\n")[:5]),
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = data.number
+    parser, number = data.Parser(__doc__, 5), data.number
 
     def add(name, type, text, **options):  # the defaults for benchmarks and the toy world differ
         shown = [" ".join(map(str, value)) if isinstance(value, list) else value
