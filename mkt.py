@@ -77,19 +77,20 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 class Prompts:
     """The labels' prompts as token ids, and which of the tokens are learned context.
 
-    tokens int64 [C, T]; slots int64 [C, T]: 0, or 1 + the index of the context word; eot int64
-    [C], all on the CPU. Raises ClipError naming a label that is too long."""
+    tokens int64 [C, T]; slots int64 [C, T]: 0, or 1 + the index of the context word; both on
+    CLIP's device. eot int64 [C], on the CPU. Raises ClipError naming a label that is too long."""
 
     def __init__(self, clip, labels):
-        before, after = PROMPT
+        device, (before, after) = clip.text_projection.device, PROMPT
         tokens = clip.tokenize([f"{before} {label} {after}" for label in labels])
         words = [clip.tokenize(part)[0].argmax().item() - 1 for part in PROMPT]  # how many tokens
         self.eot = tokens.argmax(dim=1)
-        self.tokens = tokens[:, :self.eot.max() + 1]
+        self.tokens = tokens[:, :self.eot.max() + 1].to(device)
         position = torch.arange(self.tokens.shape[1])
         second = position - self.eot[:, None] + words[1]  # 0, 1, ... at the words after the label
-        self.slots = position.where(position <= words[0], 0) + (1 + words[0] + second).where(
+        slots = position.where(position <= words[0], 0) + (1 + words[0] + second).where(
             (second >= 0) & (second < words[1]), 0)  # start of text is position and slot 0
+        self.slots = slots.to(device)
         self.context = self.tokens[0][self.slots[0] > 0]
 
 
@@ -111,7 +112,7 @@ class MKT(nn.Module):
         self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:]).requires_grad_()
         self.ln_post = copy.deepcopy(visual.ln_post).requires_grad_()
         self.proj = nn.Parameter(visual.proj.clone())
-        context = Prompts(clip, ["label"]).context.to(visual.proj.device)
+        context = Prompts(clip, ["label"]).context
         self.context = nn.Parameter(clip.token_embedding(context).detach().clone())  # [words, W]
 
     @torch.no_grad()
@@ -142,15 +143,13 @@ class MKT(nn.Module):
 
         With gradients, chunks of labels are recomputed in the backward pass: 7,000 labels would
         otherwise keep the activations of 7,000 texts."""
-        device = self.context.device
         context = torch.cat([torch.zeros_like(self.context[:1]), self.context])  # slot 0: none
 
         def encode(tokens, slots, eot):
             fixed = self.clip.token_embedding(tokens).masked_fill(slots[..., None] > 0, 0)
             return self.clip.encode_prompts(fixed + context[slots], eot)  # [c, T, W] -> [c, D]
 
-        tokens, slots = (x.to(device, non_blocking=True) for x in (prompts.tokens, prompts.slots))
-        pieces = list(zip(*(x.split(chunk) for x in (tokens, slots, prompts.eot))))
+        pieces = list(zip(*(x.split(chunk) for x in (prompts.tokens, prompts.slots, prompts.eot))))
         if len(pieces) == 1 or not (torch.is_grad_enabled() and self.context.requires_grad):
             return torch.cat([encode(*piece) for piece in pieces])
         return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
@@ -171,9 +170,11 @@ def ranking_loss(scores, targets):
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
-    pairs. An image without a present or without an absent label adds 0."""
-    rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P] present labels
-    absent = scores.masked_fill(targets != -1, -torch.inf)  # others fall below every margin
+    pairs. An image without a present or without an absent label adds 0. Targets may stay on the
+    CPU: how many are present is then known without a wait for the GPU."""
+    rows, columns, not_absent = (x.to(scores.device, non_blocking=True) for x in (
+        *(targets == 1).nonzero(as_tuple=True), targets != -1))  # [P] present labels, [B, C]
+    absent = scores.masked_fill(not_absent, -torch.inf)  # others fall below every margin
     margins = (absent[rows] + (1 - scores[rows, columns])[:, None]).relu()  # [P, C]
     total = margins.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
     violated = margins.new_zeros(len(scores)).index_add(
@@ -264,8 +265,7 @@ def train(model, stage, epochs, dataset, validation, args, state):
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate(
                     epoch + step / len(loader), peak, minimum, epochs, warmup)
-            images = images.to(device, non_blocking=True)
-            targets = targets[:, seen].to(device, non_blocking=True)
+            images, targets = images.to(device, non_blocking=True), targets[:, seen]
             with data.autocast(args):
                 loss, terms = stage_loss(model, stage, images, targets, label_embeddings, args)
             optimizer.zero_grad()

@@ -60,7 +60,7 @@ def mkt_step(stage, args, compiled):
         batch, count, sizes = 2, 12, dict(layers=3, width=128, text_width=128, text_layers=2)
     model = mkt.MKT(side_by_side.random_clip(**sizes).to(args.device)).eval()
     images = torch.randn(batch, 3, 224, 224, device=args.device)
-    targets, embeddings = random_targets(batch, count, args.device), mkt.Prompts(
+    targets, embeddings = random_targets(batch, count, "cpu"), mkt.Prompts(
         model.clip, names(count))
     trained = [p for name, p in model.named_parameters()
                if not name.startswith("clip.") and (name == "context") == (stage == 2)]
