@@ -71,8 +71,7 @@ class ClipError(RuntimeError):
     """Weights or a vocabulary that cannot be had, or a text that is too long; says what to do."""
 
 
-# ---------------------------------------------------------------------------------------------
-# tokenizer
+# ---- tokenizer
 
 @functools.lru_cache
 def byte_symbols():
@@ -197,8 +196,7 @@ def tokenize(texts, context_length=77, truncate=False):
     return official_tokenizer().tokenize(texts, context_length, truncate)
 
 
-# ---------------------------------------------------------------------------------------------
-# transformer
+# ---- transformer
 
 class LayerNorm(nn.LayerNorm):
     """Computes in float32 whatever comes in: half precision loses the small variances."""
@@ -344,8 +342,7 @@ class VisionTransformer(nn.Module):
         return x[:, 0], x[:, 1:]
 
 
-# ---------------------------------------------------------------------------------------------
-# residual network
+# ---- residual network
 
 class Bottleneck(nn.Module):
     """Strided convolutions are replaced by stride 1 and average pooling, to avoid aliasing."""
@@ -446,8 +443,7 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(self.features(images), position, dense=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# CLIP
+# ---- CLIP
 
 class CLIP(nn.Module):
     """Both towers. vision_layers: an int makes a ViT, four ints a ModifiedResNet.
@@ -578,8 +574,7 @@ class CLIP(nn.Module):
         return logits, logits.T
 
 
-# ---------------------------------------------------------------------------------------------
-# weights
+# ---- weights
 
 def available_models():
     """Names that `load` takes, apart from paths."""

@@ -2428,11 +2428,17 @@ def write_results(method, args, seconds, rows, dataset, begin):
     """-> the results of a run, also written to results.json in --output, if there is one.
 
     seconds: of training. rows: of the table. dataset: the images tested, or None. begin: the time
-    when the script began, which is printed."""
+    when the script began; how long ago that is is printed."""
     if dataset is not None and dataset.missing:
         print(f"{dataset.missing} test images are missing: not comparable with complete results")
+    if dataset is not None and torch.is_tensor(dataset.targets):
+        without = int((~(dataset.targets == 1).any(dim=0)).sum())
+        print(f"{without} labels that no test image shows do not count in mAP\n" * (without > 0),
+              end="")
     results = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,
-               "seconds": round(seconds, 1), "rows": rows}
+               "seconds": round(seconds, 1), "rows": [
+                   {key: None if value != value else value for key, value in row.items()}
+                   for row in rows]}  # JSON has no NaN
     if args.output:
         write_file(Path(args.output) / "results.json", json.dumps(results, indent=1))
     print(f"{time.time() - begin:.0f} s"
@@ -2465,6 +2471,17 @@ def check_weights(path, state, clip):
     """UserError if the CLIP that is loaded is not the one that a checkpoint was trained with."""
     if clip.fingerprint() != state["clip_fingerprint"]:
         raise UserError(f"{path} belongs to other weights than {state['clip']} has now")
+
+
+def restore(path, model, state=None):
+    """Load a checkpoint's weights, read from its path if they are not given, into a model with
+    trained(). UserError where they are not all that it has trained."""
+    state = state or torch.load(path, map_location="cpu", weights_only=True)
+    expected = {name: value.shape for name, value in model.trained().items()}
+    if {name: value.shape for name, value in state["model"].items()} != expected:
+        raise UserError(f"{path}: other weights than this model has: it is damaged or of another "
+                        f"version")
+    model.load_state_dict(state["model"], strict=False)
 
 
 def new_state(method, labels, clip, args):
@@ -2567,13 +2584,18 @@ def evaluation(dataset):
 
 
 def hold_out(dataset, fraction, transform):
-    """-> (the other images, a fraction of the images with this transform or None for 0)."""
+    """-> (the other images, a fraction of the images with this transform or None for 0).
+
+    Of those held out none is replaced: the score would be another image's. UserError if no image
+    is left to train with."""
     if not fraction:
         return dataset, None
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     count = max(1, round(fraction * len(dataset)))
+    if count == len(dataset):
+        raise UserError(f"--val-fraction {fraction} leaves none of {count} images to train with")
     validation = dataset.subset(order[:count])
-    validation.transform = transform
+    validation.transform, validation.on_error = transform, "raise"
     return dataset.subset(order[count:]), validation
 
 
@@ -2600,17 +2622,21 @@ def kept_embeddings(dataset, encode, key, args):
     return mapped("embeddings", key, [len(dataset), *encode(first[None]).shape[1:]], embeddings)
 
 
-def make_loader(dataset, args, shuffle=False, kept=None):
-    """Batches of (images, targets) in --batch-size, loaded by --workers processes, which every
-    epoch starts and seeds anew: a resumed run draws what an uninterrupted one would.
+def make_loader(dataset, args, shuffle=False, kept=None, batch_size=None):
+    """Batches of (images, targets), loaded by --workers processes, which every epoch starts and
+    seeds anew: a resumed run draws what an uninterrupted one would.
 
-    kept: embeddings as kept_embeddings gives them, which take the place of the images."""
+    kept: embeddings as kept_embeddings gives them, which take the place of the images. batch_size:
+    instead of --batch-size. UserError for an image without an embedding, unless it is one that
+    training leaves out."""
     pin = args.device.startswith("cuda")
     if kept is None:
-        return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
-                          pin_memory=pin)
+        return DataLoader(dataset, batch_size or args.batch_size, shuffle=shuffle,
+                          num_workers=args.workers, pin_memory=pin)
     rows, unreadable = TensorDataset(kept, dataset.targets), kept.flatten(1)[:, 0].isnan()
     if unreadable.any():
+        if dataset.on_error == "raise":
+            raise UserError(f"{dataset.image_name(int(unreadable.nonzero()[0]))}: cannot be read")
         dataset.unreadable[dataset.indices[unreadable]] = True
         rows = Subset(rows, (~unreadable).nonzero()[:, 0].tolist())
     order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
@@ -2651,12 +2677,27 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """The first paragraphs of a docstring, then the options. Errors become UserError: one line
-    instead of the usage and a line."""
+    """A script's docstring up to its symbols, then the options, whose help shows their defaults,
+    {name: value}: `usual` ones, called "paper" or otherwise, and those of the toy world. Errors
+    become UserError: one line instead of the usage and a line."""
 
-    def __init__(self, docstring="", paragraphs=1):
+    def __init__(self, docstring="", usual=(), toy=(), called="paper"):
         super().__init__(usage="%(prog)s [options]", formatter_class=HelpFormatter,
-                         description="\n\n".join(docstring.split("\n\n")[:paragraphs]))
+                         description=docstring.split("\n\nB images")[0])
+        self.defaults = {called: usual, "toy": toy}
+
+    def group(self, title):
+        """-> function(flag, type, help, **options) that adds an option under this title."""
+        group = self.add_argument_group(title)
+
+        def add(flag, kind, text, **options):
+            name = flag[2:].replace("-", "_")
+            shown = [f"{called}: " + (" ".join(values[name]) if isinstance(values[name], list)
+                                      else str(values[name]))
+                     for called, values in self.defaults.items() if name in values]
+            options |= {} if kind is None else {"type": kind}
+            group.add_argument(flag, help=text + f" ({', '.join(shown)})" * bool(shown), **options)
+        return add
 
     def error(self, message):
         raise UserError(message)
@@ -2684,8 +2725,9 @@ def command_line(script, *errors):
 
 
 def fill_defaults(args, method, usual, toy):
-    """Options that were not given are those of the toy world or else the usual ones, {name: value};
-    --output, unless --eval, is a folder below runs/."""
+    """Options that were not given are those of the toy world, the dataset unless there are
+    --labels, or else the usual ones, {name: value}; --output is below runs/ unless --eval."""
+    args.data = args.data or (None if getattr(args, "labels", None) else "toy")
     for name, value in (toy if args.data == "toy" else usual).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -2696,7 +2738,8 @@ def fill_defaults(args, method, usual, toy):
 def add_run_arguments(parser, method):
     """The options that every method has and that mean the same in each."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", choices=list(DATASETS), help="default: toy")
+    add("--data", choices=list(DATASETS),
+        help="default: toy; folder: your own images, the README says how")
     add("--root", metavar="DIR", help="the dataset's folder, laid out as the README shows")
     add("--val-fraction", type=number(float, 0, 0.9), default=0.0,
         help="of the training images (lang_cls.py: sentences), held out to select the best epoch "
@@ -2715,24 +2758,28 @@ def add_run_arguments(parser, method):
     add("--not-visible", choices=["absent", "unknown"],
         help="cub: what an attribute of a part that was not visible is (default: absent)")
     add = parser.add_argument_group("run").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="here: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default here: %(default)s")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
     add("--compile", action="store_true", help="torch.compile what is trained (lang_cls.py: the "
         "image encoder)")
-    add("--seed", type=number(int, 0), default=0, help="of everything drawn (default: 0)")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
+        help="of everything drawn (default: 0)")
     add("--output", metavar="DIR", help=f"the run's folder (default: runs/{method}-DATA)")
     add("--resume", action="store_true", help="continue the run in --output")
     add("--quiet", action="store_true", help="print the results only")
     add = parser.add_argument_group("use a trained model").add_argument
-    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split instead of training")
+    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split instead of training; what "
+        "it was trained with stays as it was")
     add("--gallery", metavar="FILE.png", help="with --eval or after training, 24 test images with "
         "their labels and as many predictions")
-    add("--predict", nargs="+", metavar="IMAGE", help="of images, folders and quoted patterns "
-        "print a JSON object per image; exit code 1 if some could not be read")
+    add("--predict", nargs="+", metavar="IMAGE", help="print a JSON object for each of these "
+        "images, folders and quoted patterns; exit code 1 if some could not be read")
     add("--checkpoint", metavar="FILE", help="the trained model for --predict")
     add("--top", type=number(int, 1), metavar="N", help="predict the N best labels only")
     add("--threshold", type=number(float, -math.inf), metavar="T",
-        help="predict labels with at least this score only")
+        help="predict labels with at least this score only (MKT's depend on which labels compete, "
+             "CoMC's have no bounds, TRM-ML's are probabilities)")
     add("--csv", metavar="FILE", help="for --predict, also a table: path, label, score")
     add("--heatmap", metavar="DIR", help="for --predict, also a PNG per image: where its best "
         "labels (default: 3) were seen")
@@ -2758,15 +2805,21 @@ def check_run_arguments(args):
         raise UserError("--predict needs --checkpoint FILE")
     if args.predict and args.gallery:
         raise UserError("--gallery shows images of the test split: leave --predict out")
+    if bool(args.predict) + bool(args.eval) + args.resume > 1:
+        raise UserError("--predict, --eval and --resume: give one of them")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # what PyTorch has for a GPU that is not there
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     for name in ("checkpoint", "csv", "heatmap", "top", "threshold"):
         pictured = args.gallery and name in ("top", "threshold")
         if getattr(args, name) is not None and not (args.predict or pictured):
             raise UserError(f"--{name} needs --predict IMAGE")
     if args.gallery and not args.gallery.lower().endswith(".png"):
         raise UserError(f"--gallery {args.gallery}: the name must end in .png")
-    for name in ("csv", "gallery", "heatmap"):
+    for name in ("csv", "gallery", "heatmap", "output"):
         if getattr(args, name) is not None:
-            check_writable(f"--{name}", getattr(args, name), is_folder=name == "heatmap")
+            check_writable(f"--{name}", getattr(args, name), name in ("heatmap", "output"))
     if args.predict:
         args.predict = image_files(args.predict)
 

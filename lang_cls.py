@@ -42,7 +42,6 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 
 import clip_model
 import data
@@ -57,8 +56,7 @@ TOY = {**PAPER, "clip": "toy-RN", "lr": 5e-3, "workers": 0}
 PUBLISHED = "adapter.0.weight"  # the one key of the authors' classifier for COCO, [80, 1024]
 
 
-# ---------------------------------------------------------------------------------------------
-# model
+# ---- model
 
 def map_to_text(embeddings, memory, temperature=0.01):
     """Unit-length embeddings [..., D] as mixtures of label embeddings -> [..., D], unit length.
@@ -98,6 +96,10 @@ class CoMC(nn.Module):
             scores.append(self.logits(local, mapping_weight).amax(dim=1))  # [B, L, C] -> [B, C]
         return sum(scores) / len(scores)
 
+    def trained(self):
+        """The state of a checkpoint."""
+        return self.state_dict()
+
 
 @torch.no_grad()
 def encode(clip, images, args):
@@ -115,23 +117,21 @@ def encode(clip, images, args):
     return [F.normalize(x.float(), dim=-1) for x in (own, global_, local)]
 
 
-# ---------------------------------------------------------------------------------------------
-# losses
+# ---- losses
 
 def ranking_loss(logits, targets):
     """Sum over (present p, absent n) of max(0, 1 - l_p + l_n), mean over the batch: a scalar.
 
-    logits: float [B, C]. targets: [B, C] in {+1, -1}; rows without a present or without an absent
-    label add nothing. Liu et al. (2024), their ranking loss with margin 1."""
-    present = targets > 0
-    row, label = present.nonzero(as_tuple=True)  # [P]; B x C x C is never built
-    absent = logits.masked_fill(present, -torch.inf)
-    margins = 1 - logits[row, label, None] + absent[row]  # [P, C]
+    logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs, rows without a
+    present or without an absent label add nothing. Liu et al. (2024), their ranking loss with
+    margin 1."""
+    rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P]; B x C x C is never built
+    absent = logits.masked_fill(targets != -1, -torch.inf)  # others fall below every margin
+    margins = 1 - logits[rows, columns, None] + absent[rows]  # [P, C]
     return margins.relu().sum() / len(logits)
 
 
-# ---------------------------------------------------------------------------------------------
-# texts: prompts, a grammar, files, a language model
+# ---- texts: prompts, a grammar, files, a language model
 
 TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a photo with a {}.", "a scene with a {}."]
 TEMPLATES += [f"a {kind} of a {{}}." for kind in (
@@ -171,8 +171,7 @@ def template_sentences(labels, templates=TEMPLATES):
     return sentences, targets.repeat_interleave(len(templates), dim=0)
 
 
-# ---------------------------------------------------------------------------------------------
-# embeddings of the texts
+# ---- embeddings of the texts
 
 @torch.no_grad()
 def embed_texts(clip, texts, device="cpu", quiet=False):
@@ -225,8 +224,7 @@ def label_embeddings(clip, labels, templates, args):
     return F.normalize(embeddings.unflatten(0, (len(labels), -1)).mean(dim=1), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------
-# train
+# ---- train
 
 def learning_rate(epoch, peak, epochs):
     """1e-5 in the first epoch, then half a cosine from the peak towards 0, a step an epoch."""
@@ -270,12 +268,11 @@ def train(model, embeddings, targets, args, state):
             with torch.no_grad():
                 line["val_mAP"] = metrics.mean_average_precision(
                     model(embeddings[held_out]), targets[held_out])
-        state.update(epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+        state.update(epoch=epoch + 1, model=model.trained(), optimizer=optimizer.state_dict())
         data.finish_epoch(args.output, state, line, args.quiet)
 
 
-# ---------------------------------------------------------------------------------------------
-# evaluate
+# ---- evaluate
 
 @torch.no_grad()
 def evaluate(clip, model, dataset, args):
@@ -291,28 +288,25 @@ def evaluate(clip, model, dataset, args):
         settings = {"CoMC without mapping": (0.0, args.streams), **settings}
     encoder = torch.compile(encode) if args.compile else encode
 
-    def scores(images):
-        """-> [B, C] for every row of the table."""
-        (own, global_, local), columns = encoder(clip, images, args), []
-        for texts in prompts.values():
-            whole, best = own @ texts.T, (local @ texts.T).amax(dim=1)
-            columns += [whole, best, (whole + best) / 2]
-        return columns + [model.scores(global_, local, *setting) for setting in settings.values()]
+    def score(images):
+        (own, global_, local), scores = encoder(clip, images, args), {}
+        for title, labels in prompts.items():
+            whole, best = own @ labels.T, (local @ labels.T).amax(dim=1)  # [B, C]
+            scores.update({f"zero-shot, global, {title}": whole,
+                           f"zero-shot, local, {title}": best,
+                           f"zero-shot, both, {title}": (whole + best) / 2})
+        return scores | {name: model.scores(global_, local, *setting)
+                         for name, setting in settings.items()}
 
-    kinds = {f"zero-shot, {stream}, {title}": "zero-shot"
-             for title in prompts for stream in ("global", "local", "both")}
-    kinds |= {name: "method" if name == "CoMC" else "ablation" for name in settings}
-    # images at a time: --batch-size counts sentences
-    loader = DataLoader(dataset, 64, num_workers=args.workers,
-                        pin_memory=args.device.startswith("cuda"))
-    results = metrics.evaluate(scores, list(kinds),
-                               data.progress(loader, "evaluating", args.quiet),
+    loader = data.make_loader(dataset, args, batch_size=64)  # --batch-size counts sentences
+    results = metrics.evaluate(score, data.progress(loader, "evaluating", args.quiet),
                                dataset.targets, *data.evaluation(dataset))
-    return [{"name": name, "kind": kinds[name], **row} for name, row in results.items()]
+    kinds = {"CoMC": "method", **{name: "ablation" for name in settings if name != "CoMC"}}
+    return [{"name": name, "kind": kinds.get(name, "zero-shot"), **row}
+            for name, row in results.items()]
 
 
-# ---------------------------------------------------------------------------------------------
-# predict
+# ---- predict
 
 def scorer(clip, model, args):
     """-> function: images -> (scores [B, C], with --heatmap every location's [B, C, h, w])."""
@@ -331,40 +325,34 @@ def predict(args):
     data.predict(scorer(clip, model, args), state["labels"], preprocess, args)
 
 
-# ---------------------------------------------------------------------------------------------
-# arguments
+# ---- arguments
 
 def parse_arguments(arguments=None):
-    parser, number = data.Parser(__doc__, 4), data.number
-
-    def add(name, type, text, **options):  # the paper and the toy world may differ in its value
-        group.add_argument("--" + name.replace("_", "-"), type=type, **options,
-                           help=f"{text} (paper: {PAPER[name]}, toy: {TOY[name]})")
-
-    group = parser.add_argument_group("model")
-    add("clip", str, "a name of clip_model.available_models() or a path to weights")
-    add("mapping_weight", number(float, 0, 1), "share of the mapped embedding; 0 leaves it out")
-    add("streams", str, "which of the two scores count", choices=["both", "global", "local"])
-    group = parser.add_argument_group("texts")
-    group.add_argument("--labels", help='train for these, without a dataset: "owl, ice cream"')
-    group.add_argument("--texts", metavar="FILE", help='JSON, a list or one a line, of {"labels": '
-                       '["..."], "description": "..."}, instead of the grammar\'s sentences')
-    group.add_argument("--sources", choices=["both", "sentences", "templates"], default="both",
-                       help="what to train with (default: both)")
-    add("sentences", number(int, 1), "how many the grammar writes, or the first of --texts")
-    group.add_argument("--templates", metavar="FILE", help="prompts, one a line with {} in it")
-    group.add_argument("--generate", metavar="OUT.jsonl", help="have a language model write "
-                       "--sentences about the labels, for --texts; a repeated call continues")
-    group.add_argument("--llm-url", help="of an OpenAI-compatible server, e.g. "
-                       "http://localhost:11434/v1; a key is read from OPENAI_API_KEY")
-    group.add_argument("--llm-model", help="the server's name of the language model")
-    group.add_argument("--llm-requests", type=number(int, 1, 256), default=8,
-                       help="at a time (default: 8)")
-    group = parser.add_argument_group("optimization")
-    add("epochs", number(int, 1), "of which the first warms up")
-    add("batch_size", number(int, 1), "sentences")
-    add("lr", number(float, 0), "peak learning rate")
-    add("noise", number(float, 0), "standard deviation, added to text embeddings; 0 leaves it out")
+    parser, number = data.Parser(__doc__, PAPER, TOY), data.number
+    add = parser.group("model")
+    add("--clip", str, "a name of clip_model.available_models() or a path to weights")
+    add("--mapping-weight", number(float, 0, 1), "share of the mapped embedding; 0 leaves it out")
+    add("--streams", str, "which of the two scores count", choices=["both", "global", "local"])
+    add = parser.group("texts")
+    add("--labels", str, 'train for these, without a dataset: "owl, ice cream"')
+    add("--texts", str, 'JSON, a list or one a line, of {"labels": ["..."], "description": "..."}, '
+        "instead of the grammar's sentences", metavar="FILE")
+    add("--sources", str, "what to train with (default: both)",
+        choices=["both", "sentences", "templates"], default="both")
+    add("--sentences", number(int, 1), "how many the grammar writes; or the first of --texts, by "
+        "default all of them")
+    add("--templates", str, "prompts, one a line with {} in it", metavar="FILE")
+    add("--generate", str, "have a language model write --sentences about the labels, for --texts; "
+        "a repeated call continues", metavar="OUT.jsonl")
+    add("--llm-url", str, "of an OpenAI-compatible server, e.g. http://localhost:11434/v1; a key "
+        "is read from OPENAI_API_KEY", metavar="URL")
+    add("--llm-model", str, "the server's name of the language model", metavar="NAME")
+    add("--llm-requests", number(int, 1, 256), "at a time (default: 8)", default=8)
+    add = parser.group("optimization")
+    add("--epochs", number(int, 1), "of which the first warms up")
+    add("--batch-size", number(int, 1), "sentences")
+    add("--lr", number(float, 0), "peak learning rate")
+    add("--noise", number(float, 0), "standard deviation, of text embeddings; 0 leaves it out")
     data.add_run_arguments(parser, "lang_cls")
     args = parser.parse_args(arguments)
     data.check_run_arguments(args)
@@ -372,7 +360,7 @@ def parse_arguments(arguments=None):
         args.labels = data.parse_labels(args.labels)
         if args.predict or args.eval:
             raise UserError("--labels are for training: a checkpoint scores its own labels only")
-    if args.labels and args.data not in (None, "toy"):
+    if args.labels and args.data:
         raise UserError(f"--labels and --data {args.data} both name labels: give one of them")
     if args.labels and args.gallery:
         raise UserError("--gallery shows images of a dataset: name one with --data, not --labels")
@@ -387,15 +375,12 @@ def parse_arguments(arguments=None):
 
 
 def fill_defaults(args):
-    if not args.labels:
-        args.data = args.data or "toy"
     given = args.sentences
     data.fill_defaults(args, "lang_cls", PAPER, TOY)
     args.sentences = given if args.texts else args.sentences  # all that the file has
 
 
-# ---------------------------------------------------------------------------------------------
-# main
+# ---- main
 
 def load_checkpoint(path, args):
     """-> (CLIP, CoMC, preprocess, state). UserError for what is no checkpoint or of another CLIP.
@@ -403,7 +388,7 @@ def load_checkpoint(path, args):
     The authors' classifier, for COCO's labels, loads too. --mapping-weight and --streams are the
     checkpoint's unless given."""
     state = data.read_checkpoint(path, "lang_cls", args.clip, PUBLISHED)
-    name = args.clip or PAPER["clip"] if PUBLISHED in state else state["clip"]
+    name = (args.clip or PAPER["clip"]) if PUBLISHED in state else state["clip"]
     clip, preprocess = clip_model.load(name, args.device)
     if PUBLISHED in state:
         weight, args.clip, labels = state[PUBLISHED].float(), name, data.COCO_LABELS
@@ -418,8 +403,7 @@ def load_checkpoint(path, args):
     for name in ("mapping_weight", "streams"):
         if getattr(args, name) is None:
             setattr(args, name, state["args"][name])
-    model = CoMC(state["model"]["weight"], state["model"]["memory"]).to(args.device)
-    return clip, model, preprocess, state
+    return clip, CoMC(**state["model"]).to(args.device), preprocess, state
 
 
 def generate(labels, args):
@@ -436,11 +420,12 @@ def start_or_resume(clip, labels, sentences, args):
     names = ("labels", "texts", "templates", "sources")
     digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
     if args.resume:
-        _, model, _, state = load_checkpoint(f"{args.output}/last.pt", args)
+        state = data.read_checkpoint(f"{args.output}/last.pt", "lang_cls", args.clip)
+        data.check_weights(args.output, state, clip)
         data.check_same(args, state["args"], (*PAPER, *data.SAME, *names))
         if state["texts"] != digest:
             raise UserError(f"--resume: the run in {args.output} was started with other texts")
-        return model, state
+        return CoMC(**state["model"]).to(args.device), state
     torch.manual_seed(args.seed)
     memory = label_embeddings(clip, labels, prompt_templates(args), args)
     weight = nn.Linear(memory.shape[1], len(labels), bias=False).weight.detach()
@@ -460,13 +445,14 @@ def run(args):
     fill_defaults(args)
     test = None
     if not args.labels:
-        data.check_root(args.data, args.root)
         test = data.load_split("test", None, args)  # first of all: it may lack files
     if args.generate:
         return generate(args.labels or test.labels, args)
     if not args.eval:
         clip, preprocess = clip_model.load(args.clip, args.device)
         labels = args.labels or test.labels
+        if len(labels) < 2:
+            raise UserError("one label has nothing to be ranked against: give at least two")
         sentences, targets = training_texts(labels, args)
         if not args.quiet:
             print(f"{args.clip}: {len(labels)} labels, {len(sentences):,} texts to train with, "
@@ -474,8 +460,7 @@ def run(args):
         embeddings = embed_texts(clip, sentences, args.device, args.quiet)
         model, state = start_or_resume(clip, labels, sentences, args)
         train(model, embeddings, targets, args, state)
-        best = data.read_checkpoint(f"{args.output}/best.pt", "lang_cls")
-        model.load_state_dict(best["model"])
+        data.restore(f"{args.output}/best.pt", model)
     rows = []
     if test is not None:
         test.transform = preprocess

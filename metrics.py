@@ -15,7 +15,6 @@ names the label's column). Infinite scores are ordinary values.
     >>> average_precision(scores, targets)
     tensor([0.8333, 1.0000], dtype=torch.float64)
 """
-import functools
 import re
 import shutil
 import tempfile
@@ -259,37 +258,40 @@ def _score_matrices(shapes):
 
 
 @torch.no_grad()
-def evaluate(encode, scorers, batches, targets, settings, ks):
-    """Several score functions in one pass over the images -> {name: summary}.
+def evaluate(score, batches, targets, settings, ks):
+    """Several ways to score labels, in one pass over the images -> {name: summary}.
 
-    encode: a batch of images -> features, a tuple. scorers: {name: function(*features, index) ->
-    scores [B, len(index)]}; or names alone, whose scores of all labels are the features of encode,
-    [B, C] each. batches: of (images, ...) in the order of targets int8 [N, C].
-    settings: {prefix: label indices that compete}; a summary a setting. ks: see summary.
+    score: a batch of images -> {name: scores of all labels [B, C], or, where they depend on which
+    labels compete, a function of these labels' indices -> [B, c]}. batches: of (images, ...) in
+    the order of targets int8 [N, C]. settings: {prefix: label indices that compete}; a summary a
+    setting. ks: see summary. Raises ValueError unless there are N images.
 
     The scores of all images, 4 bytes each, lie in memory up to IN_MEMORY bytes, or else in
-    temporary files (mapped, so the system pages them in and out); one scorer's at a time are read
+    temporary files (mapped, so the system pages them in and out); one name's at a time are read
     to be ranked."""
-    if not isinstance(scorers, dict):
-        scorers = {name: functools.partial(lambda i, *scores: scores[i][:, scores[-1]], i)
-                   for i, name in enumerate(scorers)}  # the last one is the index
-    keys = [(name, prefix) for name in scorers for prefix in settings]
-    scores = dict(zip(keys, _score_matrices([(len(targets), len(settings[prefix]))
-                                             for _, prefix in keys])))
-    begin = 0
+    scores, begin = None, 0
     for images, *_ in batches:
-        features = encode(images)
+        found, end = score(images), begin + len(images)
+        if scores is None:
+            keys = [(name, prefix) for name in found for prefix in settings]
+            scores = dict(zip(keys, _score_matrices([
+                (len(targets), len(settings[prefix])) for _, prefix in keys])))
         for (name, prefix), rows in scores.items():
-            rows[begin:begin + len(images)] = scorers[name](*features, settings[prefix])
-        begin += len(images)
-    results = {name: {} for name in scorers}
+            index, value = settings[prefix], found[name]
+            rows[begin:end] = value(index) if callable(value) else value[:, index]
+        begin = end
+    if begin != len(targets):
+        raise ValueError(f"{begin:,} images for targets of {len(targets):,}")
+    results = {}
     for (name, prefix), rows in scores.items():
-        results[name].update(summary(rows, targets[:, settings[prefix]], ks, prefix))
+        results.setdefault(name, {}).update(
+            summary(rows, targets[:, settings[prefix]], ks, prefix))
     return results
 
 
 def print_table(rows):
-    """Print rows of {"name", "kind", metric: value in [0, 1]} in percent; a table a setting.
+    """Print rows of {"name", "kind", metric: value in [0, 1], or NaN} in percent; a table a
+    setting.
 
     Settings are the metrics' prefixes: zsl_ (unseen labels alone), gzsl_ (all labels), or none.
     A star marks the zero-shot row with the highest mAP."""

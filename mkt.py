@@ -9,8 +9,8 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
         s   = (a / |a| + g / |g|) / 2,  each norm taken over the labels in play;
  2. ranking: every present label above every absent one, max(0, 1 + s_n - s_p) averaged over the
     pairs that violate the margin;
- 3. distillation: |o_cls - CLIP's own embedding of the image|_1 keeps the image encoder in the
-    space of CLIP's text, where unseen labels live;
+ 3. distillation: the mean of |o_cls - CLIP's own embedding of the image| keeps the image encoder
+    in the space of CLIP's text, where unseen labels live;
  4. prompt tuning, with the image encoder frozen: the words around the label in "There is a
     {label} in the scene" become learned embeddings, shared by all labels, unseen ones too.
 
@@ -33,8 +33,8 @@ Where this differs from the paper
  3. The last epoch is reported; --val-fraction selects on held-out training images.
 """
 import copy
-import functools
 import math
+import sys
 import time
 
 import torch
@@ -57,14 +57,14 @@ TOY = {**PAPER, "clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "warmup_epoc
        "distillation": 0.1, "topk": 4, "augment": "no", "workers": 0}
 
 
-# ---------------------------------------------------------------------------------------------
-# model
+# ---- model
 
 def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
     """MKT's score of every label, the mean of two unit-length score vectors (section 3.2).
 
-    local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> [B, C]. streams:
-    "both", or "global" or "local" alone. The scores depend on which labels are in play."""
+    local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> float [B, C] within
+    [-1, 1]. streams: "both", or "global" or "local" alone. The scores depend on which labels are
+    in play; those of a single one say nothing."""
     scores = []
     if streams != "global":
         patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
@@ -130,6 +130,10 @@ class MKT(nn.Module):
         x = self.ln_post(x) @ self.proj
         return x[:, 0], x[:, 1:]
 
+    def encode(self, images):
+        """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
+        return self.student(self.trunk(images))
+
     @torch.no_grad()
     def teacher(self, x):
         """Trunk tokens -> CLIP's image embedding [B, D]."""
@@ -162,8 +166,7 @@ class MKT(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
 
-# ---------------------------------------------------------------------------------------------
-# losses
+# ---- losses
 
 def ranking_loss(scores, targets):
     """Pairwise ranking with margin 1 (section 3.3): scores [B, C], targets [B, C] -> scalar.
@@ -182,8 +185,7 @@ def ranking_loss(scores, targets):
     return (total / (violated + 1e-8)).mean()
 
 
-# ---------------------------------------------------------------------------------------------
-# train
+# ---- train
 
 def parameter_groups(model, weight_decay, layer_decay=0.65):
     """Stage 1: layer-wise learning-rate decay, scale layer_decay^(layers + 1 - id).
@@ -210,22 +212,17 @@ def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def stage_loss(model, stage, images, targets, label_embeddings, args):
-    """One batch -> (loss, {term: value}); label_embeddings is a Prompts in stage 2."""
+def batch_loss(model, stage, images, targets, labels, args):
+    """One batch -> (loss, {term: weighted value}); labels: their embeddings [C, D] in stage 1,
+    which does not change them, their Prompts in stage 2."""
     tokens = model.trunk(images)
-    if stage == 1:
-        global_, local = model.student(tokens)
-        ranking = ranking_loss(model.scores(global_, local, label_embeddings).float(), targets)
-        if not args.distillation:
-            return ranking, {"ranking": ranking}
-        distillation = F.l1_loss(global_.float(), model.teacher(tokens).float())
-        return (ranking + args.distillation * distillation,
-                {"ranking": ranking, "distillation": distillation})
-    with torch.no_grad():
-        global_, local = model.student(tokens)
-    scores = model.scores(global_, local, model.label_embeddings(label_embeddings))
-    ranking = ranking_loss(scores.float(), targets)
-    return ranking, {"ranking": ranking}
+    global_, local = model.student(tokens)
+    embeddings = labels if stage == 1 else model.label_embeddings(labels)
+    terms = {"ranking": ranking_loss(model.scores(global_, local, embeddings).float(), targets)}
+    if stage == 1 and args.distillation:
+        distance = F.l1_loss(global_.float(), model.teacher(tokens).float())
+        terms["distillation"] = args.distillation * distance
+    return sum(terms.values()), terms
 
 
 def train(model, stage, epochs, dataset, validation, args, state):
@@ -239,12 +236,12 @@ def train(model, stage, epochs, dataset, validation, args, state):
         state.update(stage=stage, epoch=0, optimizer=None, scaler=None)
     device, seen = torch.device(args.device), dataset.seen
     loader = data.make_loader(dataset, args, shuffle=True)
-    label_embeddings = Prompts(model.clip, [dataset.labels[i] for i in seen])
+    labels = Prompts(model.clip, [dataset.labels[i] for i in seen])
     if stage == 1:
         groups = parameter_groups(model, args.weight_decay)
         peak, minimum, warmup = args.lr, 1e-6, args.warmup_epochs
         with torch.no_grad(), data.autocast(args):
-            label_embeddings = model.label_embeddings(label_embeddings)
+            labels = model.label_embeddings(labels)
     else:
         groups = [{"params": [model.context], "scale": 1.0, "weight_decay": args.weight_decay}]
         peak, minimum, warmup = args.prompt_lr, 1e-8, 0
@@ -267,7 +264,7 @@ def train(model, stage, epochs, dataset, validation, args, state):
                     epoch + step / len(loader), peak, minimum, epochs, warmup)
             images, targets = images.to(device, non_blocking=True), targets[:, seen]
             with data.autocast(args):
-                loss, terms = stage_loss(model, stage, images, targets, label_embeddings, args)
+                loss, terms = batch_loss(model, stage, images, targets, labels, args)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -287,61 +284,61 @@ def train(model, stage, epochs, dataset, validation, args, state):
         data.finish_epoch(args.output, state, line, args.quiet)
 
 
-# ---------------------------------------------------------------------------------------------
-# evaluate
+# ---- evaluate
 
-def evaluate(encode, scorers, dataset, args, settings=None):
-    """encode: images -> (global [B, D], local [B, L, D]). scorers: {name: function of these and of
-    the label indices in play -> [B, c]} -> {name: metrics}. By default ZSL ranks the unseen labels
+@torch.no_grad()
+def evaluate(score, dataset, args, settings=None):
+    """score as metrics.evaluate has it -> {name: metrics}. By default ZSL ranks the unseen labels
     alone and GZSL all labels; settings: {prefix of the metrics: label indices in play}."""
     usual, ks = data.evaluation(dataset)
-
-    def encode_batch(images):  # scores are computed, and ranked, in float32
-        with data.autocast(args):
-            return [x.float() for x in encode(images.to(args.device, non_blocking=True))]
-
     loader = data.progress(data.make_loader(dataset, args), "evaluating", args.quiet)
-    settings = settings or usual
-    return metrics.evaluate(encode_batch, scorers, loader, dataset.targets, settings, ks)
+    return metrics.evaluate(score, loader, dataset.targets, settings or usual, ks)
+
+
+def features(encode, images, args):
+    """encode(images) -> (global [B, D], local [B, L, D]); labels are ranked in float32."""
+    with data.autocast(args):
+        return [x.float() for x in encode(images.to(args.device, non_blocking=True))]
 
 
 @torch.no_grad()
 def model_row(model, dataset, args, name="MKT", kind="method", settings=None):
     embeddings = model.label_embeddings(Prompts(model.clip, dataset.labels))
-    results = evaluate(
-        lambda images: model.student(model.trunk(images)),
-        {name: lambda global_, local, index: model.scores(global_, local, embeddings[index])},
-        dataset, args, settings)
-    return {"name": name, "kind": kind, **results[name]}
+
+    def score(images):
+        encoded = features(model.encode, images, args)
+        return {name: lambda index: model.scores(*encoded, embeddings[index])}
+
+    return {"name": name, "kind": kind, **evaluate(score, dataset, args, settings)[name]}
 
 
 @torch.no_grad()
 def zero_shot_rows(model, dataset, args):
     """CLIP as it is: cosines of the global embedding, of the best patch and of both, with two
     prompts; and MKT's own two-stream score before any training."""
-    clip, scorers = model.clip, {}
-
-    def cosine(texts, stream, global_, local, index):
-        total = F.normalize(global_, dim=-1) @ texts[index].T
-        if stream == "global":
-            return total
-        best = (F.normalize(local, dim=-1) @ texts[index].T).amax(dim=1)  # [B, L, c] -> [B, c]
-        return best if stream == "local" else (total + best) / 2
-
-    for prompt in ("a photo of a {}.", "{} {{}} {}".format(*PROMPT)):
+    clip, prompts, own = model.clip, {}, "{} {{}} {}".format(*PROMPT)
+    for prompt in ("a photo of a {}.", own):
         tokens = clip.tokenize([prompt.format(label) for label in dataset.labels])
-        texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
-        for stream in ("global", "local", "both"):
-            scorers[f'zero-shot, {stream}, "{prompt}"'] = functools.partial(
-                cosine, F.normalize(texts, dim=-1), stream)
-    scorers["zero-shot, two-stream score"] = lambda global_, local, index: two_stream_scores(
-        local, global_, texts[index], model.topk)
-    results = evaluate(clip.encode_image_dense, scorers, dataset, args)
+        prompts[prompt] = torch.cat([clip.encode_text(part.to(args.device))
+                                     for part in tokens.split(256)])
+
+    def score(images):
+        (global_, local), scores = features(clip.encode_image_dense, images, args), {}
+        for title, texts in prompts.items():
+            labels = F.normalize(texts, dim=-1)
+            whole = F.normalize(global_, dim=-1) @ labels.T
+            best = (F.normalize(local, dim=-1) @ labels.T).amax(dim=1)  # [B, L, C] -> [B, C]
+            scores.update({f'zero-shot, global, "{title}"': whole,
+                           f'zero-shot, local, "{title}"': best,
+                           f'zero-shot, both, "{title}"': (whole + best) / 2})
+        return scores | {"zero-shot, two-stream score": lambda index: two_stream_scores(
+            local, global_, prompts[own][index], model.topk)}
+
+    results = evaluate(score, dataset, args)
     return [{"name": name, "kind": "zero-shot", **row} for name, row in results.items()]
 
 
-# ---------------------------------------------------------------------------------------------
-# predict
+# ---- predict
 
 @torch.no_grad()
 def scorer(model, labels, args):
@@ -349,12 +346,11 @@ def scorer(model, labels, args):
     embeddings = model.label_embeddings(Prompts(model.clip, labels))
 
     def score(images):
-        with data.autocast(args):
-            global_, local = model.student(model.trunk(images.to(args.device)))
-        scores = model.scores(global_.float(), local.float(), embeddings)
+        global_, local = features(model.encode, images, args)
+        scores = model.scores(global_, local, embeddings)
         if not args.heatmap:
             return scores, None
-        patches = embeddings @ local.float().transpose(1, 2)  # [B, C, L]
+        patches = embeddings @ local.transpose(1, 2)  # [B, C, L]
         return scores, patches.unflatten(2, (math.isqrt(local.shape[1]), -1))
     return score
 
@@ -362,39 +358,37 @@ def scorer(model, labels, args):
 def predict(args):
     model, preprocess, state = load_checkpoint(args.checkpoint, args)
     labels = args.labels or state["labels"]
+    if len(labels) < 2:
+        raise UserError("--labels: a score is relative to the other labels, give at least two")
     data.predict(scorer(model, labels, args), labels, preprocess, args)
 
 
-# ---------------------------------------------------------------------------------------------
-# arguments
+# ---- arguments
 
 def parse_arguments(arguments=None):
-    parser, number = data.Parser(__doc__, 4), data.number
-
-    def add(name, type, text, **options):  # the paper and the toy world may differ in its value
-        group.add_argument("--" + name.replace("_", "-"), type=type, **options,
-                           help=f"{text} (paper: {PAPER[name]}, toy: {TOY[name]})")
-
-    group = parser.add_argument_group("model")
-    add("clip", str, "a ViT: a name of clip_model.available_models() or a path to weights")
-    add("topk", number(int, 1), "patches that the local score averages")
-    add("streams", str, "which of the two scores count", choices=["both", "global", "local"])
-    group = parser.add_argument_group("optimization")
-    add("epochs", number(int, 0), "of stage 1")
-    add("prompt_epochs", number(int, 0), "of stage 2, prompt tuning; 0 leaves it out")
-    add("batch_size", number(int, 1), "images")
-    add("lr", number(float, 0), "peak learning rate of stage 1")
-    add("prompt_lr", number(float, 0), "peak learning rate of stage 2")
-    add("warmup_epochs", number(float, 0), "of stage 1")
-    add("weight_decay", number(float, 0), "AdamW's")
-    add("distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
-    add("augment", str, "random crop, flip and RandAugment", choices=["yes", "no"])
-    group.add_argument("--normalization", choices=["clip", "imagenet"], default="clip",
-                       help="of pixels (default: clip; the authors' code: imagenet)")
+    parser, number = data.Parser(__doc__, PAPER, TOY), data.number
+    add = parser.group("model")
+    add("--clip", str, "a ViT: a name of clip_model.available_models() or a path to weights")
+    add("--topk", number(int, 1), "patches that the local score averages")
+    add("--streams", str, "which of the two scores count", choices=["both", "global", "local"])
+    add("--labels", str, 'for --predict, any labels: "owl, ice cream"')
+    add = parser.group("optimization")
+    add("--epochs", number(int, 0), "of stage 1")
+    add("--prompt-epochs", number(int, 0), "of stage 2, prompt tuning; 0 leaves it out")
+    add("--batch-size", number(int, 1), "images")
+    add("--lr", number(float, 0), "peak learning rate of stage 1")
+    add("--prompt-lr", number(float, 0), "peak learning rate of stage 2")
+    add("--warmup-epochs", number(float, 0), "of stage 1")
+    add("--weight-decay", number(float, 0), "AdamW's")
+    add("--distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
+    add("--augment", str, "random crop, flip and RandAugment", choices=["yes", "no"])
+    add("--normalization", str, "of pixels (default: clip; the authors' code: imagenet)",
+        choices=["clip", "imagenet"])
     data.add_run_arguments(parser, "mkt")
-    parser.add_argument("--labels", help='any labels, for --predict: "owl, ice cream"')
     args = parser.parse_args(arguments)
     data.check_run_arguments(args)
+    if args.labels is not None and not args.predict:
+        raise UserError("--labels are for --predict: a dataset has its own")
     args.labels = None if args.labels is None else data.parse_labels(args.labels)
     if args.epochs == 0 and args.prompt_epochs == 0:
         raise UserError("--epochs 0 and --prompt-epochs 0 leave nothing to train")
@@ -402,12 +396,11 @@ def parse_arguments(arguments=None):
 
 
 def fill_defaults(args):
-    args.data = args.data or "toy"
     data.fill_defaults(args, "mkt", PAPER, TOY)
+    args.normalization = args.normalization or "clip"
 
 
-# ---------------------------------------------------------------------------------------------
-# main
+# ---- main
 
 def build(options, device):
     """-> (MKT, preprocess) with the options "clip", "topk", "streams", "normalization"."""
@@ -420,12 +413,14 @@ def build(options, device):
 def load_checkpoint(path, args):
     """-> (MKT, preprocess, state). UserError for what is no MKT checkpoint or of another CLIP."""
     state = data.read_checkpoint(path, "mkt", args.clip)
-    if args.topk not in (None, state["args"]["topk"]):
-        raise UserError(f"{path} was trained with --topk {state['args']['topk']}; for the best N "
-                        f"labels there is --top N")
-    model, preprocess = build(state["args"], args.device)
+    for name in ("topk", "normalization"):
+        if getattr(args, name) not in (None, state["args"][name]):
+            raise UserError(f"{path} was trained with --{name} {state['args'][name]}"
+                            + "; for the best N labels there is --top N" * (name == "topk"))
+    streams = args.streams or state["args"]["streams"]
+    model, preprocess = build({**state["args"], "streams": streams}, args.device)
     data.check_weights(path, state, model.clip)
-    model.load_state_dict(state["model"], strict=False)
+    data.restore(path, model, state)
     return model, preprocess, state
 
 
@@ -435,7 +430,12 @@ def load_training(preprocess, args):
     augment = data.train_transform(size, normalize.mean, normalize.std)
     dataset = data.load_split("train", augment if args.augment == "yes" else preprocess, args,
                               True)
-    dataset = dataset.subset((dataset.targets[:, dataset.seen] == 1).any(dim=1))
+    if len(dataset.seen) < 2:
+        raise UserError("ranking takes two seen labels at least: add images of something else")
+    has_seen = (dataset.targets[:, dataset.seen] == 1).any(dim=1)
+    if not has_seen.any():
+        raise UserError(f"no training image of {args.data} shows a seen label")
+    dataset = dataset.subset(has_seen)
     return data.hold_out(dataset, args.val_fraction, preprocess)
 
 
@@ -446,7 +446,6 @@ def run(args):
         model, preprocess, state = load_checkpoint(args.eval, args)
         data.same_dataset(args, state)
     fill_defaults(args)
-    data.check_root(args.data, args.root)
     test = data.load_split("test", None, args, True)  # first of all: it may lack files
     if args.resume:
         model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
@@ -456,16 +455,20 @@ def run(args):
         state = {**data.new_state("mkt", test.labels, model.clip, args), "stage": 0, "rows": []}
     test.transform = preprocess
     data.check_labels(test, state)
+    if len(test.unseen) == 1:
+        print("one unseen label: ZSL has nothing to rank it against, only GZSL means something",
+              file=sys.stderr)
     if args.compile:
         model.student = torch.compile(model.student)
     rows = [] if args.eval else state["rows"]
     if not args.eval:
         dataset, validation = load_training(preprocess, args)
         if not args.quiet:
-            print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
-                  f"{len(test):,} test images, {len(test.unseen)} unseen labels\n{args.clip}: "
-                  f"training {sum(x.numel() for x in model.trained().values()):,} weights beside "
-                  f"{sum(x.numel() for x in model.clip.parameters()):,} frozen ones", flush=True)
+            trained, frozen = (sum(x.numel() for x in tensors) for tensors in (
+                model.trained().values(), model.clip.parameters()))
+            print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen "
+                  f"labels; {len(test):,} test images, {len(test.unseen)} unseen labels\n"
+                  f"{args.clip}: {trained:,} trained weights, {frozen:,} frozen ones", flush=True)
         if not args.resume:
             data.start_run(args)
     if not rows:
@@ -475,8 +478,7 @@ def run(args):
         if args.epochs and args.prompt_epochs and rows[-1]["kind"] == "zero-shot":
             rows.append(model_row(model, test, args, "MKT without prompt tuning", "ablation"))
         train(model, 2, args.prompt_epochs, dataset, validation, args, state)
-        best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
-        model.load_state_dict(best["model"], strict=False)
+        data.restore(f"{args.output}/best.pt", model)
     rows = rows + [model_row(model, test, args)]
     metrics.print_table(rows)
     if args.gallery:

@@ -31,7 +31,8 @@ B images, L embeddings (the whole image, then locations), C labels, T tokens, W 
 embedding, H heads. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
- 1. Attention starts as CLIP's own matching: its weights are the identity, the queries the labels'
+ 1. Attention starts as CLIP's own matching, in each head's share of the dimensions: its weights
+    are the identity, the queries the labels'
     embeddings, the temperature CLIP's, the MLP's last layer 0. In a prototype on the toy world,
     the known labels' loss alone ended at 36 mAP from a random start, at 94 from this.
  2. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
@@ -75,8 +76,7 @@ HIDDEN = 2  # hidden positives per known one, where absent labels are never or h
 PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et al. (CVPR 2021)
 
 
-# ---------------------------------------------------------------------------------------------
-# model
+# ---- model
 
 def identity(size):
     layer = nn.Linear(size, size)
@@ -236,8 +236,7 @@ def encode(clip, images, args):
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------
-# losses
+# ---- losses
 
 def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
     """Ridnik et al. (ICCV 2021) over the known entries: their sum, mean over images, a scalar.
@@ -295,8 +294,7 @@ def batch_loss(model, x, known, args, warm_up=False):
     return sum(terms.values()), terms, pseudo, estimates
 
 
-# ---------------------------------------------------------------------------------------------
-# train
+# ---- train
 
 def learning_rate(progress, peak):
     """Half a cosine from the peak to 0; progress: 0 to 1, the share of all steps that are done."""
@@ -330,7 +328,7 @@ def train(model, training, validation, known, truth, args, state):
         scaler.load_state_dict(state["scaler"])
     for epoch in range(state["epoch"], args.epochs):
         torch.manual_seed(1_000_003 * args.seed + epoch)
-        begin, history, counts, drawn = time.time(), [], 0, []
+        begin, history, counts, estimated = time.time(), [], 0, []
         warm_up = epoch + 1 < args.epochs // 2  # until prototypes mean something
         batches = data.progress(loader, f"epoch {epoch + 1}", args.quiet)
         for step, (images, rows) in enumerate(batches):
@@ -347,13 +345,13 @@ def train(model, training, validation, known, truth, args, state):
             if pseudo is not None:
                 counts = counts + pseudo_label_counts(pseudo, known[rows], truth[rows])
             if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                drawn.append((estimates, known[rows]))
+                estimated.append((estimates, known[rows]))
             if step % 50 == 49 or step == len(loader) - 1:  # waits for the GPU
                 means = data.finite_means(history, ["loss", *terms], f"epoch {epoch + 1}",
                                           args.output)
         line = {"epoch": epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"]}
-        if drawn:
-            model.calibrate(*map(torch.cat, zip(*drawn)))
+        if estimated:
+            model.calibrate(*map(torch.cat, zip(*estimated)))
         if pseudo is not None:
             right, given, hidden, right_absent, given_absent = counts.tolist()
             if given and hidden:
@@ -362,9 +360,9 @@ def train(model, training, validation, known, truth, args, state):
                 line["pseudo_precision_absent"] = right_absent / given_absent
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
+        line["seconds"] = time.time() - begin
         if validation is not None:
             line["val_mAP"] = validation_score(model, *validation, known, args)
-        line["seconds"] = time.time() - begin
         state.update(epoch=epoch + 1, model=model.trained(), optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict())
         data.finish_epoch(args.output, state, line, args.quiet)
@@ -381,37 +379,37 @@ def validation_score(model, dataset, kept, known, args):
     return metrics.mean_average_precision(*map(torch.cat, zip(*batches)))
 
 
-# ---------------------------------------------------------------------------------------------
-# evaluate
+# ---- evaluate
 
 @torch.no_grad()
 def evaluate(clip, models, dataset, args):
     """The table, in one pass over the images: CLIP as it is, then models [(name, kind, TRM)]."""
     prompts = {f'"{TEMPLATES[0]}"': TEMPLATES[:1], f"mean of {len(TEMPLATES)} prompts": TEMPLATES}
-    zero_shot = [zero_shot_embeddings(clip, dataset.labels, x) for x in prompts.values()]
+    prompts = {title: zero_shot_embeddings(clip, dataset.labels, templates)
+               for title, templates in prompts.items()}
     texts = [model.texts() for _, _, model in models]
 
-    def scores(images):
-        """-> [B, C] for every row of the table."""
-        x, columns = encode(clip, images, args), []
-        for embeddings in zero_shot:
-            global_, local = x[:, 0] @ embeddings.T, (x[:, 1:] @ embeddings.T).amax(dim=1)
-            columns += [global_, local, (global_ + local) / 2]
-        with data.autocast(args):
-            return columns + [model(x, t)[0].float() for (_, _, model), t in zip(models, texts)]
+    def score(images):
+        x, scores = encode(clip, images, args), {}
+        for title, labels in prompts.items():
+            global_, local = x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)  # [B, C]
+            scores.update({f"zero-shot, global, {title}": global_,
+                           f"zero-shot, local, {title}": local,
+                           f"zero-shot, both, {title}": (global_ + local) / 2})
+        for (name, _, model), labels in zip(models, texts):
+            with data.autocast(args):
+                scores[name] = model(x, labels)[0]
+        return scores
 
-    kinds = {f"zero-shot, {stream}, {title}": "zero-shot"
-             for title in prompts for stream in ("global", "local", "both")}
-    kinds |= {name: kind for name, kind, _ in models}
     loader = data.make_loader(dataset, args, kept=kept_embeddings(clip, dataset, args))
-    results = metrics.evaluate(scores, list(kinds),
-                               data.progress(loader, "evaluating", args.quiet),
+    results = metrics.evaluate(score, data.progress(loader, "evaluating", args.quiet),
                                dataset.targets, *data.evaluation(dataset))
-    return [{"name": name, "kind": kinds[name], **row} for name, row in results.items()]
+    kinds = {name: kind for name, kind, _ in models}
+    return [{"name": name, "kind": kinds.get(name, "zero-shot"), **row}
+            for name, row in results.items()]
 
 
-# ---------------------------------------------------------------------------------------------
-# predict
+# ---- predict
 
 def scorer(model, args):
     """-> function: images -> (probabilities [B, C], regions' attention [B, C, h, w])."""
@@ -437,48 +435,40 @@ def predict(args):
     data.predict(scorer(model, args), state["labels"], preprocess, args, whole=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# arguments
+# ---- arguments
 
 def parse_arguments(arguments=None):
-    parser, number = data.Parser(__doc__, 5), data.number
-
-    def add(name, type, text, **options):  # the defaults for benchmarks and the toy world differ
-        shown = [" ".join(map(str, value)) if isinstance(value, list) else value
-                 for value in (BENCHMARK[name], TOY[name])]
-        group.add_argument("--" + name.replace("_", "-"), type=type, **options,
-                           help=f"{text} (default: {shown[0]}, toy: {shown[1]})")
-
-    group = parser.add_argument_group("known labels")
-    group.add_argument("--partial", type=number(float, 0, 1), nargs="+", metavar="P",
-                       help="train with this share of the label entries known; several: a run "
-                            "each, and their average (default: 0.3 on toy, else all there are)")
-    group.add_argument("--single-positive", action="store_true",
-                       help="train with one present label an image known, and nothing else")
-    group.add_argument("--upper-bound", action="store_true",
-                       help="train TRM-ML with all labels known too, and add its row")
-    group = parser.add_argument_group("model")
-    add("clip", str, "a name of clip_model.available_models() or a path to weights")
-    add("image_size", number(int, 32), "pixels, square; images are not cropped")
-    add("matching", str, "what texts are matched with; several: a model each, the last is the "
+    parser, number = data.Parser(__doc__, BENCHMARK, TOY, "default"), data.number
+    add = parser.group("known labels")
+    add("--partial", number(float, 0, 1), "train with this share of the label entries known; "
+        "several: a run each, and their average (default: 0.3 on toy, else all there are)",
+        nargs="+", metavar="P")
+    add("--single-positive", None, "train with one present label an image known, and nothing else",
+        action="store_true")
+    add("--upper-bound", None, "train TRM-ML with all labels known too, and add its row",
+        action="store_true")
+    add = parser.group("model")
+    add("--clip", str, "a name of clip_model.available_models() or a path to weights")
+    add("--image-size", number(int, 32), "pixels, square; images are not cropped")
+    add("--matching", str, "what texts are matched with; several: a model each, the last is the "
         "run's", nargs="+", choices=["image", "pixel", "region"])
-    group.add_argument("--per-label-context", action="store_true",
-                       help="every label learns a context of its own")
-    group = parser.add_argument_group("optimization")
-    add("epochs", number(int, 1), "passes over the training images")
-    add("batch_size", number(int, 1), "images")
-    add("lr", number(float, 0), "peak learning rate")
-    add("pseudo", number(float, 0), "weight of the pseudo labels' loss; 0 leaves prototypes out")
-    add("contrastive", number(float, 0), "weight of the contrastive loss; 0 leaves it out")
-    add("distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
-    add("augment", str, "cutout, flip and RandAugment", choices=["yes", "no"])
-    group.add_argument("--cache-features", choices=["no", "memory", "disk"],
-                       help="keep the embeddings of images (default: disk, with --augment no)")
-    data.add_run_arguments(parser, "trm_ml")
+    add("--per-label-context", None, "every label learns a context of its own",
+        action="store_true")
     parser.add_argument("--labels", help=argparse.SUPPRESS)
+    add = parser.group("optimization")
+    add("--epochs", number(int, 1), "passes over the training images")
+    add("--batch-size", number(int, 1), "images")
+    add("--lr", number(float, 0), "peak learning rate")
+    add("--pseudo", number(float, 0), "weight of the pseudo labels' loss; 0 leaves prototypes out")
+    add("--contrastive", number(float, 0), "weight of the contrastive loss; 0 leaves it out")
+    add("--distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
+    add("--augment", str, "cutout, flip and RandAugment", choices=["yes", "no"])
+    add("--cache-features", str, "keep the embeddings of images (default: disk, with --augment no)",
+        choices=["no", "memory", "disk"])
+    data.add_run_arguments(parser, "trm_ml")
     args = parser.parse_args(arguments)
     data.check_run_arguments(args)
-    if args.labels:
+    if args.labels is not None:
         raise UserError("--labels: this method scores the labels that it was trained for only")
     if args.partial and args.single_positive:
         raise UserError("--partial and --single-positive exclude each other")
@@ -492,7 +482,6 @@ def parse_arguments(arguments=None):
 
 
 def fill_defaults(args):
-    args.data = args.data or "toy"
     data.fill_defaults(args, "trm_ml", BENCHMARK, TOY)
     args.cache_features = args.cache_features or ("disk" if args.augment == "no" else "no")
     if args.augment == "yes" and args.cache_features != "no":
@@ -506,8 +495,7 @@ def fill_defaults(args):
     args.matching = list(dict.fromkeys(args.matching))
 
 
-# ---------------------------------------------------------------------------------------------
-# main
+# ---- main
 
 def build(options, device):
     """-> (CLIP, transform of a whole image) with the options "clip" and "image_size"."""
@@ -524,7 +512,7 @@ def load_checkpoint(path, args):
     data.check_weights(path, state, clip)
     model = TRM(clip, state["labels"], state["args"]["matching"],
                 state["args"]["per_label_context"], start=state["model"].get("visual"))
-    model.load_state_dict(state["model"], strict=False)
+    data.restore(path, model, state)
     return model, preprocess, state
 
 
@@ -580,7 +568,7 @@ def start_or_resume(clip, labels, start, known, args):
     data.check_weights(args.output, state, clip)
     if state["labels"] != labels or state["known"] != digest:
         raise UserError(f"--resume: the run in {args.output} was started with other data")
-    model.load_state_dict(state["model"], strict=False)
+    data.restore(f"{args.output}/last.pt", model, state)
     return model, state
 
 
@@ -588,7 +576,7 @@ def train_all(clip, preprocess, args):
     """Train what plan(args) says -> ([(name, kind, TRM with its best weights)], seconds)."""
     runs, models, seconds = plan(args), [], 0.0
     if args.resume and not any(Path(own.output, "last.pt").exists() for _, _, own in runs):
-        raise UserError(f"--resume: no checkpoint at {args.output}/last.pt")
+        raise UserError(f"--resume: no checkpoint at {runs[0][2].output}/last.pt")
     augment = data.cutout_transform(preprocess) if args.augment == "yes" else preprocess
     whole = data.load_split("train", augment, args)
     truth, labels = whole.targets, whole.labels
@@ -612,14 +600,13 @@ def train_all(clip, preprocess, args):
                   f"{(known != 0).float().mean():.1%} of the entries known; {own.output}",
                   flush=True)
         if without and kind == "method":
-            print(f"{len(without)} labels are known to be present nowhere, e.g. '{without[0]}': "
-                  f"they get no pseudo labels and rest on CLIP's text", file=sys.stderr)
+            print(f"{len(without)} labels without a known positive, e.g. '{without[0]}': they get "
+                  f"no pseudo labels and rest on CLIP's text", file=sys.stderr)
         model, state = start_or_resume(clip, labels, start, known, own)
         if args.compile:
             model.regions = torch.compile(model.regions)
         train(model, *parts, known, truth, own, state)
-        best = data.read_checkpoint(f"{own.output}/best.pt", "trm_ml")
-        model.load_state_dict(best["model"], strict=False)
+        data.restore(f"{own.output}/best.pt", model)
         models.append((name, kind, model))
         seconds += state["seconds"]
     return models, seconds
@@ -631,13 +618,14 @@ def run(args):
     if args.eval:
         model, preprocess, state = load_checkpoint(args.eval, args)
         data.same_dataset(args, state)
-        args.partial, args.matching = [state["args"]["partial"]], [model.matching]
+        args.cache_features = args.cache_features or state["args"]["cache_features"]
+        args.partial, args.matching, args.augment = [state["args"]["partial"]], [], "no"
     fill_defaults(args)
-    data.check_root(args.data, args.root)
     test = data.load_split("test", None, args)  # first of all: it may lack files
     if args.eval:
         data.check_labels(test, state)
-        clip, models, seconds = model.clip, [(TITLES[model.matching], "method", model)], 0.0
+        clip, models = model.clip, [(TITLES[model.matching], "method", model)]
+        seconds = state["seconds"]
     else:
         clip, preprocess = build(vars(args), args.device)
         models, seconds = train_all(clip, preprocess, args)

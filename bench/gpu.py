@@ -73,7 +73,7 @@ def mkt_step(stage, args, compiled):
     if compiled:
         model.student = torch.compile(model.student)
     options = Namespace(distillation=1.0)
-    return training_step(trained, lambda: mkt.stage_loss(
+    return training_step(trained, lambda: mkt.batch_loss(
         model, stage, images, targets, embeddings, options)[0], args), batch
 
 

@@ -84,7 +84,7 @@ def stage_1_forms(args):
 
     def ours():
         model.zero_grad()
-        loss = mkt.stage_loss(model, 1, images, targets, z, options)[0]
+        loss = mkt.batch_loss(model, 1, images, targets, z, options)[0]
         loss.backward()
         return loss.item(), model.proj.grad
 
@@ -121,7 +121,7 @@ def stage_2_forms(args):
 
     def ours():
         model.zero_grad()
-        loss = mkt.stage_loss(model, 2, images, targets, prompts, None)[0]
+        loss = mkt.batch_loss(model, 2, images, targets, prompts, None)[0]
         loss.backward()
         return loss.item(), model.context.grad.clone()
 

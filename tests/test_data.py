@@ -655,7 +655,8 @@ def test_fill_defaults_keeps_what_was_given():
 
     assert filled() == (3, 0, "runs/method-toy")
     assert filled(data="coco", topk=None, output="here") == (1, 2, "here")
-    assert filled(data=None, lr=5) == (5, 0, "runs/method-labels")
+    assert filled(data=None, lr=5) == (5, 0, "runs/method-toy")
+    assert filled(data=None, labels=["a", "b"]) == (1, 0, "runs/method-labels")
     assert filled(eval="best.pt") == (3, 0, None)
 
 
@@ -689,13 +690,16 @@ def test_a_closed_pipe_ends_quietly():
 
 def test_write_results_says_where_and_what_is_missing(tmp_path, capsys):
     args = argparse.Namespace(data="coco", clip="RN50", seed=1, output=str(tmp_path / "run"))
-    rows = [{"name": "a", "kind": "method", "mAP": 0.5}]
-    results = data.write_results("mkt", args, 2.04, rows, argparse.Namespace(missing=7), time.time())
+    rows = [{"name": "a", "kind": "method", "mAP": 0.5, "F1@3": float("nan")}]
+    tested = argparse.Namespace(missing=7, targets=torch.tensor([[1, 0, -1], [1, 1, 0]]))
+    results = data.write_results("mkt", args, 2.04, rows, tested, time.time())
+    rows = [{"name": "a", "kind": "method", "mAP": 0.5, "F1@3": None}]
     assert results == {"method": "mkt", "data": "coco", "clip": "RN50", "seed": 1, "seconds": 2.0,
                        "rows": rows}
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     printed = capsys.readouterr().out
     assert printed.startswith("7 test images are missing") and str(tmp_path / "run") in printed
+    assert "\n1 labels that no test image shows" in printed
     args.output = None
     assert data.write_results("mkt", args, 2.04, rows, None, time.time() - 3) == results
     assert capsys.readouterr().out == "3 s\n"

@@ -464,6 +464,8 @@ def test_generate_writes_a_file_that_texts_reads(tmp_path, capsys):
     (["--labels", "owl", "--data", "nuswide"], "--data nuswide"),
     (["--labels", "owl", "--predict", "{image}", "--checkpoint", "{best}"], "--labels"),
     (["--generate", "out.jsonl"], "--llm-url"),
+    (["--labels", "owl", "--clip", "toy-RN"], "at least two"),
+    (["--labels", "owl,cat", "--data", "toy"], "--data toy"),
     (["--texts", "{text}"], "text.jpg, line 1: not JSON"),
     (["--texts", "nosuch.json"], "nosuch.json"),
     (["--texts", "{text}", "--sources", "templates"], "--texts"),

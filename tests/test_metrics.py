@@ -320,31 +320,30 @@ def test_evaluate_scores_every_image_once_and_only_the_labels_in_play():
     batches = [(part, None) for part in images.split(7)]
     seen = []
 
-    def encode(batch):
+    def score(batch):
         seen.append(len(batch))
-        return batch, -batch
+        return {"plus": batch @ weight, "minus": lambda index: (-batch @ weight)[:, index]}
 
     results = metrics.evaluate(
-        encode, {"plus": lambda a, b, index: (a @ weight)[:, index],
-                 "minus": lambda a, b, index: (b @ weight)[:, index]},
-        batches, targets, {"zsl_": torch.tensor([1, 3]), "gzsl_": torch.arange(5)}, (1,))
+        score, batches, targets, {"zsl_": torch.tensor([1, 3]), "gzsl_": torch.arange(5)}, (1,))
     assert seen == [7, 7, 7, 2]
     for name, sign in (("plus", 1), ("minus", -1)):
         scores = sign * images @ weight
         assert results[name] == {
             **metrics.summary(scores[:, [1, 3]], targets[:, [1, 3]], (1,), "zsl_"),
             **metrics.summary(scores, targets, (1,), "gzsl_")}
+    with pytest.raises(ValueError, match="14 images for targets of 23"):
+        metrics.evaluate(score, batches[:2], targets, {"": torch.arange(5)}, (1,))
 
 
 def many_scores():
-    """Results of evaluate: two scorers, two settings."""
+    """Results of evaluate: two ways to score, two settings."""
     torch.manual_seed(0)
     scores = torch.randn(40, 6)
     targets = torch.where(scores + torch.randn(40, 6) > 0, 1, -1).to(torch.int8)
-    scorers = {sign: lambda a, index, sign=sign: sign * a[:, index] for sign in (1, -1)}
     settings = {"zsl_": torch.tensor([4, 1]), "gzsl_": torch.arange(6)}
     batches = [(part,) for part in scores.split(7)]
-    return metrics.evaluate(lambda x: [x], scorers, batches, targets, settings, (1, 3))
+    return metrics.evaluate(lambda x: {1: x, -1: -x}, batches, targets, settings, (1, 3))
 
 
 def test_scores_too_large_for_memory_are_kept_in_files_with_the_same_results(

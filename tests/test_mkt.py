@@ -106,7 +106,7 @@ def test_stage_1_equals_full_student_and_full_teacher_with_gradients():
     for parameter in model.blocks.parameters():  # a student that has moved away from the teacher
         parameter.data += 0.02 * torch.randn_like(parameter)
     z, targets = torch.randn(11, 64).double(), random_targets(5, 11)
-    loss, terms = mkt.stage_loss(model, 1, images, targets, z, Namespace(distillation=0.3))
+    loss, terms = mkt.batch_loss(model, 1, images, targets, z, Namespace(distillation=0.3))
     loss.backward()
 
     student, teacher = copy.deepcopy(clip), copy.deepcopy(clip)
@@ -312,14 +312,14 @@ def test_validation_images_are_held_out_and_select_the_best_epoch(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(trained, capsys, tmp_path,
                                                                      monkeypatch):
-    calls, original = [], mkt.stage_loss
+    calls, original = [], mkt.batch_loss
 
-    def stage_loss(*arguments):
+    def batch_loss(*arguments):
         calls.append(1)
         loss, terms = original(*arguments)
         return (loss * float("nan") if len(calls) == 5 else loss), terms
 
-    monkeypatch.setattr(mkt, "stage_loss", stage_loss)
+    monkeypatch.setattr(mkt, "batch_loss", batch_loss)
     with pytest.raises(SystemExit) as error:
         mkt.main([*QUICK, "--epochs", "3", "--output", str(tmp_path)])  # 3 steps an epoch
     assert error.value.code == 2
@@ -343,7 +343,7 @@ def test_predict_takes_any_labels(trained, tmp_path, capsys):
         assert {label["label"] for label in line["labels"]} == {"blue star", "submarine", "cactus"}
         assert scores == sorted(scores, reverse=True)
     # the same numbers as the pieces give
-    options = Namespace(clip=None, topk=None, device="cpu")
+    options = mkt.parse_arguments(["--device", "cpu"])
     model, preprocess, _ = mkt.load_checkpoint(trained / "best.pt", options)
     image = preprocess(Image.open(tmp_path / "b.png"))[None]
     with torch.no_grad():
@@ -380,18 +380,29 @@ def test_predict_takes_any_labels(trained, tmp_path, capsys):
     (["--predict", "{nothing}", "--checkpoint", "{best}"], "nothing"),
     (["--predict", "{image}", "--checkpoint", "{best}", "--labels", " , "], "--labels"),
     (["--predict", "{image}", "--checkpoint", "{best}", "--labels", "owl,cat,owl"], "owl"),
+    (["--predict", "{image}", "--checkpoint", "{best}", "--labels", "owl"], "at least two"),
+    (["--labels", "owl,cat"], "--predict"),
+    (["--eval", "{best}", "--resume"], "--resume: give one of them"),
+    (["--eval", "{best}", "--topk", "3"], "--topk 4"),
+    (["--eval", "{best}", "--normalization", "imagenet"], "--normalization clip"),
+    (["--eval", "{damaged}"], "damaged"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--device", "nosuch"], "--device nosuch"),
+    (["--seed", "5000000000"], "--seed"),
+    (["--limit", "1", "--val-fraction", "0.5"], "--val-fraction 0.5"),
 ])
 def test_bad_input_is_one_line_and_overwrites_nothing(trained, tmp_path, capsys, arguments,
                                                       message):
     best = torch.load(trained / "best.pt", weights_only=True)
     files = {name: tmp_path / file for name, file in {
         "text": "text.jpg", "pickle": "pickle.pt", "other": "other.pt", "labels": "labels.pt",
-        "clip": "clip.pt", "image": "image.png"}.items()}
+        "clip": "clip.pt", "damaged": "damaged.pt", "image": "image.png"}.items()}
     files["text"].write_text("no image, no checkpoint")
     torch.save([Path("a")], files["pickle"])
     torch.save({**best, "method": "trm_ml"}, files["other"])
     torch.save({**best, "labels": best["labels"][:-1] + ["owl"]}, files["labels"])
     torch.save({**best, "clip_fingerprint": "0" * 8}, files["clip"])
+    torch.save({**best, "model": {"proj": best["model"]["proj"]}}, files["damaged"])
     Image.new("RGB", (40, 30)).save(files["image"])
     files.update(best=trained / "best.pt", nothing=tmp_path / "nothing")
     output = tmp_path / "output"

@@ -1293,6 +1293,17 @@ def test_an_unreadable_image_lends_its_labels_to_no_other(own, tmp_path, keep,
         assert torch.equal(known, dataset.targets[image]), f"image {image} has another's labels"
 
 
+def test_an_unreadable_test_image_stops_even_if_its_embedding_was_kept(own, tmp_path, capsys):
+    """The images are the same in training, where it was left out, and so is the kept file."""
+    (own / "train" / "7.png").write_bytes(b"no image")
+    (own / "test.jsonl").write_text((own / "train.jsonl").read_text())
+    with pytest.raises(SystemExit) as error:
+        trm_ml.main(own_arguments(own, "--augment", "no", "--epochs", "1", "--output",
+                                  str(tmp_path / "run")))
+    assert error.value.code == 2 and (tmp_path / "run" / "best.pt").exists()
+    assert "7.png: cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_nothing_known_at_all_is_a_user_error(own, tmp_path, capsys):
     lines = [json.loads(line) for line in (own / "train.jsonl").read_text().splitlines()]
     (own / "train.jsonl").write_text("".join(json.dumps({"image": line["image"]}) + "\n"
