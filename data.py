@@ -6,7 +6,7 @@
     dataset.seen, dataset.unseen      # int64 label indices
 
 One encoding everywhere: +1 present, -1 absent, 0 unknown (as SST, SARB and HCP have it; DualCoOp
-swaps the last two). Every dataset is one function, listed in the dictionary at the end.
+swaps the last two). Every dataset is one function, listed in DATASETS.
 """
 import argparse
 import contextlib

@@ -201,8 +201,9 @@ def training_texts(labels, args):
     sentences, targets = [], []
     if args.sources != "templates" and args.texts:
         texts, present, dropped = data.load_texts(args.texts, labels)
-        print(f"{args.texts}: {len(texts):,} sentences"
-              + "".join(f", {count:,} dropped: {reason}" for reason, count in dropped.items()))
+        if not args.quiet:
+            print(f"{args.texts}: {len(texts):,} sentences" + "".join(
+                f", {count:,} dropped: {reason}" for reason, count in dropped.items()))
         sentences, targets = texts[:args.sentences], [present[:args.sentences]]
     elif args.sources != "templates":
         sentences, present = data.grammar_sentences(labels, args.sentences, args.seed)
