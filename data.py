@@ -2563,7 +2563,8 @@ def dataset_options(args):
 
 def load_split(split, transform, args, toy_zero_shot=False):
     """The dataset that the arguments of a script ask for; toy_zero_shot: a quarter of the toy
-    world's labels is unseen without --zero-shot too."""
+    world's labels is unseen without --zero-shot too. UserError as dataset_options and
+    load_dataset."""
     options = dataset_options(args)
     if args.data == "toy":
         options["zero_shot"] = args.zero_shot or toy_zero_shot

@@ -59,9 +59,10 @@ PUBLISHED = "adapter.0.weight"  # the one key of the authors' classifier for COC
 # ---- model
 
 def map_to_text(embeddings, memory, temperature=0.01):
-    """Unit-length embeddings [..., D] as mixtures of label embeddings -> [..., D], unit length.
+    """Unit-length embeddings float [..., D] as mixtures of label embeddings -> [..., D], unit
+    length.
 
-    memory: [M, D], one unit-length text embedding per label. The weights are a softmax over the
+    memory: float [M, D], one unit-length text embedding per label. The weights are a softmax over the
     cosines divided by the temperature (Liu et al., 2024, cross-modal mapping)."""
     weights = (embeddings @ memory.T / temperature).softmax(dim=-1)  # [..., M]
     return F.normalize(weights @ memory, dim=-1)
@@ -87,8 +88,8 @@ class CoMC(nn.Module):
         return self(embeddings)
 
     def scores(self, global_, local, mapping_weight=0.3, streams="both"):
-        """Unit-length embeddings [B, D] and [B, L, D] -> scores [B, C]: the mean of the whole
-        image's and the best location's; streams: "both", or "global" or "local" alone."""
+        """Unit-length embeddings [B, D] and [B, L, D] -> logits [B, C], of any size: the mean of
+        the whole image's and the best location's; streams: "both", or "global" or "local" alone."""
         scores = []
         if streams != "local":
             scores.append(self.logits(global_, mapping_weight))
@@ -215,6 +216,7 @@ def training_texts(labels, args):
 
 
 def prompt_templates(args):
+    """Those of --templates, or our own."""
     return load_templates(args.templates) if args.templates else TEMPLATES
 
 

@@ -159,6 +159,7 @@ class MKT(nn.Module):
         return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
 
     def scores(self, global_, local, label_embeddings):
+        """two_stream_scores with this model's top-k and streams."""
         return two_stream_scores(local, global_, label_embeddings, self.topk, self.streams)
 
     def trained(self):
@@ -169,7 +170,8 @@ class MKT(nn.Module):
 # ---- losses
 
 def ranking_loss(scores, targets):
-    """Pairwise ranking with margin 1 (section 3.3): scores [B, C], targets [B, C] -> scalar.
+    """Pairwise ranking with margin 1 (section 3.3): scores float [B, C], targets int8 [B, C] ->
+    scalar.
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no

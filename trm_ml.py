@@ -79,6 +79,7 @@ PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et
 # ---- model
 
 def identity(size):
+    """A linear layer that changes nothing before it is trained."""
     layer = nn.Linear(size, size)
     nn.init.eye_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -241,7 +242,7 @@ def encode(clip, images, args):
 def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
     """Ridnik et al. (ICCV 2021) over the known entries: their sum, mean over images, a scalar.
 
-    logits float [B, C]; targets [B, C], +1 present, -1 absent, 0 unknown, which adds nothing.
+    logits float [B, C]; targets int8 [B, C], +1 present, -1 absent, 0 unknown, which adds nothing.
     With p = sigmoid(logit) and q = max(p - clip, 0): -(1 - p)^gamma_pos log p of a present and
     -q^gamma_neg log(1 - q) of an absent label. All 0: binary cross-entropy."""
     probabilities = logits.sigmoid()
@@ -254,7 +255,8 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
 
 
 def contrastive_loss(regions, present, prototypes):
-    """Regions [B, C, D], present bool [B, C], prototypes [M, C, D], all of unit length -> scalar.
+    """Regions float [B, C, D], present bool [B, C], prototypes float [M, C, D] -> scalar; vectors
+    of unit length.
 
     Cross-entropy of every present (b, c) among the prototypes of a modality, at temperature t: the
     mean over present labels and M modalities, 0 if nothing is present."""
@@ -530,6 +532,7 @@ def kept_embeddings(clip, dataset, args):
 
 
 def row_name(matching, partial, args):
+    """Of a model in the table."""
     return TITLES[matching] + f", {100 * partial:g}% known" * (len(args.partial) > 1)
 
 
