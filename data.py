@@ -2770,8 +2770,8 @@ def add_run_arguments(parser, method):
     add("--resume", action="store_true", help="continue the run in --output")
     add("--quiet", action="store_true", help="print the results only")
     add = parser.add_argument_group("use a trained model").add_argument
-    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split instead of training; what "
-        "it was trained with stays as it was")
+    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split instead of training; "
+        "what it was trained with stays as it was")
     add("--gallery", metavar="FILE.png", help="with --eval or after training, 24 test images with "
         "their labels and as many predictions")
     add("--predict", nargs="+", metavar="IMAGE", help="print a JSON object for each of these "

@@ -62,8 +62,8 @@ def map_to_text(embeddings, memory, temperature=0.01):
     """Unit-length embeddings float [..., D] as mixtures of label embeddings -> [..., D], unit
     length.
 
-    memory: float [M, D], one unit-length text embedding per label. The weights are a softmax over the
-    cosines divided by the temperature (Liu et al., 2024, cross-modal mapping)."""
+    memory: float [M, D], one unit-length text embedding per label. The weights are a softmax
+    over the cosines divided by the temperature (Liu et al., 2024, cross-modal mapping)."""
     weights = (embeddings @ memory.T / temperature).softmax(dim=-1)  # [..., M]
     return F.normalize(weights @ memory, dim=-1)
 
