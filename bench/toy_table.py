@@ -1,6 +1,6 @@
 """The README's results on the toy world: every method and ablation, over seeds, as tables.
 
-    python bench/toy_table.py                      # all of it, two hours on two cores
+    python bench/toy_table.py                      # all of it, 75 minutes on two cores
     python bench/toy_table.py --methods trm_ml     # one method
     python bench/toy_table.py --seeds 0 --jobs 1   # one seed, a run at a time
 
