@@ -98,8 +98,8 @@ def bench_epoch(args):
         trm_ml.fill_defaults(options)
         clip, preprocess = trm_ml.build(vars(options), args.device)
         dataset = data.load_split("train", preprocess, options)
-        known = data.keep_partial(dataset.targets, 0.3, 0)
-        dataset.targets = torch.cat([known, dataset.targets], dim=1)
+        truth, known = dataset.targets, data.keep_partial(dataset.targets, 0.3, 0)
+        dataset.targets = torch.arange(len(dataset))  # rows of these
         kept = trm_ml.kept_embeddings(clip, dataset, options)  # also draws the scenes
         os.makedirs(options.output)
         losses = {}
@@ -108,8 +108,7 @@ def bench_epoch(args):
             torch.manual_seed(0)
             model = trm_ml.TRM(clip, dataset.labels)
             state = {"epoch": 0, "optimizer": None, "scaler": None, "log": [], "seconds": 0.0}
-            loader = trm_ml.make_loader(dataset, embeddings, options)
-            trm_ml.train(model, loader, None, options, state)
+            trm_ml.train(model, (dataset, embeddings), None, known, truth, options, state)
             losses[name] = state["log"][0]["loss"]
 
         side_by_side.compare(f"TRM-ML epoch, {limit} scenes, toy-RN, kept embeddings",
