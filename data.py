@@ -1270,7 +1270,7 @@ def vg200(root, split, transform=None, *, allow_missing=False, quiet=False):
     if len(names) != 200:
         _note(f"VG-200: WARNING: {len(names)} names instead of 200", quiet)
     list_path = _find(root, f"{split}_list_500.txt", layout=VG_LAYOUT)
-    images = [os.path.basename(image) for image in list(_entries(list_path))]
+    images = [os.path.basename(image) for image in _entries(list_path)]
     _note_count(f"VG-200 {split}", len(images), VG_IMAGES[split], quiet)
     first = _find(root, "VG_100K", "VG_100K_2", layout=VG_LAYOUT)
     second = os.path.join(root, "VG_100K_2")
@@ -1478,6 +1478,35 @@ def noun_phrases(label):
     if kind == "pair":
         return [(f"a pair of {label}", False), (f"some {label}", True), (plain, True)]
     return [(plain, False)] + [(f"some {label}", False)] * (kind == "mass")
+
+
+# prompt templates of our own
+TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a photo with a {}.", "a scene with a {}."]
+TEMPLATES += [f"a {kind} of a {{}}." for kind in (
+    "picture", "snapshot", "close-up", "drawing", "painting", "sketch", "rendering", "cartoon")]
+TEMPLATES += [f"a {quality} photo of a {{}}." for quality in (
+    "good", "bad", "blurred", "sharp", "dark", "bright", "grainy", "cropped", "faded", "colorful",
+    "tilted", "low-resolution", "black-and-white")]
+TEMPLATES += [f"a photo of a {{}} {circumstance}." for circumstance in (
+    "at night", "by day", "indoors", "outdoors", "in the background", "in the foreground",
+    "among other things", "seen from above", "seen from afar", "at the edge", "half hidden")]
+
+
+def load_templates(path):
+    """Prompt templates of a file, one a line with {} where the label goes; else UserError."""
+    templates = [line.strip() for line in read_text(path).split("\n")]
+    for number, template in enumerate(templates, 1):
+        if template and "{}" not in template:
+            raise UserError(f"{path}, line {number}: there is no {{}} for the label")
+    if not any(templates):
+        raise UserError(f"{path}: there are no templates")
+    return [template for template in templates if template]
+
+
+def fill_template(template, label):
+    """The prompt for a label; "a {}" becomes what is English: an apple, skis, snow, the sky."""
+    prompt = re.sub(r"(?i)\ban? \{\}", lambda _: with_article(label), template)
+    return prompt.replace("{}", label)
 
 
 def listing(nouns):

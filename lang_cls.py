@@ -36,7 +36,6 @@ Where this differs from the paper
 import hashlib
 import json
 import math
-import re
 import time
 
 import torch
@@ -132,42 +131,14 @@ def ranking_loss(logits, targets):
     return margins.relu().sum() / len(logits)
 
 
-# ---- texts: prompts, a grammar, files, a language model
+# ---- texts
 
-TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a photo with a {}.", "a scene with a {}."]
-TEMPLATES += [f"a {kind} of a {{}}." for kind in (
-    "picture", "snapshot", "close-up", "drawing", "painting", "sketch", "rendering", "cartoon")]
-TEMPLATES += [f"a {quality} photo of a {{}}." for quality in (
-    "good", "bad", "blurred", "sharp", "dark", "bright", "grainy", "cropped", "faded", "colorful",
-    "tilted", "low-resolution", "black-and-white")]
-TEMPLATES += [f"a photo of a {{}} {circumstance}." for circumstance in (
-    "at night", "by day", "indoors", "outdoors", "in the background", "in the foreground",
-    "among other things", "seen from above", "seen from afar", "at the edge", "half hidden")]
-
-
-def load_templates(path):
-    """Prompt templates of a file, one a line with {} where the label goes; else UserError."""
-    templates = [line.strip() for line in data.read_text(path).split("\n")]
-    for number, template in enumerate(templates, 1):
-        if template and "{}" not in template:
-            raise UserError(f"{path}, line {number}: there is no {{}} for the label")
-    if not any(templates):
-        raise UserError(f"{path}: there are no templates")
-    return [template for template in templates if template]
-
-
-def fill_template(template, label):
-    """The prompt for a label; "a {}" becomes what is English: an apple, skis, snow, the sky."""
-    prompt = re.sub(r"(?i)\ban? \{\}", lambda _: data.with_article(label), template)
-    return prompt.replace("{}", label)
-
-
-def template_sentences(labels, templates=TEMPLATES):
+def template_sentences(labels, templates=data.TEMPLATES):
     """For each label "a photo of a {}." nine times, and every template once (Liu et al., 2024).
 
     -> sentences list[str], targets int8 [N, C] in {+1, -1}."""
-    templates = 9 * TEMPLATES[:1] + list(templates)
-    sentences = [fill_template(template, label) for label in labels for template in templates]
+    templates = 9 * data.TEMPLATES[:1] + list(templates)
+    sentences = [data.fill_template(template, label) for label in labels for template in templates]
     targets = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
     return sentences, targets.repeat_interleave(len(templates), dim=0)
 
@@ -217,12 +188,12 @@ def training_texts(labels, args):
 
 def prompt_templates(args):
     """Those of --templates, or our own."""
-    return load_templates(args.templates) if args.templates else TEMPLATES
+    return data.load_templates(args.templates) if args.templates else data.TEMPLATES
 
 
 def label_embeddings(clip, labels, templates, args):
     """Mean over the templates of unit-length embeddings, of unit length again: [C, D]."""
-    prompts = [fill_template(template, label) for label in labels for template in templates]
+    prompts = [data.fill_template(template, label) for label in labels for template in templates]
     embeddings = embed_texts(clip, prompts, args.device, args.quiet)
     return F.normalize(embeddings.unflatten(0, (len(labels), -1)).mean(dim=1), dim=-1)
 
@@ -280,8 +251,8 @@ def train(model, embeddings, targets, args, state):
 @torch.no_grad()
 def evaluate(clip, model, dataset, args):
     """The rows of the table: CLIP as it is, CoMC without its parts, CoMC."""
-    prompts = {f'"{TEMPLATES[0]}"': label_embeddings(
-        clip, dataset.labels, TEMPLATES[:1], args).to(args.device),
+    prompts = {f'"{data.TEMPLATES[0]}"': label_embeddings(
+        clip, dataset.labels, data.TEMPLATES[:1], args).to(args.device),
         "mean of templates": model.memory}
     settings = {"CoMC": (args.mapping_weight, args.streams)}
     if args.streams == "both":

@@ -337,17 +337,17 @@ def train(model, training, validation, known, truth, args, state):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
             rows = rows.to(device, non_blocking=True)
-            x = encode(model.clip, images, args)
-            loss, terms, pseudo, estimates = batch_loss(model, x, known[rows], args, warm_up)
+            x, given = encode(model.clip, images, args), known[rows]
+            loss, terms, pseudo, estimates = batch_loss(model, x, given, args, warm_up)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             history.append(torch.stack([loss.detach(), *(t.detach() for t in terms.values())]))
             if pseudo is not None:
-                counts = counts + pseudo_label_counts(pseudo, known[rows], truth[rows])
+                counts = counts + pseudo_label_counts(pseudo, given, truth[rows])
             if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                estimated.append((estimates, known[rows]))
+                estimated.append((estimates, given))
             if step % 50 == 49 or step == len(loader) - 1:  # waits for the GPU
                 means = data.finite_means(history, ["loss", *terms], f"epoch {epoch + 1}",
                                           args.output)
@@ -355,11 +355,11 @@ def train(model, training, validation, known, truth, args, state):
         if estimated:
             model.calibrate(*map(torch.cat, zip(*estimated)))
         if pseudo is not None:
-            right, given, hidden, right_absent, given_absent = counts.tolist()
-            if given and hidden:
-                line["pseudo_precision"], line["pseudo_recall"] = right / given, right / hidden
-            if given_absent:
-                line["pseudo_precision_absent"] = right_absent / given_absent
+            right, found, hidden, right_absent, found_absent = counts.tolist()
+            if found and hidden:
+                line["pseudo_precision"], line["pseudo_recall"] = right / found, right / hidden
+            if found_absent:
+                line["pseudo_precision_absent"] = right_absent / found_absent
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         line["seconds"] = time.time() - begin

@@ -169,8 +169,7 @@ def test_unreadable_image_in_training_is_replaced_named_once_and_counted(files, 
 def test_training_stops_when_nothing_can_be_read(tmp_path):
     files = [str(tmp_path / f"{i}.jpg") for i in range(16)]
     for path in files:
-        with open(path, "wb"):
-            pass
+        Path(path).touch()
     dataset = dataset_of(files, on_error="replace")
     with pytest.raises(UserError, match="3.jpg"):
         dataset[3]
@@ -661,14 +660,11 @@ def test_fill_defaults_keeps_what_was_given():
 
 
 def test_command_line_ends_in_one_line(capsys):
-    class OtherError(Exception):
-        pass
-
     for raised, code, printed in (
             (data.UserError("no such file: a"), 2, "script.py: error: no such file: a\n"),
-            (OtherError("no weights"), 2, "script.py: error: no weights\n"),
+            (LookupError("no weights"), 2, "script.py: error: no weights\n"),
             (KeyboardInterrupt(), 130, "interrupted")):
-        with pytest.raises(SystemExit) as error, data.command_line("script.py", OtherError):
+        with pytest.raises(SystemExit) as error, data.command_line("script.py", LookupError):
             raise raised
         assert error.value.code == code and printed in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError), data.command_line("script.py"):  # a defect is not hidden

@@ -85,8 +85,8 @@ def test_ranking_loss_keeps_no_pair_of_all_labels():
 # ---- prompts
 
 def test_templates_are_distinct_and_fit_every_kind_of_label():
-    assert len(set(lang_cls.TEMPLATES)) == len(lang_cls.TEMPLATES) >= 24
-    assert lang_cls.TEMPLATES[0] == "a photo of a {}."
+    assert len(set(data.TEMPLATES)) == len(data.TEMPLATES) >= 24
+    assert data.TEMPLATES[0] == "a photo of a {}."
     for label, expected in {
             "dog": "a photo of a dog.", "apple": "a photo of an apple.",
             "umbrella": "a photo of an umbrella.", "unicycle": "a photo of a unicycle.",
@@ -95,8 +95,8 @@ def test_templates_are_distinct_and_fit_every_kind_of_label():
             "sky": "a photo of the sky.", "dancing": "a photo of dancing.",
             "glass": "a photo of a glass.", "orange juice": "a photo of orange juice.",
             "wedding ring": "a photo of a wedding ring.", "bus": "a photo of a bus."}.items():
-        assert lang_cls.fill_template("a photo of a {}.", label) == expected
-    assert lang_cls.fill_template("An {} or {{}}: {}", "dog") == "a dog or {dog}: dog"
+        assert data.fill_template("a photo of a {}.", label) == expected
+    assert data.fill_template("An {} or {{}}: {}", "dog") == "a dog or {dog}: dog"
 
 
 def test_template_sentences_count_and_targets():
@@ -110,15 +110,15 @@ def test_template_sentences_count_and_targets():
 def test_load_templates(tmp_path):
     path = tmp_path / "templates.txt"
     path.write_bytes("\ufeffa photo of a {}.\r\n\r\nein Foto: {}\r\n".encode())
-    assert lang_cls.load_templates(path) == ["a photo of a {}.", "ein Foto: {}"]
+    assert data.load_templates(path) == ["a photo of a {}.", "ein Foto: {}"]
     for content, message in {b"a {}\nno place\n": "line 2: .*{}", b"\n": "no templates",
                              b"a {}\nb {}\n\xff {}": "line 3: not UTF-8"}.items():
         path.write_bytes(content)
         with pytest.raises(UserError, match=message) as error:
-            lang_cls.load_templates(path)
+            data.load_templates(path)
         assert str(path) in str(error.value)
     with pytest.raises(UserError, match="nowhere.txt: No such file"):
-        lang_cls.load_templates("nowhere.txt")
+        data.load_templates("nowhere.txt")
 
 
 # ---- classifier, mapping, streams

@@ -215,13 +215,13 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.trouble, self.default, self.delay = trouble or {}, default, delay
         self.asked, self.answered, self.lock = Counter(), Counter(), threading.Lock()
-        self.times, self.keys, self.in_flight, self.at_once = {}, set(), 0, 0
+        self.times, self.keys, self.in_flight, self.at_once, self.broken = {}, set(), 0, 0, 0
         self.on_request = lambda number: None
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, request, client_address):
-        pass  # clients that are killed break the connection
+        self.broken += 1  # clients that are killed break the connection
 
     def __enter__(self):
         return self
