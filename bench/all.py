@@ -1,6 +1,6 @@
 """Run the comparisons of this folder one after the other and write bench/RESULTS.md.
 
-    python bench/all.py                             # half an hour on two cores
+    python bench/all.py                             # a quarter of an hour on two cores
     python bench/all.py --quick --output quick.md   # tiny sizes: does everything run?
 
 A script that fails, or lacks a library, is reported in its place, and the exit code is 1 if one
