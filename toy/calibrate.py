@@ -21,7 +21,7 @@ import data  # noqa: E402
 import metrics  # noqa: E402
 from pretrain import caption  # noqa: E402
 
-LABELS = data.TOY_LABELS
+LABELS = world.LABELS
 
 
 def targets_of(objects):
@@ -34,10 +34,10 @@ def targets_of(objects):
 @torch.no_grad()
 def image_features(clip, preprocess, domain, seed, count, value_path=False):
     """-> (global [N, D], local [N, L, D], targets [N, C])."""
-    objects = [data.toy_objects(domain, seed, i) for i in range(count)]
+    objects = [world.scene_objects(domain, seed, i) for i in range(count)]
     parts = []
     for start in tqdm(range(0, count, 100), desc=f"{domain} scenes", leave=False, disable=None):
-        images = torch.stack([preprocess(data.toy_scene(domain, seed, i))
+        images = torch.stack([preprocess(world.scene(domain, seed, i))
                               for i in range(start, min(start + 100, count))])
         options = {"value_path": True} if value_path else {}
         parts.append(clip.encode_image_dense(images, **options))
@@ -120,12 +120,12 @@ def text_probe(clip, count=24_000):
 
 
 def contact_sheet(path, columns=8, rows=2):
-    size = data.SCENE_SIZE + 2
+    size = world.SCENE_SIZE + 2
     sheet = Image.new("RGB", (columns * size, (2 * rows) * size + 8), "white")
     for half, domain in enumerate(("web", "benchmark")):
         for i in range(columns * rows):
             place = (i % columns * size, (half * rows + i // columns) * size + 8 * half)
-            sheet.paste(data.toy_scene(domain, 9, i), place)
+            sheet.paste(world.scene(domain, 9, i), place)
     # few colours, because noise packs badly
     sheet = sheet.quantize(200, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     sheet.save(path, optimize=True)
@@ -164,7 +164,7 @@ def main():
                 recall = metrics.precision_recall_f1_at_k(scores[rows], test[2][rows], number)[1]
                 print(f"  benchmark, {number} labels: recall@{number} {100 * recall:.1f}")
         random = np.random.default_rng(0)
-        objects = [data.toy_objects("web", 3, i) for i in range(args.test)]
+        objects = [world.scene_objects("web", 3, i) for i in range(args.test)]
         with torch.no_grad():
             tokens = clip.tokenize([caption(things, random) for things in objects])
             captions = F.normalize(clip.encode_text(tokens), dim=-1)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from clip_model import CLIP, MEAN, STD, Tokenizer, byte_symbols  # noqa: E402
-from data import COLOURS, SCENE_SIZE, TOY_LABELS, toy_objects, toy_scene  # noqa: E402
+from toy.world import COLOURS, LABELS, SCENE_SIZE, scene, scene_objects  # noqa: E402
 
 MERGES = 640  # enough for every word of the captions to be one token
 ARCHITECTURES = {  # embed_dim, resolution, vision layers, width, patch; text width 128, layers
@@ -51,7 +51,7 @@ SETTINGS = ("on the street", "in a park", "in the garden", "on a table top", "at
 
 def phrase(things, random):
     """Objects of one kind -> "a small red star", "two stars", "a pair of glasses"."""
-    name = TOY_LABELS[things[0][0]]
+    name = LABELS[things[0][0]]
     colours = {thing[1] for thing in things}
     words = [list(COLOURS)[colours.pop()]] if len(colours) == 1 and random.random() < 0.55 else []
     if random.random() < 0.08:
@@ -147,8 +147,8 @@ def learn_merges(texts, count):
 
 def write_merges(path):
     random = np.random.default_rng(0)
-    texts = [caption(toy_objects("web", 0, i), random) for i in range(20_000)]
-    texts += [f"a photo of {name} {PLURALS.get(name, name + 's')}" for name in TOY_LABELS] * 50
+    texts = [caption(scene_objects("web", 0, i), random) for i in range(20_000)]
+    texts += [f"a photo of {name} {PLURALS.get(name, name + 's')}" for name in LABELS] * 50
     merges = learn_merges(texts, MERGES)
     with gzip.GzipFile(path, "wb", mtime=0) as file:  # no time stamp: the same bytes every time
         lines = ["#version: learned from the captions of toy/pretrain.py"]
@@ -166,7 +166,7 @@ def scene_pool(path, count, seed):
         shape = (count, SCENE_SIZE, SCENE_SIZE, 3)
         pool = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         for i in tqdm(range(count), desc="scenes", disable=None):
-            pool[i] = np.asarray(toy_scene("web", seed, i))
+            pool[i] = np.asarray(scene("web", seed, i))
         pool.flush()
         temporary.rename(path)
     return np.load(path, mmap_mode="r")
@@ -210,7 +210,7 @@ def main():
     if not merges.exists():
         write_merges(merges)
     tokenizer = Tokenizer(merges)
-    objects = [toy_objects("web", args.seed, i) for i in range(args.scenes)]
+    objects = [scene_objects("web", args.seed, i) for i in range(args.scenes)]
     pool = scene_pool(args.cache / f"web-{args.seed}-{args.scenes}.npy", args.scenes, args.seed)
     counts = np.array([len(things) for things in objects])
     stages = [np.flatnonzero(counts == 1), np.flatnonzero(counts <= 2), np.arange(args.scenes)]
