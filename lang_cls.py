@@ -33,26 +33,67 @@ Where this differs from the paper
     model write one. The prompt templates, some forty, are our own.
  2. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
 """
+import argparse
 import hashlib
+import http.client
 import json
 import math
+import os
+import random
+import re
+import sys
 import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import clip_model
 import data
 import metrics
 from data import UserError
+from toy.grammar import fill_template, sentences_about
 
-# what the paper trains with, and what the toy world's small CLIP asks for (the learning rate was
-# chosen on scenes of their own, not on the test scenes)
-PAPER = {"clip": "RN50", "epochs": 20, "batch_size": 512, "lr": 1e-3, "noise": 0.1,
-         "sentences": 40_000, "mapping_weight": 0.3, "streams": "both", "workers": 8}
-TOY = {**PAPER, "clip": "toy-RN", "lr": 5e-3, "workers": 0}
-PUBLISHED = "adapter.0.weight"  # the one key of the authors' classifier for COCO, [80, 1024]
+# what the toy world's small CLIP asks for; all other defaults are the paper's (the learning rate
+# was chosen on scenes of their own, not on the test scenes)
+TOY = {"clip": "toy-RN", "lr": 5e-3, "workers": 0, "zero_shot": False}
+
+TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a photo with a {}.", "a scene with a {}."]
+for kind in ("picture", "snapshot", "close-up", "drawing", "painting", "sketch", "rendering",
+             "cartoon"):
+    TEMPLATES.append(f"a {kind} of a {{}}.")
+for quality in ("good", "bad", "blurred", "sharp", "dark", "bright", "grainy", "cropped", "faded",
+                "colorful", "tilted", "low-resolution", "black-and-white"):
+    TEMPLATES.append(f"a {quality} photo of a {{}}.")
+for place in ("at night", "by day", "indoors", "outdoors", "in the background",
+              "in the foreground", "among other things", "seen from above", "seen from afar",
+              "at the edge", "half hidden"):
+    TEMPLATES.append(f"a photo of a {{}} {place}.")
+
+# names that texts use for the same label, a group a line
+SYNONYMS = [group.split(", ") for group in """person, man, woman, boy, girl, child, player, rider
+airplane, aeroplane, plane, jet
+boat, ship
+bicycle, bike
+motorcycle, motorbike, motor bike
+car, automobile
+couch, sofa
+refrigerator, fridge
+ocean, sea
+tv, television, tv monitor, tvmonitor
+cell phone, mobile phone, smartphone, phone
+dining table, diningtable
+potted plant, pottedplant
+donut, doughnut
+hair drier, hair dryer, blow dryer""".split("\n")]
+REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
+                     r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
 
 
 # ---- model
@@ -88,7 +129,7 @@ class CoMC(nn.Module):
 
     def scores(self, global_, local, mapping_weight=0.3, streams="both"):
         """Unit-length embeddings [B, D] and [B, L, D] -> logits [B, C], of any size: the mean of
-        the whole image's and the best location's; streams: "both", or "global" or "local" alone."""
+        the whole image's and the best location's; streams: "both", "global" or "local" alone."""
         scores = []
         if streams != "local":
             scores.append(self.logits(global_, mapping_weight))
@@ -96,17 +137,12 @@ class CoMC(nn.Module):
             scores.append(self.logits(local, mapping_weight).amax(dim=1))  # [B, L, C] -> [B, C]
         return sum(scores) / len(scores)
 
-    def trained(self):
-        """The state of a checkpoint."""
-        return self.state_dict()
-
 
 @torch.no_grad()
 def encode(clip, images, args):
     """Images -> unit-length CLIP's own global [B, D], CoMC's global [B, D] and local [B, L, D]
     embeddings. A ResNet pools CoMC's without positional embeddings."""
-    images = images.to(args.device, non_blocking=True)
-    with data.autocast(args):
+    with autocast(args):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             global_, local = clip.encode_image_dense(images)
             own = global_
@@ -117,84 +153,202 @@ def encode(clip, images, args):
     return [F.normalize(x.float(), dim=-1) for x in (own, global_, local)]
 
 
-# ---- losses
+# ---- loss
 
 def ranking_loss(logits, targets):
     """Sum over (present p, absent n) of max(0, 1 - l_p + l_n), mean over the batch: a scalar.
 
     logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs, rows without a
     present or without an absent label add nothing. Liu et al. (2024), their ranking loss with
-    margin 1."""
+    margin 1. Targets may stay on the CPU, which spares a GPU the wait for their number."""
+    device = logits.device
     rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P]; B x C x C is never built
-    absent = logits.masked_fill(targets != -1, -torch.inf)  # others fall below every margin
+    rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+    is_absent = (targets == -1).to(device, non_blocking=True)
+    absent = logits.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
     margins = 1 - logits[rows, columns, None] + absent[rows]  # [P, C]
     return margins.relu().sum() / len(logits)
 
 
 # ---- texts
 
-def template_sentences(labels, templates=data.TEMPLATES):
+def template_sentences(labels, templates):
     """For each label "a photo of a {}." nine times, and every template once (Liu et al., 2024).
 
     -> sentences list[str], targets int8 [N, C] in {+1, -1}."""
-    templates = 9 * data.TEMPLATES[:1] + list(templates)
-    sentences = [data.fill_template(template, label) for label in labels for template in templates]
+    templates = [TEMPLATES[0] for _ in range(9)] + templates
+    sentences = [fill_template(template, label) for label in labels for template in templates]
     targets = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
     return sentences, targets.repeat_interleave(len(templates), dim=0)
+
+
+def load_texts(path, labels):
+    """Sentences with their labels from a file; those of no use are dropped and counted.
+
+    path: a JSON list of {"labels": ["dog", ...], "description": "..."}, or such an object a line.
+    labels: C names; a synonym of one counts as the label. A sentence need not repeat a label's own
+    word ("a skateboarder"). -> N sentences, targets int8 [N, C] in {+1, -1}, and a Counter
+    {reason: number dropped}. UserError names file and line of what cannot be read."""
+    column_of = {label.lower(): column for column, label in enumerate(labels)}
+    for group in SYNONYMS:
+        columns = [column_of[name] for name in group if name in column_of]
+        for name in group:
+            if len(columns) == 1:
+                column_of.setdefault(name, columns[0])
+    sentences, rows, dropped, known = [], [], Counter(), set()
+    for where, entry in data.read_json(path):
+        try:
+            columns = [column_of.get(label.strip().lower()) for label in entry["labels"]]
+            sentence = " ".join((entry["description"] or "").split())
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f'{where}: not {{"labels": ["..."], "description": "..."}}') from None
+        if not columns or None in columns:
+            dropped["no or unknown label"] += 1
+        elif not sentence or REFUSAL.match(sentence):
+            dropped["empty or refusal"] += 1
+        elif sentence.lower() in known:
+            dropped["duplicate"] += 1
+        else:
+            known.add(sentence.lower())
+            sentences.append(sentence)
+            row = torch.full((len(labels),), -1, dtype=torch.int8)
+            row[columns] = 1
+            rows.append(row)
+    if not sentences:
+        raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
+    return sentences, torch.stack(rows), dropped
+
+
+def training_texts(labels, templates, args):
+    """-> sentences list[str], targets int8 [N, C] of --sources."""
+    sentences, targets = [], []
+    if args.sources != "templates" and args.texts:
+        texts, present, dropped = load_texts(args.texts, labels)
+        print(f"{args.texts}: {len(texts):,} sentences; dropped: {dict(dropped)}")
+        sentences, targets = texts[:args.sentences], [present[:args.sentences]]
+    elif args.sources != "templates":
+        sentences, present = sentences_about(labels, args.sentences, args.seed)
+        targets = [present]
+    if args.sources != "sentences":
+        prompts, present = template_sentences(labels, templates)
+        sentences, targets = sentences + prompts, [*targets, present]
+    return sentences, torch.cat(targets)
+
+
+def load_templates(path):
+    """Prompt templates of a file, one a line with {} where the label goes; else UserError."""
+    templates = [line.strip() for line in data.read_text(path).split("\n") if line.strip()]
+    if not templates:
+        raise UserError(f"{path}: there are no templates")
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"{path}: there is no {{}} for the label in '{template}'")
+    return templates
+
+
+# ---- texts by a language model
+
+def draw_labels(labels, seed, request):
+    """1 to 5 random labels for a request; the same whenever it is made."""
+    generator = random.Random(f"{seed} {request}")
+    return generator.sample(labels, generator.randint(1, min(5, len(labels))))
+
+
+def ask(url, model, labels, attempts=6, delay=1.0):
+    """A sentence about these labels from an OpenAI-compatible server.
+
+    429, 5xx and time-outs are tried again, after the time that the server names or longer and
+    longer. UserError if that does not help, or if the server refuses."""
+    prompt = (f"Describe, in one sentence of at most 25 words, a photo that shows: "
+              f"{', '.join(labels)}. Use each of these names as it is written here and mention no "
+              f"other object. Answer with the sentence only.")
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions",
+                                     json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if key:  # unredirected: another host must not get it
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    for attempt in range(attempts):
+        wait = delay * 2 ** attempt
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                answer = json.load(response)["choices"][0]["message"]["content"] or ""
+            answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)  # reasoning
+            return " ".join(answer.split()).strip('" ')
+        except urllib.error.HTTPError as error:
+            reason = f"{error} {error.read(300).decode(errors='replace')}"
+            if error.code not in (408, 409, 425, 429) and error.code < 500:
+                break
+            if error.headers.get("Retry-After", "").isdigit():
+                wait = min(int(error.headers["Retry-After"]), 600)
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if attempt < attempts - 1:
+            time.sleep(wait)
+    reason = reason.replace(key, "***") if key else reason
+    raise UserError(f"{url}: {reason}; the same command goes on from what has come so far")
+
+
+def generate(path, labels, args):
+    """Have a language model write --sentences, several requests at a time. Every answer is kept at
+    once, {"request", "labels", "description"} a line; a repeated call asks for the missing ones."""
+    missing = set(range(args.sentences))
+    if os.path.exists(path):
+        text = data.read_text(path)
+        data.write_file(path, text[:text.rfind("\n") + 1])  # a killed call may have cut a line
+        for where, entry in data.read_json(path):
+            request = entry.get("request") if isinstance(entry, dict) else None
+            if request is None or entry["labels"] != draw_labels(labels, args.seed, request):
+                raise UserError(f"{where}: written for other labels or another seed: choose "
+                                f"another file for --generate")
+            missing.discard(request)
+    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
+        chosen = {request: draw_labels(labels, args.seed, request) for request in sorted(missing)}
+        futures = {pool.submit(ask, args.llm_url, args.llm_model, names): request
+                   for request, names in chosen.items()}
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), disable=args.no_bars):
+                request = futures[future]
+                line = {"request": request, "labels": chosen[request],
+                        "description": future.result()}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+        except BaseException:  # Ctrl-C too: ask no more
+            pool.shutdown(cancel_futures=True)
+            raise
+    print(f"{args.sentences:,} answers; train with --texts {path}")
 
 
 # ---- embeddings of the texts
 
 @torch.no_grad()
-def embed_texts(clip, texts, device="cpu", quiet=False):
+def embed_texts(clip, texts, args):
     """Unit-length embeddings of texts, float32 [N, D] on the CPU; too long texts are cut.
 
-    They are kept in data.cache_folder(), under a hash of the texts and of CLIP's weights."""
+    They are kept on disk, under a hash of the texts and of CLIP's weights."""
     unique = list(dict.fromkeys(texts))
 
     def embed():
         tokens = clip.tokenize(unique, truncate=True)
         embeddings = torch.empty(len(unique), clip.text_projection.shape[1])
         by_length = tokens.argmax(dim=1).argsort(stable=True).split(256)  # little padding
-        for rows in data.progress(by_length, "embedding texts", quiet):
-            embeddings[rows] = F.normalize(clip.encode_text(tokens[rows].to(device)).float(),
-                                           dim=-1).cpu()
+        for rows in tqdm(by_length, "embedding texts", leave=False, disable=args.no_bars):
+            embedded = clip.encode_text(tokens[rows].to(args.device)).float()
+            embeddings[rows] = F.normalize(embedded, dim=-1).cpu()
         return {"embeddings": embeddings.numpy()}
 
     digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
-    kept = data.cached("texts", [], [clip.fingerprint(), digest], embed, quiet)
+    kept = data.cached("texts", [], [clip.fingerprint(), digest], embed, args.quiet)
     embeddings = torch.from_numpy(kept["embeddings"])
     row = {text: index for index, text in enumerate(unique)}
     return embeddings[[row[text] for text in texts]]
 
 
-def training_texts(labels, args):
-    """-> sentences list[str], targets int8 [N, C] of --sources."""
-    sentences, targets = [], []
-    if args.sources != "templates" and args.texts:
-        texts, present, dropped = data.load_texts(args.texts, labels)
-        if not args.quiet:
-            print(f"{args.texts}: {len(texts):,} sentences" + "".join(
-                f", {count:,} dropped: {reason}" for reason, count in dropped.items()))
-        sentences, targets = texts[:args.sentences], [present[:args.sentences]]
-    elif args.sources != "templates":
-        sentences, present = data.grammar_sentences(labels, args.sentences, args.seed)
-        targets = [present]
-    if args.sources != "sentences":
-        prompts, present = template_sentences(labels, prompt_templates(args))
-        sentences, targets = sentences + prompts, [*targets, present]
-    return sentences, torch.cat(targets)
-
-
-def prompt_templates(args):
-    """Those of --templates, or our own."""
-    return data.load_templates(args.templates) if args.templates else data.TEMPLATES
-
-
 def label_embeddings(clip, labels, templates, args):
     """Mean over the templates of unit-length embeddings, of unit length again: [C, D]."""
-    prompts = [data.fill_template(template, label) for label in labels for template in templates]
-    embeddings = embed_texts(clip, prompts, args.device, args.quiet)
+    prompts = [fill_template(template, label) for label in labels for template in templates]
+    embeddings = embed_texts(clip, prompts, args)
     return F.normalize(embeddings.unflatten(0, (len(labels), -1)).mean(dim=1), dim=-1)
 
 
@@ -205,252 +359,316 @@ def learning_rate(epoch, peak, epochs):
     return 1e-5 if epoch == 0 else peak * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
-def train(model, embeddings, targets, args, state):
-    """Embeddings [N, D] with targets [N, C], epoch by epoch, from wherever `state` is.
+def train(model, embeddings, targets, state, args):
+    """Embeddings [N, D] with targets [N, C], from where a checkpoint's state ends; a checkpoint
+    after every epoch.
 
     Every epoch seeds its own shuffling and noise, so a resumed run repeats the epoch it was
     killed in exactly."""
-    embeddings, targets = embeddings.to(args.device), targets.to(args.device)
-    kept = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    held_out = kept[:0]
+    log = state["log"]
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    held_out = order[:0]
     if args.val_fraction:  # of distinct texts: what is held out is trained with nowhere else
-        _, text = embeddings.cpu().unique(dim=0, return_inverse=True)
-        order = torch.randperm(int(text.max()) + 1, generator=torch.Generator().manual_seed(0))
-        is_held_out = (order < math.ceil(args.val_fraction * len(order)))[text[kept]]
-        held_out, kept = kept[is_held_out], kept[~is_held_out]
-    if not len(kept):
-        raise UserError(f"--val-fraction {args.val_fraction} leaves no sentence to train with")
+        _, text = embeddings.unique(dim=0, return_inverse=True)
+        shuffled = torch.randperm(int(text.max()) + 1, generator=torch.Generator().manual_seed(0))
+        is_held_out = (shuffled < math.ceil(args.val_fraction * len(shuffled)))[text[order]]
+        held_out, order = order[is_held_out], order[~is_held_out]
+    embeddings = embeddings.to(args.device)
     optimizer = torch.optim.Adam([model.weight], lr=args.lr)
-    if state["optimizer"]:
+    if log:
         optimizer.load_state_dict(state["optimizer"])
-    for epoch in range(state["epoch"], args.epochs):
+
+    for epoch in range(len(log), args.epochs):
         torch.manual_seed(1_000_003 * args.seed + epoch)
-        begin, history = time.time(), []
-        optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.lr, args.epochs)
-        order = kept[torch.randperm(len(kept))].to(args.device)  # not a copy a step
-        for rows in order.split(args.batch_size):
-            batch = embeddings[rows]
-            loss = ranking_loss(model(batch + args.noise * torch.randn_like(batch)), targets[rows])
+        begin, total = time.time(), 0
+        lr = learning_rate(epoch, args.lr, args.epochs)
+        optimizer.param_groups[0]["lr"] = lr
+        batches = order[torch.randperm(len(order))].split(args.batch_size)
+        for rows in batches:
+            batch = embeddings[rows.to(args.device, non_blocking=True)]
+            noisy = batch + args.noise * torch.randn_like(batch)
+            loss = ranking_loss(model(noisy), targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            history.append(loss.detach()[None])
-        means = data.finite_means(history, ["loss"], f"epoch {epoch + 1}", args.output)
-        line = {"epoch": epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"],
-                "seconds": time.time() - begin}
+            total = total + loss.detach()
+        loss = total.item() / len(batches)  # the only wait for the GPU
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}: {args.output}/last.pt "
+                            f"holds the epoch before; try a smaller --lr")
+        line = {"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - begin}
         if len(held_out):
             with torch.no_grad():
                 line["val_mAP"] = metrics.mean_average_precision(
-                    model(embeddings[held_out]), targets[held_out])
-        state.update(epoch=epoch + 1, model=model.trained(), optimizer=optimizer.state_dict())
-        data.finish_epoch(args.output, state, line, args.quiet)
+                    model(embeddings[held_out]).cpu(), targets[held_out])
+        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+        log.append(line)
+        state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+        data.write_file(f"{args.output}/last.pt", state)
+        best = max(x.get("val_mAP", 0) for x in log)
+        if line.get("val_mAP", 0) == best:  # without held-out sentences: the last epoch
+            data.write_file(f"{args.output}/best.pt", state)
+        data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
+        data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
+    best = data.read_checkpoint(f"{args.output}/best.pt", "lang_cls")
+    model.load_state_dict(best["model"])
 
 
 # ---- evaluate
 
 @torch.no_grad()
-def evaluate(clip, model, dataset, args):
-    """The rows of the table: CLIP as it is, CoMC without its parts, CoMC."""
-    prompts = {f'"{data.TEMPLATES[0]}"': label_embeddings(
-        clip, dataset.labels, data.TEMPLATES[:1], args).to(args.device),
-        "mean of templates": model.memory}
+def table(clip, model, test, args):
+    """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     settings = {"CoMC": (args.mapping_weight, args.streams)}
     if args.streams == "both":
         settings = {"CoMC, global alone": (args.mapping_weight, "global"),
                     "CoMC, local alone": (args.mapping_weight, "local"), **settings}
     if args.mapping_weight:
         settings = {"CoMC without mapping": (0.0, args.streams), **settings}
-    encoder = torch.compile(encode) if args.compile else encode
+    zero_shot = ["zero-shot, global", "zero-shot, global + local"]
+    scores = {name: [] for name in [*zero_shot, *settings]}
+    for images, _ in tqdm(make_loader(test, args), "scoring", leave=False, disable=args.no_bars):
+        own, global_, local = encode(clip, images.to(args.device, non_blocking=True), args)
+        whole, best = own @ model.memory.T, (local @ model.memory.T).amax(dim=1)  # [B, C]
+        scores[zero_shot[0]].append(whole.cpu())
+        scores[zero_shot[1]].append(((whole + best) / 2).cpu())
+        for name, setting in settings.items():
+            scores[name].append(model.scores(global_, local, *setting).cpu())
+    scores = {name: torch.cat(parts) for name, parts in scores.items()}  # [N, C] each
+    in_play = {"": torch.arange(len(test.labels))}
+    if len(test.unseen):  # ZSL ranks the unseen labels alone, GZSL all of them
+        in_play = {"zsl_": test.unseen, "gzsl_": in_play[""]}
+    ks = (10, 20) if test.name == "openimages" else (3, 5)
+    rows = []
 
-    def score(images):
-        (own, global_, local), scores = encoder(clip, images, args), {}
-        for title, labels in prompts.items():
-            whole, best = own @ labels.T, (local @ labels.T).amax(dim=1)  # [B, C]
-            scores.update({f"zero-shot, global, {title}": whole,
-                           f"zero-shot, local, {title}": best,
-                           f"zero-shot, both, {title}": (whole + best) / 2})
-        return scores | {name: model.scores(global_, local, *setting)
-                         for name, setting in settings.items()}
+    def add_row(name, kind, scores_of):
+        row = {"name": name, "kind": kind}
+        for prefix, index in in_play.items():
+            row |= metrics.summary(scores_of(index), test.targets[:, index], ks, prefix)
+        rows.append(row)
 
-    loader = data.make_loader(dataset, args, batch_size=64)  # --batch-size counts sentences
-    results = metrics.evaluate(score, data.progress(loader, "evaluating", args.quiet),
-                               dataset.targets, *data.evaluation(dataset))
-    kinds = {"CoMC": "method", **{name: "ablation" for name in settings if name != "CoMC"}}
-    return [{"name": name, "kind": kinds.get(name, "zero-shot"), **row}
-            for name, row in results.items()]
+    for name in zero_shot:
+        add_row(name, "zero-shot", lambda index: scores[name][:, index])
+    last = [name for name in rows[0] if name.endswith("mAP")][-1]
+    better = scores[zero_shot[0] if rows[0][last] > rows[1][last] else zero_shot[1]]
+    add_row("zero-shot, the better one normalised", "zero-shot",
+            lambda index: metrics.normalize_scores(better[:, index]))
+    for name in settings:
+        kind = "method" if name == "CoMC" else "ablation"
+        add_row(name, kind, lambda index: scores[name][:, index])
+    return rows
 
 
 # ---- predict
 
-def scorer(clip, model, args):
-    """-> function: images -> (scores [B, C], with --heatmap every location's [B, C, h, w])."""
-    def score(images):
-        _, global_, local = encode(clip, images, args)
-        scores = model.scores(global_, local, args.mapping_weight, args.streams)
-        if not args.heatmap:
-            return scores, None
-        locations = model.logits(local, args.mapping_weight).transpose(1, 2)  # [B, C, L]
-        return scores, locations.unflatten(2, (math.isqrt(local.shape[1]), -1))
-    return score
-
-
-def predict(args):
-    clip, model, preprocess, state = load_checkpoint(args.checkpoint, args)
-    data.predict(scorer(clip, model, args), state["labels"], preprocess, args)
+@torch.no_grad()
+def predict(clip, model, preprocess, labels, args):
+    """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
+    failed = False
+    for path, photo in data.open_images(data.image_files(args.predict)):
+        if isinstance(photo, UserError):
+            print(photo, file=sys.stderr)
+            failed = True
+            continue
+        _, global_, local = encode(clip, preprocess(photo)[None].to(args.device), args)
+        scores = model.scores(global_, local, args.mapping_weight, args.streams)[0]
+        values, order = scores.sort(descending=True)
+        best = [(labels[i], round(score, 4)) for i, score in zip(order.tolist(), values.tolist())
+                if args.threshold is None or score >= args.threshold][:args.top]
+        found = [{"label": label, "score": score} for label, score in best]
+        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        if args.heatmap:
+            maps = model.logits(local, args.mapping_weight)[0].T.cpu()  # [C, L]
+            maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
+            shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
+            name = str(path).strip("./").replace(os.sep, "_")
+            data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
+    if failed:
+        sys.exit(1)
 
 
 # ---- arguments
 
-def parse_arguments(arguments=None):
-    parser, number = data.Parser(__doc__, PAPER, TOY), data.number
-    add = parser.group("model")
-    add("--clip", str, "a name of clip_model.available_models() or a path to weights")
-    add("--mapping-weight", number(float, 0, 1), "share of the mapped embedding; 0 leaves it out")
-    add("--streams", str, "which of the two scores count", choices=["both", "global", "local"])
-    add = parser.group("texts")
-    add("--labels", str, 'train for these, without a dataset: "owl, ice cream"')
-    add("--texts", str, 'JSON, a list or one a line, of {"labels": ["..."], "description": "..."}, '
-        "instead of the grammar's sentences", metavar="FILE")
-    add("--sources", str, "what to train with (default: both)",
-        choices=["both", "sentences", "templates"], default="both")
-    add("--sentences", number(int, 1), "how many the grammar writes; or the first of --texts, by "
-        "default all of them")
-    add("--templates", str, "prompts, one a line with {} in it", metavar="FILE")
-    add("--generate", str, "have a language model write --sentences about the labels, for --texts; "
-        "a repeated call continues", metavar="OUT.jsonl")
-    add("--llm-url", str, "of an OpenAI-compatible server, e.g. http://localhost:11434/v1; a key "
-        "is read from OPENAI_API_KEY", metavar="URL")
-    add("--llm-model", str, "the server's name of the language model", metavar="NAME")
-    add("--llm-requests", number(int, 1, 256), "at a time (default: 8)", default=8)
-    add = parser.group("optimization")
-    add("--epochs", number(int, 1), "of which the first warms up")
-    add("--batch-size", number(int, 1), "sentences")
-    add("--lr", number(float, 0), "peak learning rate")
-    add("--noise", number(float, 0), "standard deviation, of text embeddings; 0 leaves it out")
-    data.add_run_arguments(parser, "lang_cls")
-    args = parser.parse_args(arguments)
-    data.check_run_arguments(args)
-    if args.labels is not None:
-        args.labels = data.parse_labels(args.labels)
-        if args.predict or args.eval:
-            raise UserError("--labels are for training: a checkpoint scores its own labels only")
-    if args.labels and args.data:
-        raise UserError(f"--labels and --data {args.data} both name labels: give one of them")
-    if args.labels and args.gallery:
-        raise UserError("--gallery shows images of a dataset: name one with --data, not --labels")
+def arguments(argv=None):
+    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
+    parser = argparse.ArgumentParser(
+        usage="lang_cls.py [options]", description=__doc__.split("\n\nB images")[0],
+        epilog=f"Defaults are the paper's; --data toy has {toy}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--clip", default="RN50", help="CLIP's name for it or a path to weights")
+    add("--mapping-weight", type=float, default=0.3, help="share of the mapped embedding (0.3)")
+    add("--streams", default="both", choices=["both", "global", "local"], help="scores that count")
+    add = parser.add_argument_group("texts").add_argument
+    add("--labels", help='train for these, without a dataset: "owl, ice cream"')
+    add("--sources", default="both", choices=["both", "sentences", "templates"])
+    add("--sentences", type=int, default=40_000, help="by the grammar, or the first of --texts")
+    add("--texts", metavar="FILE", help='JSON of {"labels": ["..."], "description": "..."}, a '
+        "list or one a line, instead of the grammar's sentences")
+    add("--templates", metavar="FILE", help="prompts, one a line with {} in it")
+    add("--generate", metavar="OUT.jsonl", help="have a language model write --sentences about "
+        "the labels, for --texts; a repeated call continues")
+    add("--llm-url", metavar="URL", help="of an OpenAI-compatible server, e.g. "
+        "http://localhost:11434/v1; a key is read from OPENAI_API_KEY")
+    add("--llm-model", metavar="NAME", help="the server's name of the language model")
+    add("--llm-requests", type=int, default=8, help="at a time (8)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=20, help="of which the first warms up (20)")
+    add("--batch-size", type=int, default=512, help="sentences (512)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
+    add("--noise", type=float, default=0.1, help="standard deviation, on embeddings (0.1)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", choices=list(data.DATASETS), help="folder: images of your own")
+    add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
+    add("--val-fraction", type=float, default=0.0, help="of sentences, to select the epoch")
+    add("--limit", type=int, help="only so many images: a quick look")
+    flag = {"action": "store_true", "default": None}
+    add("--allow-missing", **flag, help="go on without over 5%% of the images")
+    add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
+    add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
+    add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
+    add("--difficult", choices=["absent", "unknown", "present"], help="voc2007's (absent)")
+    add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, default=8, help="processes that load images (8)")
+    add("--precision", default="fp32", choices=["fp32", "bf16"])
+    add("--compile", action="store_true", help="torch.compile the image encoder")
+    add("--seed", type=int, default=0)
+    add("--output", metavar="DIR", help="the run's folder (runs/lang_cls-DATA)")
+    add("--resume", action="store_true", help="go on in --output; what is typed again wins")
+    add("--quiet", action="store_true", help="no progress bars")
+    add = parser.add_argument_group("a trained model").add_argument
+    add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
+    add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
+    add("--checkpoint", metavar="FILE", help="the trained model for --predict")
+    add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
+    add("--threshold", type=float, help="the least score of a label to predict")
+    add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
+
+    args = parser.parse_args(argv)
+    if args.predict and not args.checkpoint:
+        parser.error("--predict needs --checkpoint FILE")
     if args.generate and not (args.llm_url and args.llm_model):
-        raise UserError("--generate needs --llm-url URL and --llm-model NAME")
-    if args.generate and (args.texts or args.eval or args.resume or args.predict):
-        raise UserError("--generate writes a file of texts and does nothing else: leave --texts, "
-                        "--eval, --resume and --predict out")
-    if args.texts and args.sources == "templates":
-        raise UserError("--texts and --sources templates: the file would not be used")
+        parser.error("--generate needs --llm-url URL and --llm-model NAME")
+    if args.labels and (args.predict or args.eval):
+        parser.error("--labels are for training: a checkpoint scores its own labels only")
+    if not (args.predict or args.eval):
+        parser.set_defaults(output=f"runs/lang_cls-{'labels' if args.labels else args.data}")
+        args = parser.parse_args(argv)
+    if start := checkpoint_path(args):  # what its run was started with ...
+        saved = read_checkpoint(start)["args"]
+        for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
+            saved.pop(name, None)
+        parser.set_defaults(**saved)
+    elif args.data == "toy" and not args.labels:
+        parser.set_defaults(**TOY)
+    args = parser.parse_args(argv)  # ... and what is typed again wins
+    if min(args.batch_size, args.top, args.limit or 1, args.epochs, args.sentences) < 1:
+        parser.error("--batch-size, --top, --limit, --epochs, --sentences must be at least 1")
+    if min(args.lr, args.noise, args.seed) < 0 or not 0 <= args.mapping_weight <= 1:
+        parser.error("--lr, --noise, --seed: not below 0; --mapping-weight: from 0 to 1")
+    if not 0 <= args.val_fraction < 1:
+        parser.error("--val-fraction must be at least 0 and below 1")
+    args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args
-
-
-def fill_defaults(args):
-    given = args.sentences
-    data.fill_defaults(args, "lang_cls", PAPER, TOY)
-    args.sentences = given if args.texts else args.sentences  # all that the file has
 
 
 # ---- main
 
-def load_checkpoint(path, args):
-    """-> (CLIP, CoMC, preprocess, state). UserError for what is no checkpoint or of another CLIP.
-
-    The authors' classifier, for COCO's labels, loads too. --mapping-weight and --streams are the
-    checkpoint's unless given."""
-    state = data.read_checkpoint(path, "lang_cls", args.clip, PUBLISHED)
-    name = (args.clip or PAPER["clip"]) if PUBLISHED in state else state["clip"]
-    clip, preprocess = clip_model.load(name, args.device)
-    if PUBLISHED in state:
-        weight, args.clip, labels = state[PUBLISHED].float(), name, data.COCO_LABELS
-        expected = [len(labels), clip.text_projection.shape[1]]
-        if list(weight.shape) != expected:
-            raise UserError(f"{path}: the classifier is {list(weight.shape)}, --clip {name} and "
-                            f"COCO's labels ask for {expected} (the authors' CLIP is RN50)")
-        memory = label_embeddings(clip, labels, prompt_templates(args), args)
-        state = {**data.new_state("lang_cls", labels, clip, args), "data": "coco", "args": PAPER,
-                 "model": {"weight": weight, "memory": memory}}
-    data.check_weights(path, state, clip)
-    for name in ("mapping_weight", "streams"):
-        if getattr(args, name) is None:
-            setattr(args, name, state["args"][name])
-    return clip, CoMC(**state["model"]).to(args.device), preprocess, state
-
-
-def generate(labels, args):
-    """Have a language model write the sentences of --generate."""
-    missing = data.generate_sentences(args.generate, labels, args.sentences, args.seed,
-                                      args.llm_url, args.llm_model, args.llm_requests,
-                                      quiet=args.quiet)
-    print(f"{args.generate}: {missing} answers are missing, the same command asks for them again"
-          if missing else f"train with --texts {args.generate}")
-
-
-def start_or_resume(clip, labels, sentences, args):
-    """-> (CoMC, state): new ones, or with --resume those of last.pt."""
-    names = ("labels", "texts", "templates", "sources")
-    digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
+def checkpoint_path(args):
+    """The file that a call starts from, or None."""
     if args.resume:
-        state = data.read_checkpoint(f"{args.output}/last.pt", "lang_cls", args.clip)
-        data.check_weights(args.output, state, clip)
-        data.check_same(args, state["args"], (*PAPER, *data.SAME, *names))
-        if state["texts"] != digest:
-            raise UserError(f"--resume: the run in {args.output} was started with other texts")
-        return CoMC(**state["model"]).to(args.device), state
-    torch.manual_seed(args.seed)
-    memory = label_embeddings(clip, labels, prompt_templates(args), args)
-    weight = nn.Linear(memory.shape[1], len(labels), bias=False).weight.detach()
-    data.start_run(args)
-    state = {**data.new_state("lang_cls", labels, clip, args), "texts": digest}
-    return CoMC(weight, memory).to(args.device), state
+        return f"{args.output}/last.pt"
+    return args.checkpoint or args.eval
 
 
-def run(args):
-    """Train, unless --eval, and evaluate -> the results that results.json holds."""
-    begin = time.time()
-    if args.eval:
-        clip, model, preprocess, state = load_checkpoint(args.eval, args)
-        data.same_dataset(args, state)
-        if args.data == "labels":
-            raise UserError(f"{args.eval} was trained for --labels: name a dataset with --data")
-    fill_defaults(args)
-    test = None
-    if not args.labels:
-        test = data.load_split("test", None, args)  # first of all: it may lack files
+def read_checkpoint(path):
+    """A state that this script has saved."""
+    return data.read_checkpoint(path, "lang_cls")
+
+
+def autocast(args):
+    """Where CLIP computes in --precision."""
+    device = torch.device(args.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def make_loader(dataset, args):
+    """Batches of (images [B, 3, H, W], targets int8 [B, C]); --batch-size counts sentences."""
+    return DataLoader(dataset, 64, num_workers=args.workers,
+                      pin_memory=args.device.startswith("cuda"))
+
+
+def main(argv=None):
+    args, begin = arguments(argv), time.time()
+    test = labels = None
+    if args.labels:
+        labels = [label.strip() for label in args.labels.split(",")]
+    elif not args.predict:  # data first: files may be missing
+        options = {name: getattr(args, name) for name in data.OPTIONS}
+        test = data.load_dataset(args.data, args.root, "test", **options)
+        labels = test.labels
+    if labels and len(set(labels)) < max(2, len(labels)):
+        raise UserError("labels are ranked against each other: give two or more, each once")
     if args.generate:
-        return generate(args.labels or test.labels, args)
+        return generate(args.generate, labels, args)
+    if os.path.exists(f"{args.output}/last.pt") and not (args.resume or args.eval or args.predict):
+        raise UserError(f"{args.output} holds a run: --resume it or name another --output")
+
+    # model
+    clip, preprocess = clip_model.load(args.clip, args.device)
+    templates = load_templates(args.templates) if args.templates else TEMPLATES
+    state = {"method": "lang_cls", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
+             "labels": labels, "log": []}
+    if start := checkpoint_path(args):
+        saved = read_checkpoint(start)
+        if saved["clip_fingerprint"] != state["clip_fingerprint"]:
+            raise UserError(f"{start} belongs to another CLIP than --clip {args.clip}")
+        if saved["labels"] != labels and not args.predict:
+            raise UserError(f"{start} was trained for other labels")
+        model = CoMC(**saved["model"])
+        state = {**saved, "args": vars(args)}
+    else:
+        torch.manual_seed(args.seed)
+        memory = label_embeddings(clip, labels, templates, args)
+        model = CoMC(nn.Linear(memory.shape[1], len(labels), bias=False).weight.detach(), memory)
+    model.to(args.device)
+    if args.compile:
+        clip.visual.compile()
+    if args.predict:
+        return predict(clip, model, preprocess, state["labels"], args)
+
+    # train
     if not args.eval:
-        clip, preprocess = clip_model.load(args.clip, args.device)
-        labels = args.labels or test.labels
-        if len(labels) < 2:
-            raise UserError("one label has nothing to be ranked against: give at least two")
-        sentences, targets = training_texts(labels, args)
-        if not args.quiet:
-            print(f"{args.clip}: {len(labels)} labels, {len(sentences):,} texts to train with, "
-                  f"{len(set(sentences)):,} distinct", flush=True)
-        embeddings = embed_texts(clip, sentences, args.device, args.quiet)
-        model, state = start_or_resume(clip, labels, sentences, args)
-        train(model, embeddings, targets, args, state)
-        data.restore(f"{args.output}/best.pt", model)
+        sentences, targets = training_texts(labels, templates, args)
+        print(f"{args.clip}: {len(labels)} labels, {len(sentences):,} texts to train with, "
+              f"{len(set(sentences)):,} distinct", flush=True)
+        embeddings = embed_texts(clip, sentences, args)
+        data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
+        train(model, embeddings, targets, state, args)
+
+    # evaluate
     rows = []
     if test is not None:
         test.transform = preprocess
-        data.check_labels(test, state)
-        rows = evaluate(clip, model, test, args)
+        rows = table(clip, model, test, args)
         metrics.print_table(rows)
-        if args.gallery:
-            data.write_gallery(test, scorer(clip, model, args), args)
-    return data.write_results("lang_cls", args, state["seconds"], rows, test, begin)
-
-
-def main(arguments=None):
-    with data.command_line("lang_cls.py", clip_model.ClipError):
-        args = parse_arguments(arguments)
-        return predict(args) if args.predict else run(args)
+        if test.missing:
+            print(f"{test.missing} test images are missing: not comparable with complete results")
+    if args.output:
+        results = {"method": "lang_cls", "data": args.data, "clip": args.clip, "seed": args.seed,
+                   "seconds": round(time.time() - begin), "rows": rows}
+        data.write_file(f"{args.output}/results.json", json.dumps(results, indent=1))
+        print(f"{results['seconds']} s; results and checkpoints: {args.output}")
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, clip_model.ClipError) as error:
+        print(f"lang_cls.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: --resume goes on after the last finished epoch")

@@ -32,8 +32,11 @@ Where this differs from the paper
  2. Images without a seen label are dropped before batching, so batches stay full.
  3. The last epoch is reported; --val-fraction selects on held-out training images.
 """
+import argparse
 import copy
+import json
 import math
+import os
 import sys
 import time
 
@@ -41,23 +44,37 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import DataLoader
 from torchvision import transforms
+from tqdm import tqdm
 
 import clip_model
 import data
 import metrics
 from data import UserError
 
-PROMPT = ("There is a", "in the scene")  # around the label
-# what the paper trains with, and what the toy world's small CLIP and 10,000 scenes ask for
-PAPER = {"clip": "ViT-B/16", "epochs": 20, "prompt_epochs": 4, "batch_size": 64, "lr": 1e-3,
-         "prompt_lr": 1e-3, "warmup_epochs": 2, "weight_decay": 0.05, "distillation": 1.0,
-         "topk": 16, "streams": "both", "augment": "yes", "workers": 8}
-TOY = {**PAPER, "clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "warmup_epochs": 1,
+PROMPT = "There is a {} in the scene"
+# what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are the paper's
+TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "warmup_epochs": 1,
        "distillation": 0.1, "topk": 4, "augment": "no", "workers": 0}
 
 
 # ---- model
+
+def local_scores(local, label_embeddings, topk):
+    """Mean of each label's top-k patch scores: local [B, L, D], labels [C, D] -> [B, C]."""
+    patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
+    return patches.topk(topk, dim=-1).values.mean(dim=-1)
+
+
+def merge_streams(local_scores, global_scores, streams="both"):
+    """Scores [B, C] of either stream, each divided by its norm over the C labels -> their mean."""
+    if streams == "global":
+        return F.normalize(global_scores, dim=-1)
+    if streams == "local":
+        return F.normalize(local_scores, dim=-1)
+    return (F.normalize(local_scores, dim=-1) + F.normalize(global_scores, dim=-1)) / 2
+
 
 def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
     """MKT's score of every label, the mean of two unit-length score vectors (section 3.2).
@@ -65,40 +82,43 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
     local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> float [B, C] within
     [-1, 1]. streams: "both", or "global" or "local" alone. The scores depend on which labels are
     in play; those of a single one say nothing."""
-    scores = []
-    if streams != "global":
-        patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
-        scores.append(F.normalize(patches.topk(topk, dim=-1).values.mean(dim=-1), dim=-1))
-    if streams != "local":
-        scores.append(F.normalize(global_ @ label_embeddings.T, dim=-1))
-    return sum(scores) / len(scores)
+    return merge_streams(local_scores(local, label_embeddings, topk),
+                         global_ @ label_embeddings.T, streams)
 
 
 class Prompts:
-    """The labels' prompts as token ids, and which of the tokens are learned context.
+    """The labels' prompts as token ids, and which of the tokens are learned.
 
-    tokens int64 [C, T]; slots int64 [C, T]: 0, or 1 + the index of the context word; both on
-    CLIP's device. eot int64 [C], on the CPU. Raises ClipError naming a label that is too long."""
+    tokens int64 [C, T] on CLIP's device; learned int64 [C, T] there: 0, or 1 + the index of the
+    learned embedding that takes the token's place; eot int64 [C], the ends of text, on the CPU,
+    as encode_prompts likes it. Raises UserError naming a label that is too long."""
 
     def __init__(self, clip, labels):
-        device, (before, after) = clip.text_projection.device, PROMPT
-        tokens = clip.tokenize([f"{before} {label} {after}" for label in labels])
-        words = [clip.tokenize(part)[0].argmax().item() - 1 for part in PROMPT]  # how many tokens
-        self.eot = tokens.argmax(dim=1)
-        self.tokens = tokens[:, :self.eot.max() + 1].to(device)
-        position = torch.arange(self.tokens.shape[1])
-        second = position - self.eot[:, None] + words[1]  # 0, 1, ... at the words after the label
-        slots = position.where(position <= words[0], 0) + (1 + words[0] + second).where(
-            (second >= 0) & (second < words[1]), 0)  # start of text is position and slot 0
-        self.slots = slots.to(device)
-        self.context = self.tokens[0][self.slots[0] > 0]
+        tokenizer = clip.tokenizer or clip_model.official_tokenizer()
+        before, after = (tokenizer.encode(part) for part in PROMPT.split("{}"))
+        start, end = tokenizer.ids[tokenizer.start], tokenizer.ids[tokenizer.end]
+        slots = list(range(1, 1 + len(before) + len(after)))
+        tokens, learned = [], []
+        for label in labels:
+            name = tokenizer.encode(label)
+            row = [start] + before + name + after + [end]
+            if len(row) > clip.context_length:
+                raise UserError(f"the label '{label}' makes a prompt of {len(row)} tokens, CLIP "
+                                f"reads {clip.context_length}: shorten it")
+            tokens.append(torch.tensor(row))
+            learned.append(torch.tensor(
+                [0] + slots[:len(before)] + [0 for _ in name] + slots[len(before):] + [0]))
+        device = clip.text_projection.device
+        self.eot = torch.tensor([len(row) - 1 for row in tokens])
+        self.tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
+        self.learned = nn.utils.rnn.pad_sequence(learned, batch_first=True).to(device)
 
 
 class MKT(nn.Module):
     """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and
     the prompt's context. CLIP's own last two blocks are the teacher."""
 
-    def __init__(self, clip, topk=16, streams="both"):
+    def __init__(self, clip, topk=16):
         super().__init__()
         visual = clip.visual
         if not isinstance(visual, clip_model.VisionTransformer):
@@ -108,12 +128,15 @@ class MKT(nn.Module):
         if not 1 <= topk <= patches:
             raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
         self.clip = clip.requires_grad_(False)
-        self.topk, self.streams = topk, streams
-        self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:]).requires_grad_()
-        self.ln_post = copy.deepcopy(visual.ln_post).requires_grad_()
+        self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:])
+        self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
-        context = Prompts(clip, ["label"]).context
-        self.context = nn.Parameter(clip.token_embedding(context).detach().clone())  # [words, W]
+        self.context = nn.Parameter(self.clip_context())  # [words, W]
+
+    def clip_context(self):
+        """CLIP's own embeddings of the prompt's words, which the learned ones start from."""
+        prompt = Prompts(self.clip, ["label"])
+        return self.clip.token_embedding(prompt.tokens[prompt.learned > 0]).detach().clone()
 
     @torch.no_grad()
     def trunk(self, images):
@@ -130,10 +153,6 @@ class MKT(nn.Module):
         x = self.ln_post(x) @ self.proj
         return x[:, 0], x[:, 1:]
 
-    def encode(self, images):
-        """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
-        return self.student(self.trunk(images))
-
     @torch.no_grad()
     def teacher(self, x):
         """Trunk tokens -> CLIP's image embedding [B, D]."""
@@ -142,25 +161,29 @@ class MKT(nn.Module):
         first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return visual.ln_post(visual.transformer.resblocks[-1].one_token(x, first)) @ visual.proj
 
-    def label_embeddings(self, prompts, chunk=256):
-        """Prompts -> [C, D], differentiable in the context.
+    def forward(self, images):
+        """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
+        return self.student(self.trunk(images))
+
+    def label_embeddings(self, prompts, context=None, chunk=256):
+        """Prompts -> [C, D], differentiable in the context, by default the learned one.
 
         With gradients, chunks of labels are recomputed in the backward pass: 7,000 labels would
         otherwise keep the activations of 7,000 texts."""
-        context = torch.cat([torch.zeros_like(self.context[:1]), self.context])  # slot 0: none
+        context = self.context if context is None else context
+        context = torch.cat([torch.zeros_like(context[:1]), context])  # 0: nothing is learned
 
-        def encode(tokens, slots, eot):
-            fixed = self.clip.token_embedding(tokens).masked_fill(slots[..., None] > 0, 0)
-            return self.clip.encode_prompts(fixed + context[slots], eot)  # [c, T, W] -> [c, D]
+        def encode(tokens, learned, eot):
+            fixed = self.clip.token_embedding(tokens).masked_fill(learned[..., None] > 0, 0)
+            return self.clip.encode_prompts(fixed + context[learned], eot)  # [c, T, W] -> [c, D]
 
-        pieces = list(zip(*(x.split(chunk) for x in (prompts.tokens, prompts.slots, prompts.eot))))
-        if len(pieces) == 1 or not (torch.is_grad_enabled() and self.context.requires_grad):
-            return torch.cat([encode(*piece) for piece in pieces])
-        return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
-
-    def scores(self, global_, local, label_embeddings):
-        """two_stream_scores with this model's top-k and streams."""
-        return two_stream_scores(local, global_, label_embeddings, self.topk, self.streams)
+        embeddings = []
+        for part in zip(*(x.split(chunk) for x in (prompts.tokens, prompts.learned, prompts.eot))):
+            if torch.is_grad_enabled() and len(prompts.tokens) > chunk:
+                embeddings.append(recompute(encode, *part, use_reentrant=False))
+            else:
+                embeddings.append(encode(*part))
+        return torch.cat(embeddings)
 
     def trained(self):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
@@ -177,9 +200,11 @@ def ranking_loss(scores, targets):
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
     pairs. An image without a present or without an absent label adds 0. Targets may stay on the
     CPU: how many are present is then known without a wait for the GPU."""
-    rows, columns, not_absent = (x.to(scores.device, non_blocking=True) for x in (
-        *(targets == 1).nonzero(as_tuple=True), targets != -1))  # [P] present labels, [B, C]
-    absent = scores.masked_fill(not_absent, -torch.inf)  # others fall below every margin
+    device = scores.device
+    rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P]: one entry a present label
+    rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+    is_absent = (targets == -1).to(device, non_blocking=True)
+    absent = scores.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
     margins = (absent[rows] + (1 - scores[rows, columns])[:, None]).relu()  # [P, C]
     total = margins.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
     violated = margins.new_zeros(len(scores)).index_add(
@@ -189,20 +214,21 @@ def ranking_loss(scores, targets):
 
 # ---- train
 
-def parameter_groups(model, weight_decay, layer_decay=0.65):
+def parameter_groups(model, weight_decay=0.05, layer_decay=0.65):
     """Stage 1: layer-wise learning-rate decay, scale layer_decay^(layers + 1 - id).
 
     Block i of CLIP's image encoder has id i + 1, what comes after the blocks layers + 1. No
     weight decay on one-dimensional tensors (norms, biases)."""
     layers = len(model.clip.visual.transformer.resblocks)
-    parts = [(model.blocks[0], layers - 1), (model.blocks[1], layers), (model.ln_post, layers + 1)]
-    tensors = [(p, layer) for part, layer in parts for p in part.parameters()]
+    ids = {"blocks.0": layers - 1, "blocks.1": layers}
     groups = {}
-    for parameter, layer in [*tensors, (model.proj, layers + 1)]:
+    for name, parameter in model.named_parameters():
+        if name.startswith("clip.") or name == "context":
+            continue
         decay = weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((layer, decay), {
-            "params": [], "weight_decay": decay, "scale": layer_decay ** (layers + 1 - layer)})
-        group["params"].append(parameter)
+        scale = layer_decay ** (layers + 1 - ids.get(name[:8], layers + 1))
+        group = {"params": [], "weight_decay": decay, "scale": scale}
+        groups.setdefault((scale, decay), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -214,285 +240,361 @@ def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def batch_loss(model, stage, images, targets, labels, args):
-    """One batch -> (loss, {term: weighted value}); labels: their embeddings [C, D] in stage 1,
-    which does not change them, their Prompts in stage 2."""
-    tokens = model.trunk(images)
-    global_, local = model.student(tokens)
-    embeddings = labels if stage == 1 else model.label_embeddings(labels)
-    terms = {"ranking": ranking_loss(model.scores(global_, local, embeddings).float(), targets)}
-    if stage == 1 and args.distillation:
-        distance = F.l1_loss(global_.float(), model.teacher(tokens).float())
-        terms["distillation"] = args.distillation * distance
-    return sum(terms.values()), terms
-
-
-def train(model, stage, epochs, dataset, validation, args, state):
-    """One stage, epoch by epoch, from wherever `state` is; a checkpoint after every epoch.
+def train(model, stage, epochs, dataset, validation, state, args):
+    """One stage, from where a checkpoint's state ends; a checkpoint after every epoch.
 
     Every epoch seeds its own shuffling and augmentation, so a resumed run repeats the epoch it
     was killed in exactly."""
-    if state["stage"] > stage or epochs == 0:
-        return
-    if state["stage"] < stage:
-        state.update(stage=stage, epoch=0, optimizer=None, scaler=None)
-    device, seen = torch.device(args.device), dataset.seen
-    loader = data.make_loader(dataset, args, shuffle=True)
-    labels = Prompts(model.clip, [dataset.labels[i] for i in seen])
+    log = state["log"]
+    loader = make_loader(dataset, args, shuffle=True)
+    prompts = Prompts(model.clip, [dataset.labels[i] for i in dataset.seen])
+    with torch.no_grad():
+        labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
     if stage == 1:
-        groups = parameter_groups(model, args.weight_decay)
-        peak, minimum, warmup = args.lr, 1e-6, args.warmup_epochs
-        with torch.no_grad(), data.autocast(args):
-            labels = model.label_embeddings(labels)
+        groups, minimum, warmup = parameter_groups(model), 1e-6, args.warmup_epochs
     else:
-        groups = [{"params": [model.context], "scale": 1.0, "weight_decay": args.weight_decay}]
-        peak, minimum, warmup = args.prompt_lr, 1e-8, 0
+        groups = [{"params": [model.context], "weight_decay": 0.05, "scale": 1.0}]
+        minimum, warmup = 1e-8, 0
     model.requires_grad_(False)
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_()
-    optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    if state["optimizer"]:
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    done = sum(line["stage"] == stage for line in log)
+    if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    for epoch in range(state["epoch"], epochs):
+
+    for epoch in range(done, epochs):
         torch.manual_seed(1_000_003 * args.seed + 1_000 * stage + epoch)
-        begin, history = time.time(), []
-        batches = data.progress(loader, f"stage {stage} epoch {epoch + 1}", args.quiet)
-        for step, (images, targets) in enumerate(batches):
+        begin, total = time.time(), 0
+        bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False, disable=args.no_bars)
+        for step, (images, targets) in enumerate(bar):
+            lr = learning_rate(epoch + step / len(loader), args.lr, minimum, epochs, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * learning_rate(
-                    epoch + step / len(loader), peak, minimum, epochs, warmup)
-            images, targets = images.to(device, non_blocking=True), targets[:, seen]
-            with data.autocast(args):
-                loss, terms = batch_loss(model, stage, images, targets, labels, args)
+                group["lr"] = lr * group["scale"]
+            terms = {}
+            with autocast(args):
+                tokens = model.trunk(images.to(args.device, non_blocking=True))
+                global_, local = model.student(tokens)
+                if stage == 2:
+                    labels = model.label_embeddings(prompts)
+                teacher = model.teacher(tokens) if stage == 1 and args.distillation else None
+            scores = two_stream_scores(local.float(), global_.float(), labels.float(), args.topk,
+                                       args.streams)
+            terms["ranking"] = ranking_loss(scores, targets[:, dataset.seen])
+            if teacher is not None:
+                distance = F.l1_loss(global_.float(), teacher.float())
+                terms["distillation"] = args.distillation * distance
+            loss = sum(terms.values())
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            history.append(torch.stack([loss.detach(), *(t.detach() for t in terms.values())]))
+            loss.backward()
+            optimizer.step()
+            total = total + torch.stack([loss, *terms.values()]).detach()
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
-                means = data.finite_means(history, ["loss", *terms],
-                                          f"stage {stage}, epoch {epoch + 1}", args.output)
-        line = {"stage": stage, "epoch": epoch + 1, **means,
-                "lr": optimizer.param_groups[-1]["lr"], "seconds": time.time() - begin}
+                means = dict(zip(["loss", *terms], (total / (step + 1)).tolist()))
+                if not math.isfinite(means["loss"]):
+                    raise UserError(f"the loss is not finite at stage {stage}, epoch {epoch + 1}, "
+                                    f"step {step + 1}: {means}; {args.output}/last.pt holds the "
+                                    f"epoch before: try a smaller --lr or --precision fp32")
+        line = {"stage": stage, "epoch": epoch + 1, **means, "seconds": time.time() - begin}
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         if validation is not None:
-            line["val_mAP"] = model_row(model, validation, args, settings={"": seen})["mAP"]
-        state.update(stage=stage, epoch=epoch + 1, model=model.trained(),
-                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        data.finish_epoch(args.output, state, line, args.quiet)
+            (local, global_), = evaluate(model, validation, [model.context], args)
+            seen = dataset.seen
+            scores = merge_streams(local[:, seen], global_[:, seen], args.streams)
+            targets = validation.targets[:, seen]
+            line["val_mAP"] = metrics.mean_average_precision(scores, targets)
+        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+        log.append(line)
+        state.update(model=model.trained(), optimizer=optimizer.state_dict())
+        data.write_file(f"{args.output}/last.pt", state)
+        best = max(x.get("val_mAP", 0) for x in log if x["stage"] == stage)
+        if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
+            data.write_file(f"{args.output}/best.pt", state)
+        data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
+        data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
+    if log and log[-1]["stage"] == stage:  # go on from the best epoch
+        best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
+        model.load_state_dict(best["model"], strict=False)
 
 
 # ---- evaluate
 
 @torch.no_grad()
-def evaluate(score, dataset, args, settings=None):
-    """score as metrics.evaluate has it -> {name: metrics}. By default ZSL ranks the unseen labels
-    alone and GZSL all labels; settings: {prefix of the metrics: label indices in play}."""
-    usual, ks = data.evaluation(dataset)
-    loader = data.progress(data.make_loader(dataset, args), "evaluating", args.quiet)
-    return metrics.evaluate(score, loader, dataset.targets, settings or usual, ks)
-
-
-def features(encode, images, args):
-    """encode(images) -> (global [B, D], local [B, L, D]); labels are ranked in float32."""
-    with data.autocast(args):
-        return [x.float() for x in encode(images.to(args.device, non_blocking=True))]
+def stream_scores(encode, label_embeddings, topk, dataset, args):
+    """All images' scores in either stream, of labels [C, D] -> local [N, C], global [N, C]."""
+    local_parts, global_parts = [], []
+    for images, _ in tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.no_bars):
+        with autocast(args):
+            global_, local = encode(images.to(args.device, non_blocking=True))
+        local_parts.append(local_scores(local.float(), label_embeddings, topk).cpu())
+        global_parts.append((global_.float() @ label_embeddings.T).cpu())
+    return torch.cat(local_parts), torch.cat(global_parts)
 
 
 @torch.no_grad()
-def model_row(model, dataset, args, name="MKT", kind="method", settings=None):
-    embeddings = model.label_embeddings(Prompts(model.clip, dataset.labels))
-
-    def score(images):
-        encoded = features(model.encode, images, args)
-        return {name: lambda index: model.scores(*encoded, embeddings[index])}
-
-    return {"name": name, "kind": kind, **evaluate(score, dataset, args, settings)[name]}
+def evaluate(model, dataset, contexts, args):
+    """One pass over the images for several prompt contexts -> [(local [N, C], global [N, C])]."""
+    prompts = Prompts(model.clip, dataset.labels)
+    labels = [model.label_embeddings(prompts, context).float() for context in contexts]
+    local, global_ = stream_scores(model, torch.cat(labels), args.topk, dataset, args)
+    size = len(dataset.labels)
+    return list(zip(local.split(size, dim=1), global_.split(size, dim=1)))
 
 
 @torch.no_grad()
-def zero_shot_rows(model, dataset, args):
-    """CLIP as it is: cosines of the global embedding, of the best patch and of both, with two
-    prompts; and MKT's own two-stream score before any training."""
-    clip, prompts, own = model.clip, {}, "{} {{}} {}".format(*PROMPT)
-    for prompt in ("a photo of a {}.", own):
-        tokens = clip.tokenize([prompt.format(label) for label in dataset.labels])
-        prompts[prompt] = torch.cat([clip.encode_text(part.to(args.device))
-                                     for part in tokens.split(256)])
+def zero_shot(clip, dataset, args):
+    """CLIP as it is, by cosines -> local [N, C], of the best patch, and global [N, C]."""
+    tokens = clip.tokenize([f"a photo of a {label}." for label in dataset.labels])
+    texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
 
-    def score(images):
-        (global_, local), scores = features(clip.encode_image_dense, images, args), {}
-        for title, texts in prompts.items():
-            labels = F.normalize(texts, dim=-1)
-            whole = F.normalize(global_, dim=-1) @ labels.T
-            best = (F.normalize(local, dim=-1) @ labels.T).amax(dim=1)  # [B, L, C] -> [B, C]
-            scores.update({f'zero-shot, global, "{title}"': whole,
-                           f'zero-shot, local, "{title}"': best,
-                           f'zero-shot, both, "{title}"': (whole + best) / 2})
-        return scores | {"zero-shot, two-stream score": lambda index: two_stream_scores(
-            local, global_, prompts[own][index], model.topk)}
+    def encode(images):
+        return [F.normalize(x, dim=-1) for x in clip.encode_image_dense(images)]
 
-    results = evaluate(score, dataset, args)
-    return [{"name": name, "kind": "zero-shot", **row} for name, row in results.items()]
+    return stream_scores(encode, F.normalize(texts, dim=-1), 1, dataset, args)
+
+
+def table(model, test, args):
+    """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
+    in_play = {"": torch.arange(len(test.labels))}
+    if len(test.unseen):  # ZSL ranks the unseen labels alone, GZSL all of them
+        in_play = {"zsl_": test.unseen, "gzsl_": in_play[""]}
+    ks = (10, 20) if test.name == "openimages" else (3, 5)
+    rows = []
+
+    def add_row(name, kind, scores_of):
+        row = {"name": name, "kind": kind}
+        for prefix, index in in_play.items():
+            row |= metrics.summary(scores_of(index), test.targets[:, index], ks, prefix)
+        rows.append(row)
+
+    local, global_ = zero_shot(model.clip, test, args)
+    both = (local + global_) / 2
+    add_row("zero-shot, global", "zero-shot", lambda index: global_[:, index])
+    add_row("zero-shot, global + local", "zero-shot", lambda index: both[:, index])
+    last = [name for name in rows[0] if name.endswith("mAP")][-1]
+    better = global_ if rows[0][last] > rows[1][last] else both
+    add_row("zero-shot, the better one normalised", "zero-shot",
+            lambda index: metrics.normalize_scores(better[:, index]))
+
+    # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
+    contexts = {"MKT without prompt tuning": model.clip_context(), "MKT": model.context}
+    if not (args.epochs and args.prompt_epochs):
+        del contexts["MKT without prompt tuning"]
+    for name, (local, global_) in zip(contexts, evaluate(model, test, contexts.values(), args)):
+        kind = "method" if name == "MKT" else "ablation"
+        add_row(name, kind, lambda index: merge_streams(local[:, index], global_[:, index],
+                                                        args.streams))
+    return rows
 
 
 # ---- predict
 
 @torch.no_grad()
-def scorer(model, labels, args):
-    """-> function: images -> (scores [B, C], with --heatmap patch scores [B, C, h, w])."""
-    embeddings = model.label_embeddings(Prompts(model.clip, labels))
-
-    def score(images):
-        global_, local = features(model.encode, images, args)
-        scores = model.scores(global_, local, embeddings)
-        if not args.heatmap:
-            return scores, None
-        patches = embeddings @ local.transpose(1, 2)  # [B, C, L]
-        return scores, patches.unflatten(2, (math.isqrt(local.shape[1]), -1))
-    return score
-
-
-def predict(args):
-    model, preprocess, state = load_checkpoint(args.checkpoint, args)
-    labels = args.labels or state["labels"]
+def predict(model, preprocess, labels, args):
+    """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
     if len(labels) < 2:
         raise UserError("--labels: a score is relative to the other labels, give at least two")
-    data.predict(scorer(model, labels, args), labels, preprocess, args)
+    embeddings = model.label_embeddings(Prompts(model.clip, labels)).float()
+    failed = False
+    for path, photo in data.open_images(data.image_files(args.predict)):
+        if isinstance(photo, UserError):
+            print(photo, file=sys.stderr)
+            failed = True
+            continue
+        with autocast(args):
+            global_, local = model(preprocess(photo)[None].to(args.device))
+        global_, local = global_.float(), local.float()
+        scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0]
+        values, order = scores.sort(descending=True)
+        best = [(labels[i], round(score, 4)) for i, score in zip(order.tolist(), values.tolist())
+                if args.threshold is None or score >= args.threshold][:args.top]
+        found = [{"label": label, "score": score} for label, score in best]
+        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        if args.heatmap:
+            maps = (embeddings @ local[0].T).cpu()  # [C, L]
+            maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
+            shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
+            name = str(path).strip("./").replace(os.sep, "_")
+            data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
+    if failed:
+        sys.exit(1)
 
 
 # ---- arguments
 
-def parse_arguments(arguments=None):
-    parser, number = data.Parser(__doc__, PAPER, TOY), data.number
-    add = parser.group("model")
-    add("--clip", str, "a ViT: a name of clip_model.available_models() or a path to weights")
-    add("--topk", number(int, 1), "patches that the local score averages")
-    add("--streams", str, "which of the two scores count", choices=["both", "global", "local"])
-    add("--labels", str, 'for --predict, any labels: "owl, ice cream"')
-    add = parser.group("optimization")
-    add("--epochs", number(int, 0), "of stage 1")
-    add("--prompt-epochs", number(int, 0), "of stage 2, prompt tuning; 0 leaves it out")
-    add("--batch-size", number(int, 1), "images")
-    add("--lr", number(float, 0), "peak learning rate of stage 1")
-    add("--prompt-lr", number(float, 0), "peak learning rate of stage 2")
-    add("--warmup-epochs", number(float, 0), "of stage 1")
-    add("--weight-decay", number(float, 0), "AdamW's")
-    add("--distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
-    add("--augment", str, "random crop, flip and RandAugment", choices=["yes", "no"])
-    add("--normalization", str, "of pixels (default: clip; the authors' code: imagenet)",
-        choices=["clip", "imagenet"])
-    data.add_run_arguments(parser, "mkt")
-    args = parser.parse_args(arguments)
-    data.check_run_arguments(args)
-    if args.labels is not None and not args.predict:
-        raise UserError("--labels are for --predict: a dataset has its own")
-    args.labels = None if args.labels is None else data.parse_labels(args.labels)
-    if args.epochs == 0 and args.prompt_epochs == 0:
-        raise UserError("--epochs 0 and --prompt-epochs 0 leave nothing to train")
+def arguments(argv=None):
+    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
+    parser = argparse.ArgumentParser(
+        usage="mkt.py [options]", description=__doc__.split("\n\nB images")[0],
+        epilog=f"Defaults are the paper's; --data toy has {toy}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--clip", default="ViT-B/16", help="a ViT: CLIP's name for it or a path to weights")
+    add("--topk", type=int, default=16, help="patches that the local score averages (16)")
+    add("--streams", default="both", choices=["both", "global", "local"], help="scores that count")
+    add("--normalization", default="clip", choices=["clip", "imagenet"], help="of pixels")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=20, help="of stage 1 (20)")
+    add("--prompt-epochs", type=int, default=4, help="of stage 2, prompt tuning (4)")
+    add("--batch-size", type=int, default=64, help="images (64)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
+    add("--warmup-epochs", type=float, default=2, help="of stage 1 (2)")
+    add("--distillation", type=float, default=1.0, help="its weight; 0 leaves it out (1)")
+    add("--augment", default="yes", choices=["yes", "no"], help="crop, flip and RandAugment")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", choices=list(data.DATASETS), help="folder: images of your own")
+    add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
+    add("--val-fraction", type=float, default=0.0, help="of training images, to select the epoch")
+    add("--limit", type=int, help="only so many images of each split: a quick look")
+    flag = {"action": "store_true", "default": None}
+    add("--allow-missing", **flag, help="go on without over 5%% of the images")
+    add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
+    add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
+    add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
+    add("--difficult", choices=["absent", "unknown", "present"], help="voc2007's (absent)")
+    add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, default=8, help="processes that load images (8)")
+    add("--precision", default="fp32", choices=["fp32", "bf16"])
+    add("--compile", action="store_true", help="torch.compile the image encoder")
+    add("--seed", type=int, default=0)
+    add("--output", metavar="DIR", help="the run's folder (runs/mkt-DATA)")
+    add("--resume", action="store_true", help="go on in --output; what is typed again wins")
+    add("--quiet", action="store_true", help="no progress bars")
+    add = parser.add_argument_group("a trained model").add_argument
+    add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
+    add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
+    add("--checkpoint", metavar="FILE", help="the trained model for --predict")
+    add("--labels", help='for --predict, any labels: "owl, ice cream"')
+    add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
+    add("--threshold", type=float, help="the least score of a label to predict")
+    add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
+
+    args = parser.parse_args(argv)
+    if args.predict and not args.checkpoint:
+        parser.error("--predict needs --checkpoint FILE")
+    if not (args.predict or args.eval):
+        parser.set_defaults(output=f"runs/mkt-{args.data}")
+        args = parser.parse_args(argv)
+    if start := checkpoint_path(args):  # what its run was started with ...
+        saved = data.read_checkpoint(start, "mkt")["args"]
+        for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
+            saved.pop(name)
+        parser.set_defaults(**saved)
+    elif args.data == "toy":
+        parser.set_defaults(**TOY)
+    args = parser.parse_args(argv)  # ... and what is typed again wins
+    if min(args.batch_size, args.top, args.limit or 1, args.epochs + args.prompt_epochs) < 1:
+        parser.error("--batch-size, --top, --limit and all epochs together must be at least 1")
+    if min(args.epochs, args.prompt_epochs, args.lr, args.distillation, args.seed) < 0:
+        parser.error("--epochs, --prompt-epochs, --lr, --distillation, --seed: not below 0")
+    if not 0 <= args.val_fraction < 1:
+        parser.error("--val-fraction must be at least 0 and below 1")
+    args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args
-
-
-def fill_defaults(args):
-    data.fill_defaults(args, "mkt", PAPER, TOY)
-    args.normalization = args.normalization or "clip"
 
 
 # ---- main
 
-def build(options, device):
-    """-> (MKT, preprocess) with the options "clip", "topk", "streams", "normalization"."""
-    clip, preprocess = clip_model.load(options["clip"], device)
-    if options["normalization"] == "imagenet":
-        preprocess.transforms[-1] = transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
-    return MKT(clip, options["topk"], options["streams"]).eval(), preprocess
-
-
-def load_checkpoint(path, args):
-    """-> (MKT, preprocess, state). UserError for what is no MKT checkpoint or of another CLIP."""
-    state = data.read_checkpoint(path, "mkt", args.clip)
-    for name in ("topk", "normalization"):
-        if getattr(args, name) not in (None, state["args"][name]):
-            raise UserError(f"{path} was trained with --{name} {state['args'][name]}"
-                            + "; for the best N labels there is --top N" * (name == "topk"))
-    streams = args.streams or state["args"]["streams"]
-    model, preprocess = build({**state["args"], "streams": streams}, args.device)
-    data.check_weights(path, state, model.clip)
-    data.restore(path, model, state)
-    return model, preprocess, state
-
-
-def load_training(preprocess, args):
-    """-> (training images with a seen label, held-out validation images or None)."""
-    size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
-    augment = data.train_transform(size, normalize.mean, normalize.std)
-    dataset = data.load_split("train", augment if args.augment == "yes" else preprocess, args,
-                              True)
-    if len(dataset.seen) < 2:
-        raise UserError("ranking takes two seen labels at least: add images of something else")
-    has_seen = (dataset.targets[:, dataset.seen] == 1).any(dim=1)
-    if not has_seen.any():
-        raise UserError(f"no training image of {args.data} shows a seen label")
-    dataset = dataset.subset(has_seen)
-    return data.hold_out(dataset, args.val_fraction, preprocess)
-
-
-def run(args):
-    """Train, unless --eval, and evaluate -> the results that results.json holds."""
-    begin = time.time()
-    if args.eval:
-        model, preprocess, state = load_checkpoint(args.eval, args)
-        data.same_dataset(args, state)
-    fill_defaults(args)
-    test = data.load_split("test", None, args, True)  # first of all: it may lack files
+def checkpoint_path(args):
+    """The file that a call starts from, or None."""
     if args.resume:
-        model, preprocess, state = load_checkpoint(f"{args.output}/last.pt", args)
-        data.check_same(args, state["args"], (*PAPER, *data.SAME, "normalization"))
-    elif not args.eval:
-        model, preprocess = build(vars(args), args.device)
-        state = {**data.new_state("mkt", test.labels, model.clip, args), "stage": 0, "rows": []}
-    test.transform = preprocess
-    data.check_labels(test, state)
-    if len(test.unseen) == 1:
-        print("one unseen label: ZSL has nothing to rank it against, only GZSL means something",
-              file=sys.stderr)
+        return f"{args.output}/last.pt"
+    return args.checkpoint or args.eval
+
+
+def autocast(args):
+    """Where CLIP and the model compute in --precision."""
+    device = torch.device(args.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def make_loader(dataset, args, shuffle=False):
+    """Batches of (images [B, 3, H, W], targets int8 [B, C])."""
+    return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
+                      pin_memory=args.device.startswith("cuda"))
+
+
+def augmentation(preprocess):
+    """preprocess with a random crop, flip and RandAugment instead of the central crop."""
+    size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
+    return transforms.Compose([
+        transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandAugment(num_ops=2, magnitude=9),
+        transforms.ToTensor(),
+        normalize])
+
+
+def main(argv=None):
+    args, begin = arguments(argv), time.time()
+    if not args.predict:  # data first: files may be missing
+        options = {name: getattr(args, name) for name in data.OPTIONS}
+        test = data.load_dataset(args.data, args.root, "test", **options)
+    if not (args.predict or args.eval):
+        dataset = data.load_dataset(args.data, args.root, "train", **options)
+        has_seen = (dataset.targets[:, dataset.seen] == 1).any(dim=1)
+        if len(dataset.seen) < 2 or not has_seen.any():
+            raise UserError(f"{args.data}: ranking takes two seen labels and images of them")
+        if os.path.exists(f"{args.output}/last.pt") and not args.resume:
+            raise UserError(f"{args.output} holds a run: --resume it or name another --output")
+
+    # model
+    clip, preprocess = clip_model.load(args.clip, args.device)
+    if args.normalization == "imagenet":
+        imagenet = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        preprocess.transforms[-1] = imagenet
+    model = MKT(clip, args.topk).to(args.device).eval()
+    state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
+             "labels": None if args.predict else test.labels, "log": []}
+    if start := checkpoint_path(args):
+        saved = data.read_checkpoint(start, "mkt")
+        if saved["clip_fingerprint"] != state["clip_fingerprint"]:
+            raise UserError(f"{start} belongs to another CLIP than --clip {args.clip}")
+        if saved["labels"] != state["labels"] and not args.predict:
+            raise UserError(f"{start} was trained for other labels than {args.data} has")
+        model.load_state_dict(saved["model"], strict=False)
+        state = {**saved, "args": vars(args)}
     if args.compile:
-        model.student = torch.compile(model.student)
-    rows = [] if args.eval else state["rows"]
+        model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
+    if args.predict:
+        labels = state["labels"]
+        if args.labels:
+            labels = [label.strip() for label in args.labels.split(",")]
+        return predict(model, preprocess, labels, args)
+
+    # train
+    test.transform = preprocess
     if not args.eval:
-        dataset, validation = load_training(preprocess, args)
-        if not args.quiet:
-            trained, frozen = (sum(x.numel() for x in tensors) for tensors in (
-                model.trained().values(), model.clip.parameters()))
-            print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen "
-                  f"labels; {len(test):,} test images, {len(test.unseen)} unseen labels\n"
-                  f"{args.clip}: {trained:,} trained weights, {frozen:,} frozen ones", flush=True)
-        if not args.resume:
-            data.start_run(args)
-    if not rows:
-        rows += zero_shot_rows(model, test, args)
-    if not args.eval:
-        train(model, 1, args.epochs, dataset, validation, args, state)
-        if args.epochs and args.prompt_epochs and rows[-1]["kind"] == "zero-shot":
-            rows.append(model_row(model, test, args, "MKT without prompt tuning", "ablation"))
-        train(model, 2, args.prompt_epochs, dataset, validation, args, state)
-        data.restore(f"{args.output}/best.pt", model)
-    rows = rows + [model_row(model, test, args)]
+        print(f"{args.data}: {int(has_seen.sum()):,} training images, {len(dataset.seen)} seen "
+              f"labels; {len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
+        dataset.transform = augmentation(preprocess) if args.augment == "yes" else preprocess
+        dataset, validation = dataset.subset(has_seen).hold_out(args.val_fraction, preprocess)
+        data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
+        train(model, 1, args.epochs, dataset, validation, state, args)
+        train(model, 2, args.prompt_epochs, dataset, validation, state, args)
+
+    # evaluate
+    rows = table(model, test, args)
     metrics.print_table(rows)
-    if args.gallery:
-        data.write_gallery(test, scorer(model, test.labels, args), args)
-    return data.write_results("mkt", args, state["seconds"], rows, test, begin)
-
-
-def main(arguments=None):
-    with data.command_line("mkt.py", clip_model.ClipError):
-        args = parse_arguments(arguments)
-        return predict(args) if args.predict else run(args)
+    if test.missing:
+        print(f"{test.missing} test images are missing: not comparable with complete results")
+    if args.output:
+        results = {"method": "mkt", "data": args.data, "clip": args.clip, "seed": args.seed,
+                   "seconds": round(time.time() - begin), "rows": rows}
+        data.write_file(f"{args.output}/results.json", json.dumps(results, indent=1))
+        print(f"{results['seconds']} s; results and checkpoints: {args.output}")
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, clip_model.ClipError) as error:
+        print(f"mkt.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: --resume goes on after the last finished epoch")

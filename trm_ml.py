@@ -42,8 +42,10 @@ Implementation details
     run; every method and every --seed gets the same.
 """
 import argparse
-import hashlib
+import dataclasses
+import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,19 +54,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchvision import transforms
+from tqdm import tqdm
 
 import clip_model
 import data
 import metrics
 from data import UserError
 
-# usual in this line of work; and what the toy world's small CLIP and 10,000 scenes ask for
-BENCHMARK = {"clip": "RN101", "image_size": 448, "matching": ["region"], "epochs": 20,
-             "batch_size": 32, "lr": 1e-4, "pseudo": 0.1, "contrastive": 0.2,
-             "distillation": 0.01, "augment": "yes", "workers": 8}
-TOY = {**BENCHMARK, "clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"],
-       "epochs": 8, "batch_size": 128, "lr": 1e-3, "augment": "no", "workers": 0}
+# what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are usual ones
+TOY = {"clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"],
+       "partial": [0.3], "epochs": 8, "batch_size": 128, "lr": 1e-3, "augment": "no",
+       "workers": 0, "zero_shot": False}
 TITLES = {"image": "text-image matching", "pixel": "text-pixel matching", "region": "TRM-ML"}
 TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a scene with a {}.",
              "there is a {} in the scene.", "a photo of a small {}.", "a photo of a large {}."]
@@ -227,12 +229,10 @@ def zero_shot_embeddings(clip, labels, templates):
 @torch.no_grad()
 def encode(clip, images, args):
     """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations.
-    Embeddings that were kept pass through. A ViT's patches skip the last block's attention."""
-    images = images.to(args.device, non_blocking=True)
-    if images.ndim == 3:
-        return images.float()
+
+    A ViT's patches skip the last block's attention, which localises better."""
     is_vit = isinstance(clip.visual, clip_model.VisionTransformer)
-    with data.autocast(args):
+    with autocast(args):
         global_, local = clip.encode_image_dense(images, value_path=is_vit)
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
@@ -270,7 +270,7 @@ def contrastive_loss(regions, present, prototypes):
 def batch_loss(model, x, known, args, warm_up=False):
     """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); the last
     two are None without prototypes, estimates also in warm-up, which has no pseudo labels yet."""
-    with data.autocast(args):
+    with autocast(args):
         texts = model.texts()
         logits, regions, attention = model(x, texts)
     logits = logits.float()
@@ -313,342 +313,438 @@ def pseudo_label_counts(pseudo, known, truth):
         (given == -1) & (hidden == -1), given == -1)])
 
 
-def train(model, training, validation, known, truth, args, state):
-    """Epoch by epoch, from wherever `state` is; a checkpoint after every epoch.
+@dataclasses.dataclass
+class Run:
+    """One of the models that are trained side by side."""
+    name: str  # of its row in the table
+    kind: str  # "method" or "ablation"
+    output: str  # its folder
+    matching: str
+    known: torch.Tensor  # int8 [N, C], the training labels that it knows
+    model: TRM
+    optimizer: torch.optim.Optimizer
+    log: list  # a dict an epoch
 
-    training, validation: (images, kept embeddings or None), whose targets are rows of known and
-    truth, int8 [N, C]; the truth is for the log alone. Every epoch seeds its own shuffling and
-    augmentation, so a resumed run repeats the epoch it was killed in exactly."""
-    device, (dataset, kept) = torch.device(args.device), training
-    loader = data.make_loader(dataset, args, True, kept)
-    known, truth = known.to(device), truth.to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    for epoch in range(state["epoch"], args.epochs):
+
+def train(runs, clip, dataset, validation, truth, state, args):
+    """All runs on the same batches: the encoders are frozen, so an image is encoded once.
+
+    dataset, validation: images whose targets are rows of known and truth, int8 [N, C]; the truth
+    is for the log alone. Every epoch seeds its own shuffling and augmentation, so a resumed run
+    repeats the epoch it was killed in exactly."""
+    truth = truth.to(args.device)
+    loader = make_loader(dataset, args, shuffle=True)
+    if args.augment == "no":  # embeddings stay what they are: compute them once
+        kept = TensorDataset(embed(clip, dataset, args), dataset.targets)
+        batches = BatchSampler(RandomSampler(kept), args.batch_size, drop_last=False)
+        loader = DataLoader(kept, sampler=batches, batch_size=None)
+    for epoch in range(args.epochs):
+        behind = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
+        if not behind:
+            continue
         torch.manual_seed(1_000_003 * args.seed + epoch)
-        begin, history, counts, estimated = time.time(), [], 0, []
-        warm_up = epoch + 1 < args.epochs // 2  # until prototypes mean something
-        batches = data.progress(loader, f"epoch {epoch + 1}", args.quiet)
-        for step, (images, rows) in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
-            rows = rows.to(device, non_blocking=True)
-            x, given = encode(model.clip, images, args), known[rows]
-            loss, terms, pseudo, estimates = batch_loss(model, x, given, args, warm_up)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            history.append(torch.stack([loss.detach(), *(t.detach() for t in terms.values())]))
-            if pseudo is not None:
-                counts = counts + pseudo_label_counts(pseudo, given, truth[rows])
-            if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                estimated.append((estimates, given))
-            if step % 50 == 49 or step == len(loader) - 1:  # waits for the GPU
-                means = data.finite_means(history, ["loss", *terms], f"epoch {epoch + 1}",
-                                          args.output)
-        line = {"epoch": epoch + 1, **means, "lr": optimizer.param_groups[0]["lr"]}
-        if estimated:
-            model.calibrate(*map(torch.cat, zip(*estimated)))
-        if pseudo is not None:
-            right, found, hidden, right_absent, found_absent = counts.tolist()
-            if found and hidden:
-                line["pseudo_precision"], line["pseudo_recall"] = right / found, right / hidden
-            if found_absent:
-                line["pseudo_precision_absent"] = right_absent / found_absent
-        if dataset.replaced:
-            line["unreadable_images"] = dataset.replaced
-        line["seconds"] = time.time() - begin
-        if validation is not None:
-            line["val_mAP"] = validation_score(model, *validation, known, args)
-        state.update(epoch=epoch + 1, model=model.trained(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict())
-        data.finish_epoch(args.output, state, line, args.quiet)
+        begin = time.time()
+        warm_up = epoch + 1 < args.epochs // 2  # no pseudo labels until prototypes mean something
+        totals = [0 for _ in behind]
+        counts = [0 for _ in behind]
+        estimated = [[] for _ in behind]
+        bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.no_bars)
+        for step, (images, rows) in enumerate(bar):
+            lr = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
+            x = images.to(args.device, non_blocking=True)
+            x = x.float() if args.augment == "no" else encode(clip, x, args)
+            rows = rows.to(args.device, non_blocking=True)
+            for i, run in enumerate(behind):
+                known = run.known[rows]
+                loss, terms, pseudo, estimates = batch_loss(run.model, x, known, args, warm_up)
+                run.optimizer.param_groups[0]["lr"] = lr
+                run.optimizer.zero_grad()
+                loss.backward()
+                run.optimizer.step()
+                run.terms = ["loss", *terms]
+                totals[i] = totals[i] + torch.stack([loss, *terms.values()]).detach()
+                if pseudo is not None:
+                    counts[i] = counts[i] + pseudo_label_counts(pseudo, known, truth[rows])
+                if estimates is not None and step * args.batch_size < 20_000:  # images enough
+                    estimated[i].append((estimates, known))
+                if (step % 50 == 49 or step == len(loader) - 1) and not totals[i][0].isfinite():
+                    means = dict(zip(run.terms, (totals[i] / (step + 1)).tolist()))
+                    raise UserError(f"{run.name}: the loss is not finite at epoch {epoch + 1}, "
+                                    f"step {step + 1}: {means}; {run.output}/last.pt holds the "
+                                    f"epoch before: try a smaller --lr or --precision fp32")
+        for i, run in enumerate(behind):
+            line = {"epoch": epoch + 1}
+            line |= zip(run.terms, (totals[i] / len(loader)).tolist())
+            if estimated[i]:
+                estimates, known = (torch.cat(parts) for parts in zip(*estimated[i]))
+                run.model.calibrate(estimates, known)
+            if torch.is_tensor(counts[i]):
+                right, found, hidden, right_absent, found_absent = counts[i].tolist()
+                line["pseudo_precision"] = right / max(1, found)
+                line["pseudo_recall"] = right / max(1, hidden)
+                line["pseudo_precision_absent"] = right_absent / max(1, found_absent)
+            line["seconds"] = time.time() - begin
+            if dataset.replaced:
+                line["unreadable_images"] = dataset.replaced
+            if validation is not None:
+                scores = all_scores([run.model], clip, validation, args)[0]
+                known = run.known[validation.targets].cpu()
+                line["val_mAP"] = metrics.mean_average_precision(scores, known)
+            title = f"{run.name}  " if len(runs) > 1 else ""
+            print(title + "  ".join(f"{name} {value:.4g}" for name, value in line.items()),
+                  flush=True)
+            run.log.append(line)
+            checkpoint = {**state, "matching": run.matching, "model": run.model.trained(),
+                          "optimizer": run.optimizer.state_dict(), "log": run.log}
+            data.write_file(f"{run.output}/last.pt", checkpoint)
+            best = max(x.get("val_mAP", 0) for x in run.log)
+            if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
+                data.write_file(f"{run.output}/best.pt", checkpoint)
+            lines = [json.dumps(line) + "\n" for line in run.log]
+            data.write_file(f"{run.output}/log.jsonl", "".join(lines))
+            data.write_file(f"{run.output}/curves.png", metrics.draw_curves(run.log))
+    for run in runs:
+        best = data.read_checkpoint(f"{run.output}/best.pt", "trm_ml")
+        run.model.load_state_dict(best["model"], strict=False)
 
 
-@torch.no_grad()
-def validation_score(model, dataset, kept, known, args):
-    """mAP of images by those of their labels that are known."""
-    texts, batches = model.texts(), []
-    for images, rows in data.make_loader(dataset, args, kept=kept):
-        with data.autocast(args):
-            logits = model(encode(model.clip, images, args), texts)[0]
-        batches.append((logits.float(), known[rows.to(args.device)]))
-    return metrics.mean_average_precision(*map(torch.cat, zip(*batches)))
+def embed(clip, dataset, args):
+    """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
+    parts = []
+    for images, _ in tqdm(make_loader(dataset, args), "embedding images", leave=False,
+                          disable=args.no_bars):
+        parts.append(encode(clip, images.to(args.device, non_blocking=True), args).half().cpu())
+    return torch.cat(parts)
 
 
 # ---- evaluate
 
 @torch.no_grad()
-def evaluate(clip, models, dataset, args):
-    """The table, in one pass over the images: CLIP as it is, then models [(name, kind, TRM)]."""
-    prompts = {f'"{TEMPLATES[0]}"': TEMPLATES[:1], f"mean of {len(TEMPLATES)} prompts": TEMPLATES}
-    prompts = {title: zero_shot_embeddings(clip, dataset.labels, templates)
-               for title, templates in prompts.items()}
-    texts = [model.texts() for _, _, model in models]
+def all_scores(models, clip, dataset, args):
+    """One pass over the images -> [logits [N, C] of every model]."""
+    texts = [model.texts() for model in models]
+    parts = [[] for _ in models]
+    for images, _ in tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.no_bars):
+        x = encode(clip, images.to(args.device, non_blocking=True), args)
+        for part, model, labels in zip(parts, models, texts):
+            with autocast(args):
+                part.append(model(x, labels)[0].float().cpu())
+    return [torch.cat(part) for part in parts]
 
-    def score(images):
-        x, scores = encode(clip, images, args), {}
-        for title, labels in prompts.items():
-            global_, local = x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)  # [B, C]
-            scores.update({f"zero-shot, global, {title}": global_,
-                           f"zero-shot, local, {title}": local,
-                           f"zero-shot, both, {title}": (global_ + local) / 2})
-        for (name, _, model), labels in zip(models, texts):
-            with data.autocast(args):
-                scores[name] = model(x, labels)[0]
-        return scores
 
-    loader = data.make_loader(dataset, args, kept=kept_embeddings(clip, dataset, args))
-    results = metrics.evaluate(score, data.progress(loader, "evaluating", args.quiet),
-                               dataset.targets, *data.evaluation(dataset))
-    kinds = {name: kind for name, kind, _ in models}
-    return [{"name": name, "kind": kinds.get(name, "zero-shot"), **row}
-            for name, row in results.items()]
+class ZeroShot(nn.Module):
+    """CLIP as it is: cosines of the whole image, or their mean with those of the best location."""
+
+    def __init__(self, labels, with_local):
+        super().__init__()
+        self.labels, self.with_local = labels, with_local
+
+    def texts(self):
+        return self.labels
+
+    def forward(self, x, texts):
+        whole = x[:, 0] @ texts.T
+        if not self.with_local:
+            return whole, None, None
+        return (whole + (x[:, 1:] @ texts.T).amax(dim=1)) / 2, None, None  # [B, L, C] -> [B, C]
+
+
+def table(runs, clip, test, args):
+    """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
+    texts = zero_shot_embeddings(clip, test.labels, TEMPLATES)
+    names = ["zero-shot, global", "zero-shot, global + local"] + [run.name for run in runs]
+    models = [ZeroShot(texts, False), ZeroShot(texts, True)] + [run.model for run in runs]
+    scores = dict(zip(names, all_scores(models, clip, test, args)))
+    in_play = {"": torch.arange(len(test.labels))}
+    if len(test.unseen):  # ZSL ranks the unseen labels alone, GZSL all of them
+        in_play = {"zsl_": test.unseen, "gzsl_": in_play[""]}
+    ks = (10, 20) if test.name == "openimages" else (3, 5)
+    rows = []
+
+    def add_row(name, kind, scores_of):
+        row = {"name": name, "kind": kind}
+        for prefix, index in in_play.items():
+            row |= metrics.summary(scores_of(index), test.targets[:, index], ks, prefix)
+        rows.append(row)
+
+    for name in names[:2]:
+        add_row(name, "zero-shot", lambda index: scores[name][:, index])
+    last = [name for name in rows[0] if name.endswith("mAP")][-1]
+    better = scores[names[0] if rows[0][last] > rows[1][last] else names[1]]
+    add_row("zero-shot, the better one normalised", "zero-shot",
+            lambda index: metrics.normalize_scores(better[:, index]))
+    for run in runs:
+        add_row(run.name, run.kind, lambda index: scores[run.name][:, index])
+    return rows
+
+
+def print_sweep(rows, args):
+    """A line per matching: its mAP by the share of known labels, and the average; as the papers
+    print it. -> rows of the averages."""
+    averages = []
+    metric = [name for name in rows[-1] if name.endswith("mAP")][-1]
+    shares = "".join(f"{100 * share:6g}%" for share in args.partial)
+    print(f"\n{metric + ' (%), known labels':30}{shares}{'average':>9}")
+    for matching in args.matching:
+        swept = [row for row in rows if row["name"].startswith(f"{TITLES[matching]}, ")]
+        average = {"name": f"{TITLES[matching]}, average", "kind": swept[0]["kind"]}
+        for name in swept[0]:
+            if name not in average:
+                average[name] = sum(row[name] for row in swept) / len(swept)
+        averages.append(average)
+        values = "".join(f"{100 * row[metric]:7.1f}" for row in swept)
+        print(f"{TITLES[matching]:30}{values}{100 * average[metric]:9.1f}")
+    return averages
 
 
 # ---- predict
 
-def scorer(model, args):
-    """-> function: images -> (probabilities [B, C], regions' attention [B, C, h, w])."""
-    texts = model.texts()
-
-    def score(images):
-        with data.autocast(args):
-            logits, _, attention = model(encode(model.clip, images, args), texts)
-        if attention is not None:
-            attention = attention[:, :, 1:]  # without the whole image
-            attention = attention.unflatten(2, (math.isqrt(attention.shape[2]), -1))
-        return logits.float().sigmoid(), attention
-
-    if args.heatmap and model.matching != "region":
-        raise UserError("--heatmap: only region matching looks anywhere, this checkpoint's is "
-                        f"--matching {model.matching}")
-    return score
-
-
 @torch.no_grad()
-def predict(args):
-    model, preprocess, state = load_checkpoint(args.checkpoint, args)
-    data.predict(scorer(model, args), state["labels"], preprocess, args, whole=True)
+def predict(clip, model, preprocess, labels, args):
+    """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
+    if args.heatmap and model.matching != "region":
+        raise UserError(f"--heatmap: --matching {model.matching} looks nowhere in particular")
+    texts = model.texts()
+    failed = False
+    for path, photo in data.open_images(data.image_files(args.predict)):
+        if isinstance(photo, UserError):
+            print(photo, file=sys.stderr)
+            failed = True
+            continue
+        x = encode(clip, preprocess(photo)[None].to(args.device), args)
+        with autocast(args):
+            logits, _, attention = model(x, texts)
+        values, order = logits[0].float().sigmoid().sort(descending=True)
+        best = [(labels[i], round(score, 4)) for i, score in zip(order.tolist(), values.tolist())
+                if args.threshold is None or score >= args.threshold][:args.top]
+        found = [{"label": label, "score": score} for label, score in best]
+        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        if args.heatmap:
+            maps = attention[0, :, 1:].cpu()  # [C, L], without the whole image
+            maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
+            shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
+            name = str(path).strip("./").replace(os.sep, "_")
+            picture = metrics.draw_heatmaps(photo, shown, whole=True)
+            data.write_file(f"{args.heatmap}/{name}.png", picture)
+    if failed:
+        sys.exit(1)
 
 
 # ---- arguments
 
-def parse_arguments(arguments=None):
-    parser, number = data.Parser(__doc__, BENCHMARK, TOY, "default"), data.number
-    add = parser.group("known labels")
-    add("--partial", number(float, 0, 1), "train with this share of the label entries known; "
-        "several: a run each, and their average (default: 0.3 on toy, else all there are)",
-        nargs="+", metavar="P")
-    add("--single-positive", None, "train with one present label an image known, and nothing else",
-        action="store_true")
-    add("--upper-bound", None, "train TRM-ML with all labels known too, and add its row",
-        action="store_true")
-    add = parser.group("model")
-    add("--clip", str, "a name of clip_model.available_models() or a path to weights")
-    add("--image-size", number(int, 32), "pixels, square; images are not cropped")
-    add("--matching", str, "what texts are matched with; several: a model each, the last is the "
-        "run's", nargs="+", choices=["image", "pixel", "region"])
-    add("--per-label-context", None, "every label learns a context of its own",
-        action="store_true")
-    parser.add_argument("--labels", help=argparse.SUPPRESS)
-    add = parser.group("optimization")
-    add("--epochs", number(int, 1), "passes over the training images")
-    add("--batch-size", number(int, 1), "images")
-    add("--lr", number(float, 0), "peak learning rate")
-    add("--pseudo", number(float, 0), "weight of the pseudo labels' loss; 0 leaves prototypes out")
-    add("--contrastive", number(float, 0), "weight of the contrastive loss; 0 leaves it out")
-    add("--distillation", number(float, 0), "weight of the distillation; 0 leaves it out")
-    add("--augment", str, "cutout, flip and RandAugment", choices=["yes", "no"])
-    add("--cache-features", str, "keep the embeddings of images (default: disk, with --augment no)",
-        choices=["no", "memory", "disk"])
-    data.add_run_arguments(parser, "trm_ml")
-    args = parser.parse_args(arguments)
-    data.check_run_arguments(args)
-    if args.labels is not None:
-        raise UserError("--labels: this method scores the labels that it was trained for only")
-    if args.partial and args.single_positive:
-        raise UserError("--partial and --single-positive exclude each other")
-    if args.partial and 0 in args.partial:
-        raise UserError("--partial 0: with nothing known there is nothing to learn from, give a "
-                        "share above 0 and up to 1")
-    if args.single_positive and args.val_fraction:
-        raise UserError("--val-fraction: with --single-positive no absent label is known, and "
-                        "nothing could be selected by")
+def arguments(argv=None):
+    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
+    parser = argparse.ArgumentParser(
+        usage="trm_ml.py [options]", description=__doc__.split("\n\nB images")[0],
+        epilog=f"Defaults are usual in this line of work; --data toy has {toy}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("known labels").add_argument
+    add("--partial", type=float, nargs="+", default=[1.0], metavar="P",
+        help="the share of label entries that is known; several are trained side by side")
+    add("--single-positive", action="store_true", help="one present label an image is known")
+    add = parser.add_argument_group("model").add_argument
+    add("--clip", default="RN101", help="CLIP's name for it or a path to weights")
+    add("--image-size", type=int, default=448, help="pixels, square; nothing is cropped (448)")
+    add("--matching", nargs="+", default=["region"], choices=list(TITLES),
+        help="what texts are matched with; several: a model each, the last is the run's")
+    add("--per-label-context", action="store_true", help="every label learns its own context")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=20, help="passes over the training images (20)")
+    add("--batch-size", type=int, default=32, help="images (32)")
+    add("--lr", type=float, default=1e-4, help="peak learning rate (1e-4)")
+    add("--pseudo", type=float, default=0.1, help="weight of pseudo labels; 0: no prototypes")
+    add("--contrastive", type=float, default=0.2, help="its weight; 0 leaves it out (0.2)")
+    add("--distillation", type=float, default=0.01, help="its weight; 0 leaves it out (0.01)")
+    add("--augment", default="yes", choices=["yes", "no"], help="cutout, flip and RandAugment")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", choices=list(data.DATASETS), help="folder: images of your own")
+    add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
+    add("--val-fraction", type=float, default=0.0, help="of training images, to select the epoch")
+    add("--limit", type=int, help="only so many images of each split: a quick look")
+    flag = {"action": "store_true", "default": None}
+    add("--allow-missing", **flag, help="go on without over 5%% of the images")
+    add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
+    add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
+    add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
+    add("--difficult", choices=["absent", "unknown", "present"], help="voc2007's (absent)")
+    add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, default=8, help="processes that load images (8)")
+    add("--precision", default="fp32", choices=["fp32", "bf16"])
+    add("--compile", action="store_true", help="torch.compile the regions")
+    add("--seed", type=int, default=0)
+    add("--output", metavar="DIR", help="the run's folder (runs/trm_ml-DATA)")
+    add("--resume", action="store_true", help="go on in --output; what is typed again wins")
+    add("--quiet", action="store_true", help="no progress bars")
+    add = parser.add_argument_group("a trained model").add_argument
+    add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
+    add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
+    add("--checkpoint", metavar="FILE", help="the trained model for --predict")
+    add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
+    add("--threshold", type=float, help="the least probability of a label to predict")
+    add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
+
+    args = parser.parse_args(argv)
+    if args.predict and not args.checkpoint:
+        parser.error("--predict needs --checkpoint FILE")
+    if not (args.predict or args.eval):
+        parser.set_defaults(output=f"runs/trm_ml-{args.data}")
+        args = parser.parse_args(argv)
+    if start := checkpoint_path(args):  # what its run was started with ...
+        saved = data.read_checkpoint(start, "trm_ml")["args"]
+        for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
+            saved.pop(name)
+        parser.set_defaults(**saved)
+    elif args.data == "toy":
+        parser.set_defaults(**TOY)
+        if args.single_positive:
+            parser.set_defaults(partial=[1.0])
+    args = parser.parse_args(argv)  # ... and what is typed again wins
+    if min(args.batch_size, args.top, args.limit or 1, args.epochs) < 1 or args.image_size < 32:
+        parser.error("--batch-size, --top, --limit, --epochs: at least 1; --image-size: 32")
+    if min(args.lr, args.pseudo, args.contrastive, args.distillation, args.seed) < 0:
+        parser.error("--lr, --pseudo, --contrastive, --distillation, --seed: not below 0")
+    if not 0 <= args.val_fraction < 1:
+        parser.error("--val-fraction must be at least 0 and below 1")
+    if not 0 < min(args.partial) <= max(args.partial) <= 1:
+        parser.error("--partial: shares above 0 and up to 1; without known labels nothing is learnt")
+    if args.single_positive and (args.partial != [1.0] or args.val_fraction):
+        parser.error("--single-positive knows no absent label: no --partial, no --val-fraction")
+    args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args
-
-
-def fill_defaults(args):
-    data.fill_defaults(args, "trm_ml", BENCHMARK, TOY)
-    args.cache_features = args.cache_features or ("disk" if args.augment == "no" else "no")
-    if args.augment == "yes" and args.cache_features != "no":
-        raise UserError(f"--cache-features {args.cache_features} needs --augment no: augmented "
-                        "images differ every time")
-    if not args.partial:
-        args.partial = [0.3 if args.data == "toy" and not args.single_positive else 1.0]
-    if args.upper_bound and 1 in args.partial and not args.single_positive:
-        raise UserError("--upper-bound: --partial 1 is that already, give a smaller share")
-    args.partial = list(dict.fromkeys(args.partial))
-    args.matching = list(dict.fromkeys(args.matching))
 
 
 # ---- main
 
-def build(options, device):
-    """-> (CLIP, transform of a whole image) with the options "clip" and "image_size"."""
-    clip, preprocess = clip_model.load(options["clip"], device)
-    bicubic = transforms.InterpolationMode.BICUBIC
-    size = (options["image_size"], options["image_size"])  # squeezed: nothing is cropped away
-    return clip, transforms.Compose([transforms.Resize(size, bicubic), *preprocess.transforms[2:]])
+def checkpoint_path(args):
+    """The file that a call starts from, or None."""
+    if args.resume:  # of a sweep any one will do: all of them have the sweep's arguments
+        found = sorted(Path(args.output).rglob("last.pt"))
+        return found[0] if found else f"{args.output}/last.pt"
+    return args.checkpoint or args.eval
 
 
-def load_checkpoint(path, args):
-    """-> (TRM, preprocess, state). UserError for another checkpoint or another CLIP."""
-    state = data.read_checkpoint(path, "trm_ml", args.clip)
-    clip, preprocess = build(state["args"], args.device)
-    data.check_weights(path, state, clip)
-    model = TRM(clip, state["labels"], state["args"]["matching"],
-                state["args"]["per_label_context"], start=state["model"].get("visual"))
-    data.restore(path, model, state)
-    return model, preprocess, state
+def autocast(args):
+    """Where CLIP and the model compute in --precision."""
+    device = torch.device(args.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def known_targets(truth, args):
-    """Targets [N, C] of which --partial or --single-positive leaves a part known, else 0."""
-    if args.single_positive:
-        return data.keep_single_positive(truth, SINGLE_POSITIVE_SEED)
-    return truth if args.partial == 1 else data.keep_partial(truth, args.partial, PARTIAL_SEED)
+def make_loader(dataset, args, shuffle=False):
+    """Batches of (images [B, 3, H, W], targets)."""
+    return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
+                      pin_memory=args.device.startswith("cuda"))
 
 
-def kept_embeddings(clip, dataset, args):
-    """encode() of all images as --cache-features says: float16 [N, 1 + L, D], or None."""
-    return data.kept_embeddings(dataset, lambda images: encode(clip, images, args),
-                                [clip.fingerprint(), args.precision], args)
-
-
-def row_name(matching, partial, args):
-    """Of a model in the table."""
-    return TITLES[matching] + f", {100 * partial:g}% known" * (len(args.partial) > 1)
-
-
-def plan(args):
-    """The models that a run trains: [(name, kind of its row, args with one partial, one matching
-    and an output of its own)]."""
-    models = []
+def plan(clip, dataset, args):
+    """-> the Runs that the arguments ask for: one for every share of known labels and matching."""
+    runs = []
+    start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
     for partial in args.partial:
+        known = dataset.full_targets  # masks are drawn over the full list, as published
+        if args.single_positive:
+            known = data.keep_single_positive(known, SINGLE_POSITIVE_SEED)
+        elif partial < 1:
+            known = data.keep_partial(known, partial, PARTIAL_SEED)
+        known = known[dataset.rows]
+        if not known.any():
+            raise UserError("none of the training labels is known: raise --partial or --limit")
         for matching in args.matching:
-            kind = "method" if matching == args.matching[-1] else "ablation"
-            folders = ([f"partial-{partial:g}"] * (len(args.partial) > 1)
-                       + [matching] * (kind == "ablation"))
-            models.append((row_name(matching, partial, args), kind, {
-                "partial": partial, "matching": matching,
-                "output": str(Path(args.output, *folders))}))
-    if args.upper_bound:
-        models.append(("upper bound (all labels known)", "ablation", {
-            "partial": 1.0, "single_positive": False, "matching": args.matching[-1],
-            "output": str(Path(args.output, "upper-bound"))}))
-    return [(name, kind, argparse.Namespace(**{**vars(args), **own}))
-            for name, kind, own in models]
+            name, kind, output = TITLES[matching], "method", args.output
+            if len(args.partial) > 1:
+                name, output = f"{name}, {100 * partial:g}% known", f"{output}/partial-{partial:g}"
+            if matching != args.matching[-1]:
+                kind, output = "ablation", f"{output}/{matching}"
+            torch.manual_seed(args.seed)  # as if it were trained alone
+            model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
+            run = Run(name, kind, output, matching, known.to(args.device), model, optimizer, [])
+            if args.resume and os.path.exists(f"{output}/last.pt"):
+                saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
+                model.load_state_dict(saved["model"], strict=False)
+                optimizer.load_state_dict(saved["optimizer"])
+                run.log = saved["log"]
+            if args.compile:
+                model.regions = torch.compile(model.regions)
+            runs.append(run)
+    return runs
 
 
-def start_or_resume(clip, labels, start, known, args):
-    """-> (TRM, state) of one of plan(args); known.pt says which entries are known, bool [N, C]."""
-    torch.manual_seed(args.seed)
-    model = TRM(clip, labels, args.matching, args.per_label_context, start)
-    known = known != 0
-    digest = hashlib.sha256(known.numpy().tobytes()).hexdigest()
-    if not Path(args.output, "last.pt").exists():
-        data.write_file(f"{args.output}/known.pt", known)
-        return model, {**data.new_state("trm_ml", labels, clip, args), "known": digest}
-    state = data.read_checkpoint(f"{args.output}/last.pt", "trm_ml")
-    data.check_same(args, state["args"], (*BENCHMARK, *data.SAME, "partial", "single_positive",
-                                          "per_label_context", "cache_features"))
-    data.check_weights(args.output, state, clip)
-    if state["labels"] != labels or state["known"] != digest:
-        raise UserError(f"--resume: the run in {args.output} was started with other data")
-    data.restore(f"{args.output}/last.pt", model, state)
-    return model, state
+def main(argv=None):
+    args, begin = arguments(argv), time.time()
+    if not args.predict:  # data first: files may be missing
+        options = {name: getattr(args, name) for name in data.OPTIONS}
+        test = data.load_dataset(args.data, args.root, "test", **options)
+    if not (args.predict or args.eval):
+        dataset = data.load_dataset(args.data, args.root, "train", **options)
+        if any(Path(args.output).rglob("last.pt")) and not args.resume:
+            raise UserError(f"{args.output} holds a run: --resume it or name another --output")
 
+    # model
+    clip, preprocess = clip_model.load(args.clip, args.device)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    resize = transforms.Resize((args.image_size, args.image_size), bicubic)  # squeezed, not cropped
+    preprocess = transforms.Compose([resize, *preprocess.transforms[2:]])
+    state = {"method": "trm_ml", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
+             "labels": None if args.predict else test.labels}
+    if start := checkpoint_path(args):
+        saved = data.read_checkpoint(start, "trm_ml")
+        if saved["clip_fingerprint"] != state["clip_fingerprint"]:
+            raise UserError(f"{start} belongs to another CLIP than --clip {args.clip}")
+        if saved["labels"] != state["labels"] and not args.predict:
+            raise UserError(f"{start} was trained for other labels than {args.data} has")
+    if args.predict or args.eval:
+        labels, matching = saved["labels"], saved["matching"]
+        model = TRM(clip, labels, matching, args.per_label_context, saved["model"].get("visual"))
+        model.load_state_dict(saved["model"], strict=False)
+        if args.predict:
+            return predict(clip, model, preprocess, labels, args)
+        runs = [Run(TITLES[matching], "method", None, matching, None, model, None, None)]
 
-def train_all(clip, preprocess, args):
-    """Train what plan(args) says -> ([(name, kind, TRM with its best weights)], seconds)."""
-    runs, models, seconds = plan(args), [], 0.0
-    if args.resume and not any(Path(own.output, "last.pt").exists() for _, _, own in runs):
-        raise UserError(f"--resume: no checkpoint at {runs[0][2].output}/last.pt")
-    augment = data.cutout_transform(preprocess) if args.augment == "yes" else preprocess
-    whole = data.load_split("train", augment, args)
-    truth, labels = whole.targets, whole.labels
-    if not torch.is_tensor(truth):
-        raise UserError(f"{args.data}: targets of {len(whole):,} images and {len(labels):,} "
-                        f"labels are too many for this method: give a --limit")
-    knowns = [known_targets(truth, own) for _, _, own in runs]
-    if not all(known.any() for known in knowns):
-        raise UserError("none of the training labels is known: raise --partial or --limit")
-    whole.targets = torch.arange(len(whole))  # rows of what each run knows
-    parts = [part and (part, kept_embeddings(clip, part, args))
-             for part in data.hold_out(whole, args.val_fraction, preprocess)]
-    start = zero_shot_embeddings(clip, labels, TEMPLATES)
-    if not args.resume:  # all at once, so that --resume later finds nothing of an earlier run
-        for own in [args] * (len(args.partial) > 1) + [own for _, _, own in runs]:
-            data.start_run(own)
-    for (name, kind, own), known in zip(runs, knowns):
-        without = [labels[i] for i in (known != 1).all(dim=0).nonzero()[:, 0]]
-        if not args.quiet:
-            print(f"\n{name}: {len(whole):,} training images, {len(labels)} labels, "
-                  f"{(known != 0).float().mean():.1%} of the entries known; {own.output}",
-                  flush=True)
-        if without and kind == "method":
-            print(f"{len(without)} labels without a known positive, e.g. '{without[0]}': they get "
-                  f"no pseudo labels and rest on CLIP's text", file=sys.stderr)
-        model, state = start_or_resume(clip, labels, start, known, own)
-        if args.compile:
-            model.regions = torch.compile(model.regions)
-        train(model, *parts, known, truth, own, state)
-        data.restore(f"{own.output}/best.pt", model)
-        models.append((name, kind, model))
-        seconds += state["seconds"]
-    return models, seconds
-
-
-def run(args):
-    """Train, unless --eval, and evaluate -> the results that results.json holds."""
-    begin = time.time()
-    if args.eval:
-        model, preprocess, state = load_checkpoint(args.eval, args)
-        data.same_dataset(args, state)
-        args.cache_features = args.cache_features or state["args"]["cache_features"]
-        args.partial, args.matching, args.augment = [state["args"]["partial"]], [], "no"
-    fill_defaults(args)
-    test = data.load_split("test", None, args)  # first of all: it may lack files
-    if args.eval:
-        data.check_labels(test, state)
-        clip, models = model.clip, [(TITLES[model.matching], "method", model)]
-        seconds = state["seconds"]
-    else:
-        clip, preprocess = build(vars(args), args.device)
-        models, seconds = train_all(clip, preprocess, args)
+    # train
     test.transform = preprocess
-    rows = evaluate(clip, models, test, args)
+    if not args.eval:
+        runs = plan(clip, dataset, args)
+        truth = dataset.targets
+        print(f"{args.data}: {len(dataset):,} training images, {len(dataset.labels)} labels, "
+              f"{100 * sum((run.known != 0).float().mean() for run in runs) / len(runs):.1f}% of "
+              f"the entries known; {len(test):,} test images", flush=True)
+        dataset.targets = torch.arange(len(dataset))  # rows of what each run knows
+        dataset.transform = augmentation(preprocess) if args.augment == "yes" else preprocess
+        dataset, validation = dataset.hold_out(args.val_fraction, preprocess)
+        data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
+        train(runs, clip, dataset, validation, truth, state, args)
+
+    # evaluate
+    rows = table(runs, clip, test, args)
     metrics.print_table(rows)
-    if len(args.partial) > 1:
-        rows += metrics.print_sweep(rows, args.partial, {
-            TITLES[m]: [row_name(m, p, args) for p in args.partial] for m in args.matching})
-    if args.gallery:
-        last = [model for _, kind, model in models if kind == "method"][-1]
-        data.write_gallery(test, scorer(last, args), args)
-    return data.write_results("trm_ml", args, seconds, rows, test, begin)
+    if len(args.partial) > 1 and not args.eval:
+        rows += print_sweep(rows, args)
+    if test.missing:
+        print(f"{test.missing} test images are missing: not comparable with complete results")
+    if args.output:
+        results = {"method": "trm_ml", "data": args.data, "clip": args.clip, "seed": args.seed,
+                   "seconds": round(time.time() - begin), "rows": rows}
+        data.write_file(f"{args.output}/results.json", json.dumps(results, indent=1))
+        print(f"{results['seconds']} s; results and checkpoints: {args.output}")
+    return rows
 
 
-def main(arguments=None):
-    with data.command_line("trm_ml.py", clip_model.ClipError):
-        args = parse_arguments(arguments)
-        return predict(args) if args.predict else run(args)
+def augmentation(preprocess):
+    """preprocess with a flip, RandAugment, and a quarter of the image cut out every other time."""
+    resize, to_rgb, to_tensor, normalize = preprocess.transforms
+    return transforms.Compose([
+        resize, transforms.RandomHorizontalFlip(), to_rgb, transforms.RandAugment(), to_tensor,
+        normalize, transforms.RandomErasing(0.5, scale=(0.25, 0.25), ratio=(1, 1))])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, clip_model.ClipError) as error:
+        print(f"trm_ml.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: --resume goes on after the last finished epoch")
