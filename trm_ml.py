@@ -387,8 +387,10 @@ def train(runs, clip, dataset, validation, truth, state, args):
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
             if validation is not None:
-                scores = all_scores([run.model], clip, validation, args)[0]
-                known = run.known[validation.targets].cpu()
+                with torch.no_grad():
+                    texts = run.model.texts()
+                scores, = all_scores(lambda x: [run.model(x, texts)[0]], clip, validation, args)
+                known = run.known[validation.targets.to(args.device)].cpu()
                 line["val_mAP"] = metrics.mean_average_precision(scores, known)
             title = f"{run.name}  " if len(runs) > 1 else ""
             print(title + "  ".join(f"{name} {value:.4g}" for name, value in line.items()),
@@ -420,61 +422,31 @@ def embed(clip, dataset, args):
 # ---- evaluate
 
 @torch.no_grad()
-def all_scores(models, clip, dataset, args):
-    """One pass over the images -> [logits [N, C] of every model]."""
-    texts = [model.texts() for model in models]
-    parts = [[] for _ in models]
+def all_scores(score, clip, dataset, args):
+    """score: embeddings [B, 1 + L, D] -> [scores [B, C], ...]; of all images: [[N, C], ...]."""
+    parts = []
     for images, _ in tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.no_bars):
         x = encode(clip, images.to(args.device, non_blocking=True), args)
-        for part, model, labels in zip(parts, models, texts):
-            with autocast(args):
-                part.append(model(x, labels)[0].float().cpu())
-    return [torch.cat(part) for part in parts]
-
-
-class ZeroShot(nn.Module):
-    """CLIP as it is: cosines of the whole image, or their mean with those of the best location."""
-
-    def __init__(self, labels, with_local):
-        super().__init__()
-        self.labels, self.with_local = labels, with_local
-
-    def texts(self):
-        return self.labels
-
-    def forward(self, x, texts):
-        whole = x[:, 0] @ texts.T
-        if not self.with_local:
-            return whole, None, None
-        return (whole + (x[:, 1:] @ texts.T).amax(dim=1)) / 2, None, None  # [B, L, C] -> [B, C]
+        with autocast(args):
+            parts.append([scores.float().cpu() for scores in score(x)])
+    return [torch.cat(matrices) for matrices in zip(*parts)]
 
 
 def table(runs, clip, test, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
-    texts = zero_shot_embeddings(clip, test.labels, TEMPLATES)
-    names = ["zero-shot, global", "zero-shot, global + local"] + [run.name for run in runs]
-    models = [ZeroShot(texts, False), ZeroShot(texts, True)] + [run.model for run in runs]
-    scores = dict(zip(names, all_scores(models, clip, test, args)))
-    in_play = {"": torch.arange(len(test.labels))}
-    if len(test.unseen):  # ZSL ranks the unseen labels alone, GZSL all of them
-        in_play = {"zsl_": test.unseen, "gzsl_": in_play[""]}
     ks = (10, 20) if test.name == "openimages" else (3, 5)
-    rows = []
+    labels = zero_shot_embeddings(clip, test.labels, TEMPLATES)
+    with torch.no_grad():
+        texts = [run.model.texts() for run in runs]
 
-    def add_row(name, kind, scores_of):
-        row = {"name": name, "kind": kind}
-        for prefix, index in in_play.items():
-            row |= metrics.summary(scores_of(index), test.targets[:, index], ks, prefix)
-        rows.append(row)
+    def score(x):
+        whole, best = x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)  # [B, L, C] -> [B, C]
+        return [whole, best, *(run.model(x, t)[0] for run, t in zip(runs, texts))]
 
-    for name in names[:2]:
-        add_row(name, "zero-shot", lambda index: scores[name][:, index])
-    last = [name for name in rows[0] if name.endswith("mAP")][-1]
-    better = scores[names[0] if rows[0][last] > rows[1][last] else names[1]]
-    add_row("zero-shot, the better one normalised", "zero-shot",
-            lambda index: metrics.normalize_scores(better[:, index]))
-    for run in runs:
-        add_row(run.name, run.kind, lambda index: scores[run.name][:, index])
+    whole, best, *scores = all_scores(score, clip, test, args)
+    rows = metrics.zero_shot_rows(whole, best, test, ks)
+    for run, matrix in zip(runs, scores):
+        rows.append(metrics.table_row(run.name, run.kind, lambda index: matrix[:, index], test, ks))
     return rows
 
 
@@ -505,12 +477,7 @@ def predict(clip, model, preprocess, labels, args):
     if args.heatmap and model.matching != "region":
         raise UserError(f"--heatmap: --matching {model.matching} looks nowhere in particular")
     texts = model.texts()
-    failed = False
-    for path, photo in data.open_images(data.image_files(args.predict)):
-        if isinstance(photo, UserError):
-            print(photo, file=sys.stderr)
-            failed = True
-            continue
+    for path, photo in data.open_images(args.predict):
         x = encode(clip, preprocess(photo)[None].to(args.device), args)
         with autocast(args):
             logits, _, attention = model(x, texts)
@@ -526,8 +493,6 @@ def predict(clip, model, preprocess, labels, args):
             name = str(path).strip("./").replace(os.sep, "_")
             picture = metrics.draw_heatmaps(photo, shown, whole=True)
             data.write_file(f"{args.heatmap}/{name}.png", picture)
-    if failed:
-        sys.exit(1)
 
 
 # ---- arguments
