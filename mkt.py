@@ -12,7 +12,8 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
  3. distillation: the mean of |o_cls - CLIP's own embedding of the image| keeps the image encoder
     in the space of CLIP's text, where unseen labels live;
  4. prompt tuning, with the image encoder frozen: the words around the label in "There is a
-    {label} in the scene" become learned embeddings, shared by all labels, unseen ones too.
+    {label} in the scene", the start and the end of text become learned embeddings, shared by
+    all labels, unseen ones too.
 
     python mkt.py                                     # toy world, nothing to download
     python mkt.py --data nuswide --root data/nuswide  # the paper's first table
@@ -26,11 +27,13 @@ Implementation details
  2. The teacher's last block computes its class token alone.
  3. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  4. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
-Where this differs from the paper
- 1. CLIP's own normalisation of pixels, not ImageNet's: the frozen blocks were trained with it
-    (--normalization imagenet for the authors').
- 2. Images without a seen label are dropped before batching, so batches stay full.
- 3. The last epoch is reported; --val-fraction selects on held-out training images.
+Where this differs from the authors' code
+ 1. CLIP's own pixels (mean, std, crop), not ImageNet's: the frozen blocks were trained on them
+    (--preprocess authors for theirs).
+ 2. They train the whole token embedding; only these eight rows get a gradient that matters.
+ 3. Images without a seen label are dropped before batching, so batches stay full.
+ 4. The last epoch is reported; --val-fraction selects, within a stage, on held-out training
+    images.
 """
 import argparse
 import copy
@@ -42,6 +45,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
@@ -57,6 +61,8 @@ PROMPT = "There is a {} in the scene"
 # what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are the paper's
 TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "warmup_epochs": 1,
        "distillation": 0.1, "topk": 4, "augment": "no", "workers": 0}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EMPTY = (124, 116, 104)  # colour of corners that augmentation leaves empty: ImageNet's mean
 
 
 # ---- model
@@ -97,7 +103,7 @@ class Prompts:
         tokenizer = clip.tokenizer or clip_model.official_tokenizer()
         before, after = (tokenizer.encode(part) for part in PROMPT.split("{}"))
         start, end = tokenizer.ids[tokenizer.start], tokenizer.ids[tokenizer.end]
-        slots = list(range(1, 1 + len(before) + len(after)))
+        slots = list(range(1, 1 + len(before) + len(after) + 2))
         tokens, learned = [], []
         for label in labels:
             name = tokenizer.encode(label)
@@ -106,8 +112,8 @@ class Prompts:
                 raise UserError(f"the label '{label}' makes a prompt of {len(row)} tokens, CLIP "
                                 f"reads {clip.context_length}: shorten it")
             tokens.append(torch.tensor(row))
-            learned.append(torch.tensor(
-                [0] + slots[:len(before)] + [0 for _ in name] + slots[len(before):] + [0]))
+            split = 1 + len(before)  # start and the words before the label, then the others
+            learned.append(torch.tensor(slots[:split] + [0 for _ in name] + slots[split:]))
         device = clip.text_projection.device
         self.eot = torch.tensor([len(row) - 1 for row in tokens])
         self.tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
@@ -131,12 +137,16 @@ class MKT(nn.Module):
         self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:])
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
-        self.context = nn.Parameter(self.clip_context())  # [words, W]
+        self.context = nn.Parameter(self.clip_context())  # [8, W]
+
+    def context_ids(self):
+        """The tokens that are learned: start of text, the prompt's six words, end of text."""
+        prompt = Prompts(self.clip, ["label"])
+        return prompt.tokens[prompt.learned > 0]
 
     def clip_context(self):
-        """CLIP's own embeddings of the prompt's words, which the learned ones start from."""
-        prompt = Prompts(self.clip, ["label"])
-        return self.clip.token_embedding(prompt.tokens[prompt.learned > 0]).detach().clone()
+        """CLIP's own embeddings of these tokens, which the learned ones start from."""
+        return self.clip.token_embedding(self.context_ids()).detach().clone()
 
     @torch.no_grad()
     def trunk(self, images):
@@ -188,6 +198,63 @@ class MKT(nn.Module):
     def trained(self):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
+
+
+# ---- augmentation
+
+def rand_augment(image):
+    """RandAugment (Cubuk et al., 2020) in the variant of the authors' library, "rand-m9-mstd0.5-
+    inc1": RGB PIL image -> the same with up to two changes, each with probability 1/2.
+
+    Magnitudes are drawn from N(9, 0.5), of 10; every change grows with them. torchvision's
+    RandAugment is another policy: it leaves hardly an image as it is, and few change much."""
+    for _ in range(2):
+        if torch.rand(()) < 0.5:
+            continue
+        amount = (torch.normal(9.0, 0.5, (1,)).clamp(0, 10) / 10).item()
+        signed = amount if torch.rand(()) < 0.5 else -amount
+
+        def enhance(kind):
+            return kind(image).enhance(1 + 0.9 * signed)
+
+        def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
+            return image.transform(image.size, Image.Transform.AFFINE, matrix,
+                                   Image.Resampling.BILINEAR, fillcolor=EMPTY)
+
+        changes = [
+            lambda: ImageOps.autocontrast(image),
+            lambda: ImageOps.equalize(image),
+            lambda: ImageOps.invert(image),
+            lambda: image.rotate(30 * signed, Image.Resampling.BILINEAR, fillcolor=EMPTY),
+            lambda: ImageOps.posterize(image, 4 - int(4 * amount)),
+            lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
+            lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
+            lambda: enhance(ImageEnhance.Color),
+            lambda: enhance(ImageEnhance.Contrast),
+            lambda: enhance(ImageEnhance.Brightness),
+            lambda: enhance(ImageEnhance.Sharpness),
+            lambda: shift(1, 0.3 * signed, 0, 0, 1, 0),
+            lambda: shift(1, 0, 0, 0.3 * signed, 1, 0),
+            lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
+            lambda: shift(1, 0, 0, 0, 1, 0.45 * signed * image.height)]
+        image = changes[torch.randint(len(changes), ())]()
+    return image
+
+
+def transforms_of(preprocess, args):
+    """CLIP's preprocess -> (of training images, of test images)."""
+    size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
+    bicubic = transforms.InterpolationMode.BICUBIC
+    if args.preprocess == "authors":
+        normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        resize = transforms.Resize(size * 256 // 224, bicubic)
+        preprocess = transforms.Compose([resize, *preprocess.transforms[1:-1], normalize])
+    if args.augment == "no":
+        return preprocess, preprocess
+    return transforms.Compose([
+        transforms.RandomResizedCrop(size, interpolation=bicubic),
+        transforms.RandomHorizontalFlip(), rand_augment, transforms.ToTensor(),
+        normalize]), preprocess
 
 
 # ---- losses
@@ -246,7 +313,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
     Every epoch seeds its own shuffling and augmentation, so a resumed run repeats the epoch it
     was killed in exactly."""
     log = state["log"]
-    loader = make_loader(dataset, args, shuffle=True)
+    batch_size = args.batch_size if stage == 1 else args.prompt_batch_size
+    loader = make_loader(dataset, args, batch_size, shuffle=True)
     prompts = Prompts(model.clip, [dataset.labels[i] for i in dataset.seen])
     with torch.no_grad():
         labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
@@ -325,7 +393,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
 def stream_scores(encode, label_embeddings, topk, dataset, args):
     """All images' scores in either stream, of labels [C, D] -> local [N, C], global [N, C]."""
     local_parts, global_parts = [], []
-    for images, _ in tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.no_bars):
+    loader = make_loader(dataset, args, args.batch_size)
+    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.no_bars):
         with autocast(args):
             global_, local = encode(images.to(args.device, non_blocking=True))
         local_parts.append(local_scores(local.float(), label_embeddings, topk).cpu())
@@ -355,10 +424,12 @@ def zero_shot(clip, dataset, args):
     return stream_scores(encode, F.normalize(texts, dim=-1), 1, dataset, args)
 
 
-def table(model, test, args):
+def table(model, test, clip_preprocess, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     ks = (10, 20) if test.name == "openimages" else (3, 5)
-    local, global_ = zero_shot(model.clip, test, args)
+    original = copy.copy(test)
+    original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
+    local, global_ = zero_shot(model.clip, original, args)
     rows = metrics.zero_shot_rows(global_, local, test, ks)
     contexts = {"MKT": model.context}
     if args.epochs and args.prompt_epochs:
@@ -401,6 +472,7 @@ def predict(model, preprocess, labels, args):
 # ---- arguments
 
 def arguments(argv=None):
+    """-> what was asked for, and the state of the checkpoint to start from or None."""
     toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
     parser = argparse.ArgumentParser(
         usage="mkt.py [options]", description=__doc__.split("\n\nB images")[0],
@@ -410,11 +482,13 @@ def arguments(argv=None):
     add("--clip", default="ViT-B/16", help="a ViT: CLIP's name for it or a path to weights")
     add("--topk", type=int, default=16, help="patches that the local score averages (16)")
     add("--streams", default="both", choices=["both", "global", "local"], help="scores that count")
-    add("--normalization", default="clip", choices=["clip", "imagenet"], help="of pixels")
+    add("--preprocess", default="clip", choices=["clip", "authors"], help="pixels: CLIP's mean, "
+        "std and crop, or ImageNet's mean and std and test images resized to 256")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=20, help="of stage 1 (20)")
     add("--prompt-epochs", type=int, default=4, help="of stage 2, prompt tuning (4)")
-    add("--batch-size", type=int, default=64, help="images (64)")
+    add("--batch-size", type=int, default=64, help="images, in stage 1 (64)")
+    add("--prompt-batch-size", type=int, default=512, help="images, in stage 2 (512)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
     add("--warmup-epochs", type=float, default=2, help="of stage 1 (2)")
     add("--distillation", type=float, default=1.0, help="its weight; 0 leaves it out (1)")
@@ -441,9 +515,10 @@ def arguments(argv=None):
     add("--resume", action="store_true", help="go on in --output; what is typed again wins")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("a trained model").add_argument
-    add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
+    add("--eval", nargs="+", metavar="FILE", help="evaluate this checkpoint instead of training; "
+        "the authors' releases work too: STAGE1.pth STAGE2.pth")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
-    add("--checkpoint", metavar="FILE", help="the trained model for --predict")
+    add("--checkpoint", nargs="+", metavar="FILE", help="the trained model for --predict")
     add("--labels", help='for --predict, any labels: "owl, ice cream"')
     add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
     add("--threshold", type=float, help="the least score of a label to predict")
@@ -455,31 +530,66 @@ def arguments(argv=None):
     if not (args.predict or args.eval):
         parser.set_defaults(output=f"runs/mkt-{args.data}")
         args = parser.parse_args(argv)
-    if start := checkpoint_path(args):  # what its run was started with ...
-        saved = data.read_checkpoint(start, "mkt")["args"]
+    saved = read_checkpoint(args)
+    if saved and "args" in saved:  # what its run was started with ...
         for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
-            saved.pop(name)
-        parser.set_defaults(**saved)
+            saved["args"].pop(name)
+        parser.set_defaults(**saved["args"])
     elif args.data == "toy":
         parser.set_defaults(**TOY)
     args = parser.parse_args(argv)  # ... and what is typed again wins
-    if min(args.batch_size, args.top, args.limit or 1, args.epochs + args.prompt_epochs) < 1:
-        parser.error("--batch-size, --top, --limit and all epochs together must be at least 1")
+    if min(args.batch_size, args.prompt_batch_size, args.top, args.limit or 1) < 1:
+        parser.error("--batch-size, --prompt-batch-size, --top and --limit must be at least 1")
+    if args.epochs + args.prompt_epochs == 0:
+        parser.error("--epochs 0 and --prompt-epochs 0 leave nothing to train")
     if min(args.epochs, args.prompt_epochs, args.lr, args.distillation, args.seed) < 0:
         parser.error("--epochs, --prompt-epochs, --lr, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
     args.no_bars = args.quiet or None  # None: no bars where there is no terminal
-    return args
+    return args, saved
 
 
 # ---- main
 
-def checkpoint_path(args):
-    """The file that a call starts from, or None."""
-    if args.resume:
-        return f"{args.output}/last.pt"
-    return args.checkpoint or args.eval
+def read_checkpoint(args):
+    """What --resume, --eval or --checkpoint names: a state of ours, the authors' two state dicts
+    as {"stage 1", "stage 2"}, or None."""
+    paths = args.checkpoint or args.eval or [f"{args.output}/last.pt"]
+    if not (args.checkpoint or args.eval or args.resume):
+        return None
+    if not paths[0].endswith(".pth"):
+        return data.read_checkpoint(paths[0], "mkt")
+    state = {}
+    for stage, path in enumerate(paths[:2], 1):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        state[f"stage {stage}"] = weights
+    return state
+
+
+def from_release(model, state):
+    """The authors' released weights -> the weights that MKT trains.
+
+    Stage 1 is their image encoder, of which all but these weights must be CLIP's; stage 2 their
+    text encoder, of which eight token embeddings count. UserError for another CLIP's."""
+    layers = len(model.clip.visual.transformer.resblocks)
+    names = {f"transformer.resblocks.{layers - 2}.": "blocks.0.",
+             f"transformer.resblocks.{layers - 1}.": "blocks.1.", "projection_dist": "proj"}
+    frozen, trained = model.clip.visual.state_dict(), {}
+    for key, value in state["stage 1"].items():
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        if key in model.state_dict():
+            trained[key] = value.float()
+        elif key.startswith("projection."):  # never used in their forward pass
+            continue
+        elif key not in frozen or not torch.allclose(value.float(), frozen[key].cpu(), atol=1e-3):
+            raise UserError(f"the released weights' {key} is not that of --clip: another CLIP?")
+    if "stage 2" in state:
+        rows = state["stage 2"]["token_embedding.weight"].float()
+        trained["context"] = rows[model.context_ids().cpu()]
+    return trained
 
 
 def autocast(args):
@@ -488,25 +598,14 @@ def autocast(args):
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def make_loader(dataset, args, shuffle=False):
+def make_loader(dataset, args, batch_size, shuffle=False):
     """Batches of (images [B, 3, H, W], targets int8 [B, C])."""
-    return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
+    return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=args.workers,
                       pin_memory=args.device.startswith("cuda"))
 
 
-def augmentation(preprocess):
-    """preprocess with a random crop, flip and RandAugment instead of the central crop."""
-    size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandAugment(num_ops=2, magnitude=9),
-        transforms.ToTensor(),
-        normalize])
-
-
 def main(argv=None):
-    args, begin = arguments(argv), time.time()
+    (args, saved), begin = arguments(argv), time.time()
     if not args.predict:  # data first: files may be missing
         options = {name: getattr(args, name) for name in data.OPTIONS}
         test = data.load_dataset(args.data, args.root, "test", **options)
@@ -519,42 +618,41 @@ def main(argv=None):
             raise UserError(f"{args.output} holds a run: --resume it or name another --output")
 
     # model
-    clip, preprocess = clip_model.load(args.clip, args.device)
-    if args.normalization == "imagenet":
-        imagenet = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        preprocess.transforms[-1] = imagenet
+    clip, clip_preprocess = clip_model.load(args.clip, args.device)
     model = MKT(clip, args.topk).to(args.device).eval()
     state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": None if args.predict else test.labels, "log": []}
-    if start := checkpoint_path(args):
-        saved = data.read_checkpoint(start, "mkt")
+    if saved and "stage 1" in saved:
+        saved = {**state, "model": {**model.trained(), **from_release(model, saved)}}
+    if saved:
         if saved["clip_fingerprint"] != state["clip_fingerprint"]:
-            raise UserError(f"{start} belongs to another CLIP than --clip {args.clip}")
+            raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
         if saved["labels"] != state["labels"] and not args.predict:
-            raise UserError(f"{start} was trained for other labels than {args.data} has")
+            raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
         model.load_state_dict(saved["model"], strict=False)
         state = {**saved, "args": vars(args)}
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
+    train_preprocess, preprocess = transforms_of(clip_preprocess, args)
     if args.predict:
         labels = state["labels"]
         if args.labels:
             labels = [label.strip() for label in args.labels.split(",")]
-        return predict(model, preprocess, labels, args)
+        return predict(model, preprocess, labels or [], args)
 
     # train
     test.transform = preprocess
     if not args.eval:
         print(f"{args.data}: {int(has_seen.sum()):,} training images, {len(dataset.seen)} seen "
               f"labels; {len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
-        dataset.transform = augmentation(preprocess) if args.augment == "yes" else preprocess
+        dataset.transform = train_preprocess
         dataset, validation = dataset.subset(has_seen).hold_out(args.val_fraction, preprocess)
         data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
         train(model, 1, args.epochs, dataset, validation, state, args)
         train(model, 2, args.prompt_epochs, dataset, validation, state, args)
 
     # evaluate
-    rows = table(model, test, args)
+    rows = table(model, test, clip_preprocess, args)
     metrics.print_table(rows)
     if test.missing:
         print(f"{test.missing} test images are missing: not comparable with complete results")
