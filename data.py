@@ -2282,26 +2282,3 @@ def write_gallery(dataset, score, args):
         predictions.append(predicted if args.top or args.threshold is not None
                            else predicted[:len(truths[-1])])
     write_file(args.gallery, draw_gallery(images, truths, predictions))
-
-# SHIM
-OPTIONS = ("limit", "allow_missing", "annotated_only", "drop_crowd", "zero_shot", "difficult", "not_visible", "quiet")
-_load = load_dataset
-def load_dataset(name, root=None, split="train", transform=None, limit=None, **options):
-    options = {k: v for k, v in options.items() if v is not None}
-    if name == "toy": options.pop("allow_missing", None)
-    d = _load(name, root, split, transform, **options)
-    d.full_targets, d.rows = d.targets, torch.arange(len(d))
-    return d.subset(range(min(limit, len(d)))) if limit else d
-def _sub(self, indices):
-    rows = torch.arange(len(self))[torch.as_tensor(indices)]
-    s = copy.copy(self); s.targets, s.indices = self.targets[rows], self.indices[rows]
-    if hasattr(self, "rows"): s.rows = self.rows[rows]
-    return s
-MultiLabelDataset.subset = _sub
-MultiLabelDataset.hold_out = lambda self, f, t: hold_out(self, f, t)
-def open_images(paths):
-    for p in image_files(paths):
-        try: yield p, open_image(p)
-        except UserError as e: print(e, file=sys.stderr)
-_rc = read_checkpoint
-def read_checkpoint(path, method): return _rc(path, method)
