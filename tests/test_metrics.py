@@ -1,18 +1,17 @@
 import doctest
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import metrics
-from metrics import (average_precision, f1_at_threshold, mean_average_precision,
-                     precision_recall_f1_at_k)
+from metrics import (average_precision, draw_curves, draw_heatmaps, f1_at_threshold,
+                     mean_average_precision, normalize_scores, precision_recall_f1_at_k)
 
 NAN = float("nan")
+SCORES, TARGETS = torch.rand(3, 4), torch.ones(3, 4, dtype=torch.int8)
 
 
 def random_problem(images, labels, seed=0, unknown=0.3, steps=8):
@@ -24,6 +23,8 @@ def random_problem(images, labels, seed=0, unknown=0.3, steps=8):
     return scores, targets.to(torch.int8)
 
 
+# ---- average precision
+
 def average_precision_by_loop(scores, targets):
     """One column, straight from the definition, without a sort."""
     known = [(s, t) for s, t in zip(scores.tolist(), targets.tolist()) if t != 0]
@@ -33,8 +34,6 @@ def average_precision_by_loop(scores, targets):
         precisions.append(at_least.count(1) / len(at_least))
     return sum(precisions) / len(precisions) if precisions else NAN
 
-
-# ---- average precision
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_average_precision_equals_the_definition(dtype):
@@ -58,15 +57,13 @@ def test_average_precision_equals_scikit_learns(steps, unknown):
 
 
 def test_average_precision_in_closed_form():
-    n = 10
-    rising = torch.arange(n, dtype=torch.float32)
-    first, last = -torch.ones(n, dtype=torch.int8), -torch.ones(n, dtype=torch.int8)
-    first[-3:], last[0] = 1, 1
-    scores = torch.stack([rising, rising, torch.zeros(n)], dim=1)
-    targets = torch.stack([first, last, first], dim=1)
-    # the three positives on top; the only one at the bottom; all tied: the share of positives
-    torch.testing.assert_close(average_precision(scores, targets),
-                               torch.tensor([1, 1 / n, 3 / n], dtype=torch.float64))
+    scores = torch.arange(10.0)[:, None].repeat(1, 3)
+    targets = -torch.ones(10, 3).int()
+    targets[7:, 0] = 1   # the three positives on top
+    targets[0, 1] = 1    # the only one at the bottom
+    targets[7:, 2] = 1
+    scores[:, 2] = 0     # all tied: the share of positives
+    np.testing.assert_allclose(average_precision(scores, targets), [1, 1 / 10, 3 / 10])
 
 
 def test_a_label_without_positives_is_nan_and_left_out_of_the_mean():
@@ -79,21 +76,10 @@ def test_a_label_without_positives_is_nan_and_left_out_of_the_mean():
 
 
 def test_sizes_of_one_and_of_none():
-    one = torch.ones(1, 1)
-    assert average_precision(one, one.int()).tolist() == [1]
-    assert average_precision(one, -one.int()).isnan().tolist() == [True]
-    assert average_precision(torch.rand(1, 3), torch.tensor([[1, 0, 1]])).shape == (3,)
-    assert mean_average_precision(torch.rand(5, 1), torch.ones(5, 1).int()) == 1
+    assert average_precision(torch.ones(1, 1), torch.ones(1, 1).int()).tolist() == [1]
     np.testing.assert_allclose(average_precision(SCORES[:0], TARGETS[:0]), [NAN] * 4)
-    assert average_precision(torch.rand(3, 0), torch.ones(3, 0).int()).shape == (0,)
-    assert math.isnan(mean_average_precision(torch.rand(3, 0), torch.ones(3, 0).int()))
-
-
-def test_the_order_of_the_images_does_not_matter():
-    scores, targets = random_problem(500, 6)
-    order = torch.randperm(500, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(average_precision(scores[order], targets[order]),
-                       average_precision(scores, targets))
+    assert average_precision(SCORES[:, :0], TARGETS[:, :0]).shape == (0,)
+    assert math.isnan(mean_average_precision(SCORES[:, :0], TARGETS[:, :0]))
 
 
 def test_unknown_entries_have_no_influence():
@@ -106,100 +92,58 @@ def test_unknown_entries_have_no_influence():
     np.testing.assert_allclose(average_precision(changed, targets), share, rtol=1e-6)
 
 
-def test_zeros_of_either_sign_are_tied_and_infinities_are_ranked():
+def test_scores_are_compared_exactly():
     targets = torch.tensor([[1], [-1], [-1], [1]])
     assert average_precision(torch.tensor([[0.0], [-0.0], [-1], [1]]), targets) == (1 + 2 / 3) / 2
     inf = math.inf
     assert average_precision(torch.tensor([[-inf], [inf], [2.0], [inf]]), targets) == 1 / 2
-
-
-def test_float64_scores_are_not_rounded():
-    scores = np.array([[1 + 1e-12], [1.0]])
+    scores = np.array([[1 + 1e-12], [1.0]])  # float64 is not rounded
     assert average_precision(scores, np.array([[1], [-1]])) == 1
     assert average_precision(scores, np.array([[-1], [1]])) == 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
-def test_other_integers_and_numpy_arrays_are_taken(dtype):
+def test_other_integers_numpy_arrays_and_other_layouts_are_taken():
     scores, targets = random_problem(50, 4)
     expected = average_precision(scores, targets)
-    assert torch.equal(average_precision(scores, targets.to(dtype)), expected)
-    assert torch.equal(average_precision(scores.numpy(), targets.to(dtype).numpy()), expected)
+    assert torch.equal(average_precision(scores, targets.long()), expected)
+    assert torch.equal(average_precision(scores.numpy(), targets.short().numpy()), expected)
+    by_label = scores.t().contiguous().t().requires_grad_()
+    assert torch.equal(average_precision(by_label, targets), expected)
 
 
-@pytest.mark.parametrize("images", [50, 9000])  # 9000: more rows than are transposed at a time
-@pytest.mark.parametrize("chunk", [1, 300])
-def test_chunks_and_threads_change_nothing(images, chunk, monkeypatch):
-    scores, targets = random_problem(images, 7)
-    functions = (average_precision, lambda s, t: precision_recall_f1_at_k(s, t, 3),
-                 lambda s, t: f1_at_threshold(s, t, 0.25))
-    whole = [f(scores, targets) for f in functions]
-    monkeypatch.setattr(metrics, "CHUNK", chunk * images)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with torch.inference_mode():
-            parts = [f(scores.clone().t().contiguous().t(), targets) for f in functions]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(parts[0], whole[0]) and parts[1:] == whole[1:]
+def test_chunks_change_nothing(monkeypatch):
+    scores, targets = random_problem(50, 7)
 
+    def results():
+        return (average_precision(scores, targets).tolist(),
+                precision_recall_f1_at_k(scores, targets, 3))
 
-def test_scores_that_require_grad_are_fine():
-    scores, targets = random_problem(20, 3)
-    assert not average_precision(scores.requires_grad_(), targets).requires_grad
+    whole = results()
+    for chunk in (1, 21, 150):  # entries
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        assert results() == whole
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_the_gpu_gives_the_same():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_gpu_gives_the_same(dtype):
     scores, targets = random_problem(3000, 40)
-    assert average_precision(scores.cuda(), targets.cuda()).is_cuda
-    torch.testing.assert_close(average_precision(scores.cuda(), targets.cuda()).cpu(),
-                               average_precision(scores, targets), rtol=1e-12, atol=0)
-    assert precision_recall_f1_at_k(scores.cuda(), targets, 5) == \
-        precision_recall_f1_at_k(scores, targets, 5)
-    assert f1_at_threshold(scores.cuda(), targets, 0.5) == \
-        pytest.approx(f1_at_threshold(scores, targets, 0.5), rel=1e-12)
-
-
-SIZE_OF_NUS_WIDE = """
-import torch, metrics
-def peak():  # VmHWM in MB: unlike ru_maxrss it does not start at the parent's peak
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-torch.set_num_threads(2)
-scores = torch.rand(107859, 1006)
-targets = torch.full(scores.shape, -1, dtype=torch.int8)
-targets[::50] = 1
-before = peak()
-assert abs(metrics.mean_average_precision(scores, targets) - 0.02) < 0.002
-metrics.precision_recall_f1_at_k(scores[:20000], targets[:20000], 3)
-metrics.f1_at_threshold(scores[:20000], targets[:20000], 0.5)
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_memory_at_the_size_of_nus_wide():
-    root = Path(__file__).resolve().parent.parent
-    run = subprocess.run([sys.executable, "-c", SIZE_OF_NUS_WIDE], cwd=root, text=True,
-                         capture_output=True, timeout=600)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 120   # MB; the scores alone are 434, a sort of them 1,302
+    scores = scores.masked_fill(scores == -1, -torch.inf).to(dtype)
+    targets[:, 3], targets[:, 4] = -1, 0
+    on_gpu = average_precision(scores.cuda(), targets.cuda())
+    np.testing.assert_allclose(on_gpu.cpu(), average_precision(scores, targets), rtol=1e-12)
+    for function in (precision_recall_f1_at_k, f1_at_threshold):
+        assert function(scores.cuda(), targets, 1) == pytest.approx(function(scores, targets, 1))
 
 
 # ---- precision, recall and F1 at k
 
 def f1_at_k_by_loop(scores, targets, k):
-    hits = predictions = positives = 0
+    hits = 0
     for s, t in zip(scores.tolist(), targets.tolist()):
-        known = [c for c in range(len(t)) if t[c] != 0]
-        predicted = sorted(known, key=lambda c: (-s[c], c))[:k]
+        predicted = sorted(range(len(t)), key=lambda c: (-s[c], c))[:k]
         hits += sum(t[c] == 1 for c in predicted)
-        predictions += len(predicted)
-        positives += t.count(1)
-    precision, recall = hits / predictions, hits / positives
+    precision, recall = hits / (len(scores) * k), hits / targets.flatten().tolist().count(1)
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
@@ -208,7 +152,7 @@ def f1_at_k_by_loop(scores, targets, k):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_f1_at_k_equals_a_loop(k, unknown, dtype):
     scores, targets = random_problem(200, 10, unknown=unknown, steps=3)
-    scores[scores == -1] = -torch.inf   # the value that no unknown entry may be mistaken for
+    scores[scores == -1] = -torch.inf
     expected = f1_at_k_by_loop(scores, targets, k)
     assert precision_recall_f1_at_k(scores.to(dtype), targets, k) == pytest.approx(expected, 1e-12)
 
@@ -216,23 +160,21 @@ def test_f1_at_k_equals_a_loop(k, unknown, dtype):
 def test_f1_at_k_in_closed_form():
     scores = torch.tensor([[0.9, 0.5, 0.1, 0.4], [0.2, 0.2, 0.2, 0.1]])
     targets = torch.tensor([[0, 1, -1, 1], [-1, 1, 1, -1]])
-    # k = 2: labels 1 and 3 (0 is unknown), then of three tied ones the two on the left, 0 and 1
-    assert precision_recall_f1_at_k(scores, targets, 2) == (3 / 4, 3 / 4, 3 / 4)
-    # k = 4: the first image has three known labels only
-    assert precision_recall_f1_at_k(scores, targets, 4) == pytest.approx((4 / 7, 1, 8 / 11))
+    # labels 0, which is unknown and so a wrong one, and 1; then of three tied ones 0 and 1
+    assert precision_recall_f1_at_k(scores, targets, 2) == (2 / 4, 2 / 4, 2 / 4)
+    assert precision_recall_f1_at_k(scores, targets, 4) == pytest.approx((4 / 8, 1, 8 / 12))
 
 
 def test_f1_at_k_without_positives_or_images_is_zero():
-    scores = torch.rand(3, 4)
-    for targets in (-torch.ones(3, 4).int(), torch.zeros(3, 4).int()):
-        assert precision_recall_f1_at_k(scores, targets, 2) == (0, 0, 0)
-    assert precision_recall_f1_at_k(scores[:0], targets[:0], 2) == (0, 0, 0)
+    for targets in (-TARGETS, 0 * TARGETS):
+        assert precision_recall_f1_at_k(SCORES, targets, 2) == (0, 0, 0)
+    assert precision_recall_f1_at_k(SCORES[:0], TARGETS[:0], 2) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("k", [0, -1, 5, 2.5])
 def test_f1_at_an_impossible_k_is_refused(k):
-    with pytest.raises(ValueError, match=f"1 to the number of labels, 4; it is {k}"):
-        precision_recall_f1_at_k(torch.rand(3, 4), torch.ones(3, 4).int(), k)
+    with pytest.raises(ValueError, match=f"from 1 to 4.*; it is {k}"):
+        precision_recall_f1_at_k(SCORES, TARGETS, k)
 
 
 # ---- precision, recall and F1 at a threshold
@@ -241,7 +183,7 @@ def test_f1_at_an_impossible_k_is_refused(k):
 def test_f1_at_threshold_equals_scikit_learns(threshold):
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     scores, targets = random_problem(300, 9, unknown=0)
-    targets[:, 4] = -1   # no positive: in the overall figures only
+    targets[:, 4] = -1  # no positive: in the overall figures only
     actual, predicted = (targets == 1).numpy(), (scores >= threshold).numpy()
     (cp, cr), (op, or_, of1) = (
         sklearn_metrics.precision_recall_fscore_support(
@@ -259,32 +201,30 @@ def test_f1_at_threshold_in_closed_form():
         {"CP": 0.25, "CR": 0.5, "CF1": 1 / 3, "OP": 1 / 3, "OR": 0.5, "OF1": 0.4})
 
 
-def test_f1_at_threshold_is_never_nan():
+@pytest.mark.parametrize("scores, targets, threshold", [
+    (SCORES, TARGETS, 2), (SCORES, -TARGETS, 0), (SCORES, 0 * TARGETS, 0),
+    (SCORES[:0], TARGETS[:0], 0), (SCORES[:, :0], TARGETS[:, :0], 0)],
+    ids=["nothing predicted", "no positive", "nothing known", "no images", "no labels"])
+def test_f1_at_threshold_is_never_nan(scores, targets, threshold):
     zeros = dict.fromkeys(["CP", "CR", "CF1", "OP", "OR", "OF1"], 0)
-    scores, ones = torch.rand(3, 4), torch.ones(3, 4).int()
-    assert f1_at_threshold(scores, ones, 2) == zeros      # nothing predicted
-    assert f1_at_threshold(scores, -ones, 0) == zeros     # no positive
-    assert f1_at_threshold(scores, 0 * ones, 0) == zeros  # nothing known
-    assert f1_at_threshold(scores[:0], ones[:0], 0) == zeros
-    assert f1_at_threshold(scores[:, :0], ones[:, :0], 0) == zeros
+    assert f1_at_threshold(scores, targets, threshold) == zeros
 
 
-# ---- all of them
+# ---- bad input, normalised scores, the table
 
-SCORES, TARGETS = torch.rand(3, 4), torch.ones(3, 4, dtype=torch.int8)
 WITH_NAN = torch.tensor([[1, math.inf, 2, 1], [1, -math.inf, NAN, 1], [1, 1, 1, NAN]])
 
 
 @pytest.mark.parametrize("scores, targets, message", [
     (SCORES, TARGETS.t(), r"\[3, 4\] and \[4, 3\]"),
     (SCORES[0], TARGETS[0], r"\[images, labels\]"),
-    (SCORES.long(), TARGETS, "floating point; they are torch.int64"),
-    (SCORES, TARGETS.float(), "integers, .* torch.float32"),
-    (SCORES, TARGETS.bool(), r"torch.bool .*2 \* t - 1"),
-    (SCORES, TARGETS * 2, "from 2 to 2"),
-    (SCORES, TARGETS.long() * -257, "from -257 to -257"),
-    (WITH_NAN, TARGETS, "NaN in label column 2 .2 such"),
-    (WITH_NAN.half(), TARGETS * 0, "NaN in label column 2"),
+    (SCORES.long(), TARGETS, "floating point.* torch.int64"),
+    (SCORES, TARGETS.float(), "integers.* torch.float32"),
+    (SCORES, TARGETS.bool(), "integers.* torch.bool"),
+    (SCORES, TARGETS * 2, "present"),
+    (SCORES, TARGETS.long() * -257, "present"),
+    (WITH_NAN, TARGETS, "NaN"),
+    (WITH_NAN.half(), TARGETS * 0, "NaN"),
 ])
 @pytest.mark.parametrize("function", [
     average_precision, mean_average_precision, lambda s, t: precision_recall_f1_at_k(s, t, 2),
@@ -294,91 +234,172 @@ def test_bad_input_is_refused(function, scores, targets, message):
         function(scores, targets)
 
 
+def test_normalized_scores_equal_a_loop():
+    rng = np.random.default_rng(0)
+    scores = 0.2 + 0.02 * rng.normal(size=(40, 6)) + 0.1 * rng.normal(size=6)
+    expected = scores.copy()
+    for column in expected.T:
+        column[:] = (column - np.mean(column)) / np.std(column)
+    for row in expected:
+        row[:] = (row - np.mean(row)) / np.std(row)
+    result = normalize_scores(torch.tensor(scores))
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+
+
+def test_what_does_not_vary_is_normalized_to_zero():
+    scores = torch.rand(101, 5, generator=torch.Generator().manual_seed(0))
+    scores[:, 3] = 0.1  # for all images, and no float32 mean of it is exact
+    others = scores[:, [0, 1, 2, 4]]
+    result = normalize_scores(scores)
+    assert result.isfinite().all()
+    # 0 is below those labels of an image that are above their own mean
+    assert torch.equal((result[:, 3:4] < result).sum(1), (others > others.mean(0)).sum(1))
+    assert normalize_scores(torch.full((3, 4), 0.1)).eq(0).all()
+    assert normalize_scores(torch.rand(1, 4)).eq(0).all()  # nothing to compare it with
+
+
+def test_standardized_labels_keep_their_average_precision_standardized_images_gain():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.where(torch.rand(300, 12, generator=generator) < 0.3, 1, -1)
+    scores = targets + torch.randn(300, 12, generator=generator)
+    scores += 3 * torch.randn(12, generator=generator)  # a label's level
+    scores += 3 * torch.randn(300, 1, generator=generator)  # an image's level
+    first_step = (scores - scores.mean(0)) / scores.std(0)
+    before = average_precision(scores, targets)
+    torch.testing.assert_close(average_precision(first_step, targets), before, rtol=1e-3, atol=0)
+    assert mean_average_precision(normalize_scores(scores), targets) > before.mean() + 0.2
+
+
+def test_summary_is_the_single_metrics_under_their_names():
+    scores, targets = random_problem(20, 4)
+    result = metrics.summary(scores, targets, (2, 4, 5), "zsl_")
+    assert list(result) == ["zsl_mAP", "zsl_P@2", "zsl_R@2", "zsl_F1@2", "zsl_P@4", "zsl_R@4",
+                            "zsl_F1@4"]  # 5 is more than there are labels
+    assert result["zsl_mAP"] == mean_average_precision(scores, targets)
+    values = tuple(result[f"zsl_{name}@2"] for name in ("P", "R", "F1"))
+    assert values == precision_recall_f1_at_k(scores, targets, 2)
+
+
+def test_a_table_a_setting_each_with_its_own_star(capsys):
+    metrics.print_table([
+        {"name": "a", "kind": "zero-shot", "zsl_mAP": 0.5, "gzsl_mAP": 0.25, "gzsl_F1@3": 0.5},
+        {"name": "bb", "kind": "zero-shot", "zsl_mAP": 0.25, "gzsl_mAP": 0.5, "gzsl_F1@3": NAN},
+        {"name": "ours", "kind": "method", "zsl_mAP": 0.75, "gzsl_mAP": 1.0, "gzsl_F1@3": 0.125}])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split() for line in lines[:9]] == [
+        ["ZSL,", "unseen", "labels", "(%)", "mAP"],
+        ["a", "*", "50.0"], ["bb", "25.0"], ["ours", "75.0"], [],
+        ["GZSL,", "all", "labels", "(%)", "mAP", "F1@3"],
+        ["a", "25.0", "50.0"], ["bb", "*", "50.0", "nan"], ["ours", "100.0", "12.5"]]
+    assert lines[9].startswith("*") and len({len(line) for line in lines[6:9]}) == 1
+    metrics.print_table([{"name": "a", "kind": "method", "mAP": 0.5}])  # nothing to star
+    assert capsys.readouterr().out.split() == ["all", "labels", "(%)", "mAP", "a", "50.0"]
+
+
 def test_the_docstrings_example():
     result = doctest.testmod(metrics)
     assert result.attempted and not result.failed
 
 
-# ---- what the method scripts share
+# ---- pictures
 
-def test_summary_is_the_single_metrics_under_their_names():
-    torch.manual_seed(0)
-    scores, targets = torch.rand(20, 4), torch.where(torch.rand(20, 4) < 0.4, 1, -1)
-    result = metrics.summary(scores, targets, (2, 4, 5), "zsl_")
-    assert list(result) == ["zsl_mAP", "zsl_P@2", "zsl_R@2", "zsl_F1@2", "zsl_P@4", "zsl_R@4",
-                            "zsl_F1@4"]  # 5 is more than there are labels
-    assert result["zsl_mAP"] == mean_average_precision(scores, targets)
-    assert result["zsl_R@4"] == 1
-    values = tuple(result[f"zsl_{name}@2"] for name in ("P", "R", "F1"))
-    assert values == precision_recall_f1_at_k(scores, targets, 2)
+GREY = (120, 130, 140)
 
 
-def test_evaluate_scores_every_image_once_and_only_the_labels_in_play():
-    torch.manual_seed(0)
-    images, weight = torch.randn(23, 6), torch.randn(6, 5)
-    targets = torch.where(torch.rand(23, 5) < 0.5, 1, -1).to(torch.int8)
-    batches = [(part, None) for part in images.split(7)]
-    seen = []
-
-    def score(batch):
-        seen.append(len(batch))
-        return {"plus": batch @ weight, "minus": lambda index: (-batch @ weight)[:, index]}
-
-    results = metrics.evaluate(
-        score, batches, targets, {"zsl_": torch.tensor([1, 3]), "gzsl_": torch.arange(5)}, (1,))
-    assert seen == [7, 7, 7, 2]
-    for name, sign in (("plus", 1), ("minus", -1)):
-        scores = sign * images @ weight
-        assert results[name] == {
-            **metrics.summary(scores[:, [1, 3]], targets[:, [1, 3]], (1,), "zsl_"),
-            **metrics.summary(scores, targets, (1,), "gzsl_")}
-    with pytest.raises(ValueError, match="14 images for targets of 23"):
-        metrics.evaluate(score, batches[:2], targets, {"": torch.arange(5)}, (1,))
+def hot_spot(sheet, width, height):
+    """Where the second tile of a sheet differs from the photo: (x, y) in [0, 1]."""
+    pixels = np.asarray(sheet).astype(int)
+    left = 16 + max(width, 200) + 16
+    change = np.abs(pixels[16:16 + height, left:left + width] - GREY).sum(axis=-1)
+    y, x = np.nonzero(change > change.max() / 2)
+    assert change.max() > 150 and (change < 10).mean() > 0.5
+    return (x.mean() + 0.5) / width, (y.mean() + 0.5) / height
 
 
-def many_scores():
-    """Results of evaluate: two ways to score, two settings."""
-    torch.manual_seed(0)
-    scores = torch.randn(40, 6)
-    targets = torch.where(scores + torch.randn(40, 6) > 0, 1, -1).to(torch.int8)
-    settings = {"zsl_": torch.tensor([4, 1]), "gzsl_": torch.arange(6)}
-    batches = [(part,) for part in scores.split(7)]
-    return metrics.evaluate(lambda x: {1: x, -1: -x}, batches, targets, settings, (1, 3))
+@pytest.mark.parametrize("size, shown", [((64, 64), (360, 360)), ((4000, 2000), (360, 180)),
+                                         ((700, 1400), (180, 360)), ((3000, 2), (360, 1))])
+def test_the_photo_is_shown_as_it_is_beside_its_maps(size, shown):
+    sheet = draw_heatmaps(Image.new("RGB", size, GREY), [("cup", 0.5, np.eye(4))])
+    assert sheet.mode == "RGB"
+    assert sheet.size == (16 + 2 * (max(shown[0], 200) + 16), 16 + shown[1] + 40)
+    assert (np.asarray(sheet)[16:16 + shown[1], 16:16 + shown[0]] == GREY).all()
 
 
-def test_scores_too_large_for_memory_are_kept_in_files_with_the_same_results(
-        monkeypatch, tmp_path):
-    expected, sizes = many_scores(), []
-    from_file = torch.from_file
-
-    def spy(name, shared, size, dtype):
-        assert Path(name).parent == tmp_path and shared
-        sizes.append(size)
-        return from_file(name, shared, size, dtype=dtype)
-
-    monkeypatch.setattr(torch, "from_file", spy)
-    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(metrics, "IN_MEMORY", 2 * 4 * 40 * (2 + 6))  # bytes, just what they need
-    assert many_scores() == expected and not sizes
-    monkeypatch.setattr(metrics, "IN_MEMORY", metrics.IN_MEMORY - 1)
-    assert many_scores() == expected and sizes == [80, 240, 80, 240]
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("row, column", [(0, 0), (1, 6), (6, 3)])
+def test_a_hot_cell_is_seen_where_it_is(whole, row, column):
+    values = np.zeros((7, 7), np.float16)
+    values[row, column] = 1
+    sheet = draw_heatmaps(Image.new("RGB", (400, 200), GREY), [("cup", 0.5, values)], whole)
+    x, y = hot_spot(sheet, 360, 180)
+    expected = (column + 0.5) / 7
+    if not whole:
+        expected = 0.25 + expected / 2  # the central square is the middle half
+    assert abs(x - expected) < 0.03 and abs(y - (row + 0.5) / 7) < 0.03
 
 
-def test_scores_stay_in_memory_where_the_disk_is_full(monkeypatch):
-    expected = many_scores()
-    monkeypatch.setattr(metrics, "IN_MEMORY", 0)
-    monkeypatch.setattr(metrics.shutil, "disk_usage", lambda folder: type("", (), {"free": 100}))
-    with pytest.warns(UserWarning, match="no room for .* TMPDIR"):
-        assert many_scores() == expected
+def test_heatmaps_are_relative_to_their_own_range_and_flat_ones_show_the_photo():
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (90, 90, 3), np.uint8))
+    values = rng.random((4, 6))
+    maps = [("a", 1, values), ("b", 1, 50 * values - 9), ("c", 1, np.full((3, 3), 0.7))]
+    pixels = np.asarray(draw_heatmaps(photo, maps)).astype(int)
+    shown, one, same, flat = (pixels[16:376, x:x + 360] for x in range(16, 4 * 376, 376))
+    assert np.abs(one - same).max() <= 12 and np.abs(one - shown).max() > 50
+    assert (flat == shown).all()
+    nothing = np.asarray(draw_heatmaps(photo, [("a", 1, np.full((2, 2), np.nan))]))
+    assert (nothing[16:376, 392:752] == shown).all()
 
 
-def test_the_table_stars_the_best_zero_shot_row(capsys):
-    metrics.print_table([{"name": "a", "kind": "zero-shot", "mAP": 0.25, "F1@3": 0.5},
-                         {"name": "bb", "kind": "zero-shot", "mAP": 0.5, "F1@3": 0.125},
-                         {"name": "ours", "kind": "method", "mAP": 0.75, "F1@3": 1.0}])
-    title, *rows, note = capsys.readouterr().out.strip().splitlines()
-    assert title.split() == ["all", "labels", "(%)", "mAP", "F1@3"]
-    assert [row.split() for row in rows] == [["a", "25.0", "50.0"], ["bb", "*", "50.0", "12.5"],
-                                             ["ours", "75.0", "100.0"]]
-    assert note.startswith("*") and len({len(row) for row in rows}) == 1
+def test_tiles_wrap_and_labels_of_any_kind_stay_in_their_tile():
+    labels = ["a very long label that goes on " * 9, "Äpfel, ö", "猫と犬", "two\nlines\x00",
+              "\ud800", "W" * 500, ""]
+    maps = [(label, -12.3456, np.eye(3)) for label in labels]
+    sheet = draw_heatmaps(Image.new("RGB", (80, 60), GREY), maps)
+    assert sheet.size == (16 + 4 * 376, 16 + 2 * (270 + 40))
+    pixels = np.asarray(sheet)
+    for column in range(5):  # nothing reaches the gaps between tiles
+        assert (pixels[:, 376 * column:376 * column + 15] == 255).all()
+    for top in (16 + 270, 16 + 270 + 310):
+        assert (pixels[top:top + 34, 392:752] < 120).any()
+
+
+def line_of(sheet, colour, panel=0):
+    """{x: mean y} of what has a colour, exactly, in the plot area of a panel."""
+    area = (np.asarray(sheet) == colour).all(axis=-1)
+    area[:90] = area[:, :520 * panel + 60] = area[:, 520 * panel + 505:] = False
+    return {int(x): float(np.flatnonzero(area[:, x]).mean())
+            for x in np.flatnonzero(area.any(axis=0))}
+
+
+def test_a_curve_is_where_its_values_are():
+    values = [1.0, 2.0, 3.5, 4.0, 6.0]
+    log = [{"epoch": i + 1, "loss": 8.0, "ranking": value, "lr": 99, "seconds": 99,
+            "val_mAP": 0.9 - value / 10} for i, value in enumerate(values)]
+    sheet = draw_curves(log)
+    assert sheet.mode == "RGB" and sheet.size == (1040, 380)
+    rising = line_of(sheet, (230, 159, 0))
+    columns = np.linspace(min(rising) + 2, max(rising) - 2, 5).round().astype(int)
+    heights = [-rising[x] for x in columns]
+    assert np.corrcoef(heights, values)[0, 1] > 0.999
+    assert heights[-1] - heights[0] > 100
+    falling = line_of(sheet, (0, 0, 0), panel=1)
+    assert falling[min(falling)] + 100 < falling[max(falling)]
+
+
+def test_curves_of_stages_gaps_and_single_epochs():
+    log = [{"stage": 1, "epoch": i, "loss": 1.0, "ranking": 2.0 - i} for i in (1, 2, 3)]
+    log += [{"stage": 2, "epoch": 1, "loss": NAN, "val_mAP": NAN},
+            {"stage": 2, "epoch": 2, "loss": math.inf, "val_mAP": 0.4}]
+    sheet = draw_curves(log)
+    assert sheet.width == 1040
+    edge = line_of(sheet, (111, 111, 111))  # the line between the stages, from top to bottom
+    black = line_of(sheet, (0, 0, 0))
+    assert max(black) < min(edge) and line_of(sheet, (0, 0, 0), panel=1)
+    one = draw_curves([{"epoch": 1, "loss": 0.5}])
+    assert one.width == 520 and line_of(one, (0, 0, 0))
+    assert draw_curves([{"epoch": 1, "loss": NAN}]).width == 520
+    many = draw_curves([{"epoch": i, **{f"term_{k}": i + 99 * k for k in range(9)}}
+                        for i in range(1, 500)])
+    assert line_of(many, (86, 180, 233))
