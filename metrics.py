@@ -170,6 +170,35 @@ def summary(scores, targets, ks, prefix=""):
     return result
 
 
+def table_row(name, kind, scores_of, dataset, ks):
+    """A row of the table: {"name", "kind", metric: value in [0, 1], ...}.
+
+    Where a dataset has unseen labels, ZSL (zsl_) ranks these alone and GZSL (gzsl_) all labels.
+    scores_of: label indices int64 [c] -> the scores of these labels [N, c]. ks: of F1@k."""
+    in_play = {"": torch.arange(len(dataset.labels))}
+    if len(dataset.unseen):
+        in_play = {"zsl_": dataset.unseen, "gzsl_": in_play[""]}
+    row = {"name": name, "kind": kind}
+    for prefix, index in in_play.items():
+        row |= summary(scores_of(index), dataset.targets[:, index], ks, prefix)
+    return row
+
+
+def zero_shot_rows(global_scores, local_scores, dataset, ks):
+    """CLIP as it is, three rows: by the whole image, by the mean of that and the best location,
+    and the better of the two normalised over the test images. Scores: cosines [N, C]."""
+    both = (global_scores + local_scores) / 2
+    rows = []
+    for name, scores in (("global", global_scores), ("global + local", both)):
+        rows.append(table_row(f"zero-shot, {name}", "zero-shot", lambda index: scores[:, index],
+                              dataset, ks))
+    last = [name for name in rows[0] if name.endswith("mAP")][-1]
+    better = global_scores if rows[0][last] > rows[1][last] else both
+    rows.append(table_row("zero-shot, the better one normalised", "zero-shot",
+                          lambda index: normalize_scores(better[:, index]), dataset, ks))
+    return rows
+
+
 def print_table(rows):
     """Print rows of {"name", "kind", metric: value in [0, 1] or NaN} in percent, a table a setting
     (the metrics' prefix: zsl_, gzsl_ or none). A star marks the best row of kind "zero-shot"."""
