@@ -14,8 +14,7 @@ Shapes: B images, N texts, L locations, T tokens, W tower width, D joint embeddi
 
 Where this differs from OpenAI's code, with equal results:
  1. batch-first tensors and torch's scaled_dot_product_attention;
- 2. text is cut after the last end-of-text token of the batch: the tower is causal, so what
-    comes later cannot change it;
+ 2. text is cut after the batch's last end-of-text token: the tower is causal;
  3. the last block computes only the token that is read (class token, end of text);
  4. float32 weights by default; LayerNorm always computes in float32, so autocast is safe;
  5. images of another size than the trained one: positional embeddings are interpolated.
@@ -25,8 +24,8 @@ import gzip
 import hashlib
 import html
 import http.client
-import importlib.util
 import os
+import shutil
 import urllib.request
 import warnings
 from pathlib import Path
@@ -44,26 +43,21 @@ TOY = Path(__file__).resolve().parent / "toy"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# name -> (SHA-256, which is also the folder of the URL; file)
+# name -> SHA-256, which is also the folder of the URL
 WEIGHTS_URL = "https://openaipublic.azureedge.net/clip/models"
 WEIGHTS = {
-    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
-    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
-    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
-    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
-    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "RN50x64.pt"),
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-                 "ViT-B-32.pt"),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-                 "ViT-B-16.pt"),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-                 "ViT-L-14.pt"),
-    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-                       "ViT-L-14-336px.pt"),
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
 VOCABULARY_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SIZE = 49408
 
 
@@ -82,8 +76,7 @@ def byte_symbols():
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     symbols = {byte: chr(byte) for byte in printable}
-    symbols.update({byte: chr(256 + i) for i, byte in enumerate(others)})
-    return symbols
+    return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 class Tokenizer:
@@ -98,9 +91,8 @@ class Tokenizer:
 
     def __init__(self, merges_path):
         with gzip.open(merges_path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-        merges = [tuple(line.split()) for line in lines[1:VOCABULARY_SIZE - 512 - 2 + 1]
-                  if line.strip()]
+            lines = file.read().split("\n")[1:VOCABULARY_SIZE - 512 - 2 + 1]
+        merges = [tuple(line.split()) for line in lines if line.strip()]
         symbols = list(byte_symbols().values())
         vocabulary = symbols + [symbol + "</w>" for symbol in symbols]
         vocabulary += ["".join(merge) for merge in merges] + [self.start, self.end]
@@ -109,7 +101,6 @@ class Tokenizer:
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
         self.words = {self.start: [self.ids[self.start]], self.end: [self.ids[self.end]]}  # cache
-        self.texts = {}  # cache: prompts come back many times
 
     def __len__(self):
         return len(self.tokens)
@@ -122,21 +113,17 @@ class Tokenizer:
             best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if best not in self.ranks:
                 break
-            merged, i = [], 0
-            while i < len(parts):
-                if tuple(parts[i:i + 2]) == best:
-                    merged.append(parts[i] + parts[i + 1])
-                    i += 2
+            merged = []
+            for part in parts:
+                if merged and (merged[-1], part) == best:
+                    merged[-1] += part
                 else:
-                    merged.append(parts[i])
-                    i += 1
+                    merged.append(part)
             parts = merged
         return [self.ids[part] for part in parts]
 
     def encode(self, text):
         """str -> list of token ids, without start and end of text."""
-        if text in self.texts:
-            return list(self.texts[text])
         clean = html.unescape(html.unescape(ftfy.fix_text(text)))
         clean = regex.sub(r"\s+", " ", clean.strip()).strip().lower()
         ids = []
@@ -145,18 +132,12 @@ class Tokenizer:
                 symbols = "".join(byte_symbols()[byte] for byte in word.encode("utf-8"))
                 self.words[word] = self.merge(symbols)
             ids += self.words[word]
-        if len(self.texts) < 100_000:
-            self.texts[text] = tuple(ids)
         return ids
 
     def decode(self, ids):
-        """List of token ids -> str; every word is followed by a space, as in CLIP."""
-        text = "".join(self.tokens[i] for i in ids)
-        for special in (self.start, self.end):
-            text = text.replace(special, special + "</w>")
-        text = text.replace("</w>", " ")
-        data = b"".join(bytes([self.bytes[c]]) if c in self.bytes else c.encode() for c in text)
-        return data.decode("utf-8", errors="replace")
+        """List of token ids -> str; every word is followed by a space, as in OpenAI's code."""
+        data = bytes(self.bytes[symbol] for i in ids for symbol in self.tokens[i])
+        return data.decode(errors="replace").replace("</w>", " ")
 
     def tokenize(self, texts, context_length=77, truncate=False):
         """A text or a list of texts -> int64 [N, context_length], padded with 0.
@@ -178,21 +159,12 @@ class Tokenizer:
 
 @functools.lru_cache
 def official_tokenizer():
-    """OpenAI's vocabulary: from CLIP's cache, an installed CLIP package, or downloaded."""
-    path = CACHE / VOCABULARY_FILE
-    if not path.exists():
-        for package in ("open_clip", "clip"):
-            spec = importlib.util.find_spec(package)
-            for folder in (spec.submodule_search_locations or []) if spec else []:
-                if (Path(folder) / VOCABULARY_FILE).exists():
-                    return Tokenizer(Path(folder) / VOCABULARY_FILE)
-    return Tokenizer(download(VOCABULARY_URL, VOCABULARY_SHA256, path))
+    """OpenAI's vocabulary: from the cache, or downloaded into it."""
+    return Tokenizer(download(VOCABULARY_URL, VOCABULARY_SHA256, CACHE))
 
 
 def tokenize(texts, context_length=77, truncate=False):
-    """A text or a list of texts -> int64 [N, context_length] in OpenAI's vocabulary.
-
-    Raises RuntimeError for a text over the context length, unless truncate=True."""
+    """As Tokenizer.tokenize, with OpenAI's vocabulary: -> int64 [N, context_length]."""
     return official_tokenizer().tokenize(texts, context_length, truncate)
 
 
@@ -206,19 +178,13 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        # x * sigmoid(1.702 x), written so that autograd keeps one tensor instead of two
-        return F.silu(1.702 * x).div_(1.702)  # in place: backward needs only silu's input
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
@@ -250,11 +216,12 @@ class MLP(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.gelu = QuickGELU()
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        # QuickGELU, x * sigmoid(1.702 x), written so that autograd keeps one tensor, not two
+        x = F.silu(1.702 * self.c_fc(x)).div_(1.702)  # in place: backward needs silu's input only
+        return self.c_proj(x)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -270,7 +237,7 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def one_token(self, x, index, mask=None):
-        """What forward gives for one token of every row: x [B, T, W], index [B] -> [B, W]."""
+        """What forward gives for a token of every row: x [B, T, W], index [B] or int -> [B, W]."""
         rows = torch.arange(len(x), device=x.device)
         normed = self.ln_1(x)
         token = x[rows, index][:, None]  # [B, 1, W]
@@ -287,6 +254,10 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+        for block in self.resblocks:
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            for branch_end in (block.attn.out_proj, block.mlp.c_proj):
+                nn.init.normal_(branch_end.weight, std=(2 * layers * width) ** -0.5)
 
 
 def resize_positions(positions, grid):
@@ -304,13 +275,14 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.input_resolution, self.patch_size = resolution, patch_size
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.positional_embedding = nn.Parameter(
-            torch.zeros((resolution // patch_size) ** 2 + 1, width))
+        std = width ** -0.5
+        self.class_embedding = nn.Parameter(std * torch.randn(width))
+        positions = (resolution // patch_size) ** 2 + 1  # of the class token and the patches
+        self.positional_embedding = nn.Parameter(std * torch.randn(positions, width))
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(torch.zeros(width, output_dim))
+        self.proj = nn.Parameter(std * torch.randn(width, output_dim))
 
     def embed(self, images):
         """Images [B, 3, H, W] -> tokens [B, 1 + L, W], class token first, before any block."""
@@ -325,8 +297,7 @@ class VisionTransformer(nn.Module):
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x)
-        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return self.ln_post(last.one_token(x, first)) @ self.proj
+        return self.ln_post(last.one_token(x, 0)) @ self.proj
 
     def dense(self, images, value_path=False):
         x = self.embed(images)
@@ -334,8 +305,7 @@ class VisionTransformer(nn.Module):
         for block in blocks:
             x = block(x)
         if value_path:
-            first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            x = torch.cat([last.one_token(x, first)[:, None], last.value_path(x[:, 1:])], dim=1)
+            x = torch.cat([last.one_token(x, 0)[:, None], last.value_path(x[:, 1:])], dim=1)
         else:
             x = last(x)
         x = self.ln_post(x) @ self.proj  # [B, 1 + L, W] -> [B, 1 + L, D]
@@ -347,11 +317,9 @@ class VisionTransformer(nn.Module):
 class Bottleneck(nn.Module):
     """Strided convolutions are replaced by stride 1 and average pooling, to avoid aliasing."""
 
-    expansion = 4
-
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
-        outplanes = planes * self.expansion
+        outplanes = 4 * planes
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
@@ -359,6 +327,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outplanes)
+        nn.init.zeros_(self.bn3.weight)  # a block starts as the identity
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
@@ -382,11 +351,13 @@ class AttentionPool2d(nn.Module):
     def __init__(self, grid, width, heads, output_dim):
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.zeros(grid ** 2 + 1, width))
+        self.positional_embedding = nn.Parameter(torch.randn(grid ** 2 + 1, width) * width ** -0.5)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, output_dim)
+        for projection in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=width ** -0.5)
 
     def forward(self, x, position=True, dense=False):
         """Feature map [B, W, h, w] -> global [B, D], and with dense also local [B, L, D]."""
@@ -424,7 +395,7 @@ class ModifiedResNet(nn.Module):
         for i, blocks in enumerate(layers):
             planes = width * 2 ** i
             stage = [Bottleneck(inplanes, planes, stride=1 if i == 0 else 2)]
-            inplanes = planes * Bottleneck.expansion
+            inplanes = 4 * planes
             stage += [Bottleneck(inplanes, planes) for _ in range(1, blocks)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
         self.attnpool = AttentionPool2d(resolution // 32, width * 32, heads, output_dim)
@@ -433,8 +404,7 @@ class ModifiedResNet(nn.Module):
         """Images [B, 3, H, W] -> layer4 [B, 32 * width, H / 32, W / 32]."""
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = self.relu(bn(conv(x)))
-        x = self.avgpool(x)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
 
     def forward(self, images):
         return self.attnpool(self.features(images))
@@ -457,6 +427,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
         self.tokenizer = None
+        self.loaded_fingerprint = None
         if isinstance(vision_layers, int):
             self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                             vision_layers, vision_width // 64, embed_dim)
@@ -465,62 +436,29 @@ class CLIP(nn.Module):
                                          image_resolution, vision_width)
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
-        self.positional_embedding = nn.Parameter(torch.zeros(context_length, transformer_width))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        positions = 0.01 * torch.randn(context_length, transformer_width)
+        self.positional_embedding = nn.Parameter(positions)
         self.ln_final = LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(torch.zeros(transformer_width, embed_dim))
+        projection = transformer_width ** -0.5 * torch.randn(transformer_width, embed_dim)
+        self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.tensor(0.07).reciprocal().log())
 
     @property
     def dtype(self):
         return self.visual.conv1.weight.dtype
 
-    def initialize_parameters(self):
-        """Random weights to train from nothing, scaled as in the CLIP paper's code release."""
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=self.transformer_width ** -0.5)
-        towers = [self.transformer]
-        if isinstance(self.visual, VisionTransformer):
-            width = self.visual.proj.shape[0]
-            for parameter in (self.visual.class_embedding, self.visual.positional_embedding,
-                              self.visual.proj):
-                nn.init.normal_(parameter, std=width ** -0.5)
-            towers.append(self.visual.transformer)
-        else:
-            pool = self.visual.attnpool
-            width = pool.positional_embedding.shape[1]
-            nn.init.normal_(pool.positional_embedding, std=width ** -0.5)
-            for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
-                nn.init.normal_(projection.weight, std=width ** -0.5)
-            for stage in (self.visual.layer1, self.visual.layer2, self.visual.layer3,
-                          self.visual.layer4):
-                for block in stage:
-                    nn.init.zeros_(block.bn3.weight)  # every block starts as the identity
-        for tower in towers:
-            for block in tower.resblocks:
-                width = block.attn.out_proj.in_features
-                std = width ** -0.5 * (2 * len(tower.resblocks)) ** -0.5
-                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=std)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=std)
-        return self
-
-    @property
-    def transformer_width(self):
-        return self.positional_embedding.shape[1]
-
     def fingerprint(self):
-        """Eight hex digits of a SHA-256 of all weights: tells these from others."""
+        """Eight hex digits of the SHA-256 of the weights (those loaded, if `load` made this)."""
+        if self.loaded_fingerprint is not None:
+            return self.loaded_fingerprint
         digest = hashlib.sha256()
         for tensor in self.state_dict().values():
             digest.update(tensor.detach().cpu().numpy().tobytes())
         return digest.hexdigest()[:8]
 
     def tokenize(self, texts, truncate=False):
-        """A text or a list of texts -> int64 [N, context_length] in this model's vocabulary.
-
-        Raises RuntimeError for a text over the context length, unless truncate=True."""
+        """As Tokenizer.tokenize, with this model's vocabulary: -> int64 [N, context_length]."""
         tokenizer = self.tokenizer or official_tokenizer()
         return tokenizer.tokenize(texts, self.context_length, truncate)
 
@@ -531,12 +469,11 @@ class CLIP(nn.Module):
     def encode_image_dense(self, images, global_position=True, value_path=False):
         """Images [B, 3, H, W] -> (global [B, D], local [B, L, D]), row-major, not normalised.
 
-        ViT: class and patch tokens, each through ln_post and the projection (MKT, section 3);
-        with value_path the patches skip the last block's attention (values only, MaskCLIP,
-        ECCV 2022), which localises better. Raises ValueError for a ResNet, which has no such
-        path to choose: its local embeddings are v_proj and c_proj of each location of layer4.
-        global_position=False pools a ResNet without positional embeddings (CoMC, section 3);
-        a ViT's global embedding is not changed by it."""
+        ViT: class and patch tokens through ln_post and the projection (MKT, section 3). With
+        value_path every patch attends to itself alone in the last block (MaskCLIP, ECCV 2022),
+        which localises better; a ResNet raises ValueError.
+        ResNet: attention pool, and v_proj and c_proj of each location of layer4 (CoMC, section 3);
+        global_position=False pools without positional embeddings. Of no effect on a ViT."""
         images = images.to(self.dtype)
         if isinstance(self.visual, VisionTransformer):
             return self.visual.dense(images, value_path)
@@ -547,15 +484,14 @@ class CLIP(nn.Module):
     def encode_text(self, tokens):
         """Token ids int64 [N, T], T up to the context length -> embeddings [N, D], not of unit
         length. The embedding is read at each text's end-of-text token, the highest id."""
-        eot = tokens.argmax(dim=-1)
+        eot = tokens.argmax(dim=-1).cpu()  # a GPU is waited for here, once
         length = int(eot.max()) + 1 if len(tokens) else 0
         return self.encode_prompts(self.token_embedding(tokens[:, :length]), eot)
 
     def encode_prompts(self, embeddings, eot):
         """Token embeddings [N, T, W] without positions, indices of their ends [N] -> [N, D].
 
-        Tokens after the last end of text are cut off. eot may stay on the CPU, which spares a GPU
-        the wait for the length."""
+        What follows the last end is cut off. eot may be on the CPU: a GPU is not waited for."""
         length = int(eot.max()) + 1 if len(eot) else 0
         x = embeddings[:, :length].to(self.dtype) + self.positional_embedding[:length]
         eot = eot.to(x.device, non_blocking=True)  # a GPU need not be done first
@@ -581,7 +517,7 @@ def available_models():
     return ["toy-RN", "toy-ViT", *WEIGHTS]
 
 
-def to_rgb(image):  # a named function, so that the transform can be pickled for worker processes
+def to_rgb(image):  # a named function: the transform is pickled for worker processes
     return image.convert("RGB")
 
 
@@ -590,55 +526,67 @@ def preprocess_transform(size):
     return transforms.Compose([
         transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(size),
-        transforms.Lambda(to_rgb),
+        to_rgb,
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ])
+
+
+def count_blocks(state_dict, prefix):
+    return len({key[len(prefix):].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
 def build_model(state_dict):
     """OpenAI-format state dict -> CLIP in eval mode and float32; the tensors are copied.
 
     The architecture is inferred from the shapes. Raises ClipError if the keys are not CLIP's."""
-    state_dict = {key: value for key, value in state_dict.items()
-                  if key not in ("input_resolution", "context_length", "vocab_size")}
     try:
         embed_dim = state_dict["text_projection"].shape[1]
         context_length, width = state_dict["positional_embedding"].shape
-        vocab_size = state_dict["token_embedding.weight"].shape[0]
-        conv1 = state_dict["visual.conv1.weight"]
+        vocab_size = len(state_dict["token_embedding.weight"])
+        text_layers = count_blocks(state_dict, "transformer.resblocks.")
         if "visual.proj" in state_dict:
-            vision_width, patch_size = conv1.shape[0], conv1.shape[-1]
+            vision_width = len(state_dict["visual.conv1.weight"])
+            patch_size = state_dict["visual.conv1.weight"].shape[-1]
             layers = count_blocks(state_dict, "visual.transformer.resblocks.")
-            tokens = state_dict["visual.positional_embedding"].shape[0]
-            resolution = patch_size * round((tokens - 1) ** 0.5)
+            positions = state_dict["visual.positional_embedding"]
         else:
-            vision_width, patch_size = state_dict["visual.layer1.0.conv1.weight"].shape[0], None
-            layers = tuple(count_blocks(state_dict, f"visual.layer{i}.") for i in (1, 2, 3, 4))
-            tokens = state_dict["visual.attnpool.positional_embedding"].shape[0]
-            resolution = 32 * round((tokens - 1) ** 0.5)
-    except KeyError as error:
-        raise ClipError(f"not a CLIP state dict in OpenAI's format: no key {error}") from None
-    # On the meta device nothing is allocated or initialised: the copied tensors become the model.
-    with torch.device("meta"):
-        model = CLIP(embed_dim, resolution, layers, vision_width, patch_size, context_length,
-                     vocab_size, width, width // 64,
-                     count_blocks(state_dict, "transformer.resblocks."))
-    copies = {}
-    for key in list(state_dict):
-        value = state_dict.pop(key).detach()  # so that a loaded file's tensor can go when copied
-        copies[key] = value.to(torch.float32 if value.is_floating_point() else value.dtype,
-                               copy=True)
-    try:
+            vision_width = len(state_dict["visual.layer1.0.conv1.weight"])
+            patch_size = None
+            layers = [count_blocks(state_dict, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+            positions = state_dict["visual.attnpool.positional_embedding"]
+        resolution = (patch_size or 32) * round((len(positions) - 1) ** 0.5)
+        with torch.device("meta"):  # nothing is allocated: the copies become the model's weights
+            model = CLIP(embed_dim, resolution, layers, vision_width, patch_size, context_length,
+                         vocab_size, width, width // 64, text_layers)
+        copies = {}
+        for key, value in state_dict.items():
+            if key in ("input_resolution", "context_length", "vocab_size"):
+                continue  # three integers that OpenAI saves beside the weights
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
+            copies[key] = value.detach().to(dtype, copy=True)
         model.load_state_dict(copies, assign=True)
-    except RuntimeError as error:
-        reasons = " ".join(str(error).split())  # a line per key
-        raise ClipError(f"not a CLIP state dict in OpenAI's format: {reasons}") from None
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # one line instead of one a key
+        raise ClipError(f"not a CLIP state dict in OpenAI's format: {reason}") from None
     return model.eval()
 
 
-def count_blocks(state_dict, prefix):
-    return len({key[len(prefix):].split(".")[0] for key in state_dict if key.startswith(prefix)})
+def read_state_dict(path):
+    """A TorchScript archive's or a saved file's state dict, on the CPU, as it is stored."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files are not
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:
+        pass  # not an archive
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a broken file can make the unpickler raise anything
+        state_dict = None
+    if not isinstance(state_dict, dict):
+        raise ClipError(f"{path} is no TorchScript archive or state dict, or it is damaged")
+    return state_dict
 
 
 def load(name, device="cpu", download_root=None):
@@ -649,12 +597,14 @@ def load(name, device="cpu", download_root=None):
     downloaded weights, ~/.cache/clip by default.
     Raises ClipError for an unknown name, a file that is no CLIP, or a failed download."""
     name = os.fspath(name)
-    if name in ("toy", "toy-ViT", "toy-RN"):
-        path = TOY / ("toy-RN.pt" if name == "toy-RN" else "toy-ViT.pt")
-    elif name in WEIGHTS:
-        sha256, file = WEIGHTS[name]
-        path = download(f"{WEIGHTS_URL}/{sha256}/{file}", sha256,
-                        Path(download_root or CACHE).expanduser() / file)
+    if name == "toy":
+        name = "toy-ViT"
+    if name in WEIGHTS:
+        file = name.replace("/", "-").replace("@", "-") + ".pt"
+        url = f"{WEIGHTS_URL}/{WEIGHTS[name]}/{file}"
+        path = download(url, WEIGHTS[name], Path(download_root or CACHE).expanduser())
+    elif name in available_models():
+        path = TOY / f"{name}.pt"
     else:
         path = Path(name)
     if not path.is_file():
@@ -667,65 +617,33 @@ def load(name, device="cpu", download_root=None):
             raise ClipError(f"{path} has a vocabulary of its own ({model.vocab_size} entries), "
                             f"whose BPE merges were looked for in {merges}")
         model.tokenizer = Tokenizer(merges)
-        if len(model.tokenizer) != model.vocab_size:
-            raise ClipError(f"{merges} makes {len(model.tokenizer)} vocabulary entries, {path} "
-                            f"has {model.vocab_size}: they do not belong together")
+    model.loaded_fingerprint = model.fingerprint()  # here, not on a GPU: a wait for every tensor
     return model.to(device), preprocess_transform(model.visual.input_resolution)
 
 
-def read_state_dict(path):
-    """A TorchScript archive's or a saved file's state dict, on the CPU, as it is stored."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files are not
-            return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError:  # not an archive
-        pass
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can make the unpickler raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ClipError(f"{path} is neither a TorchScript archive nor a saved state dict: "
-                        f"{reason}") from None
-    state_dict = state_dict.get("state_dict", state_dict) if isinstance(state_dict, dict) else {}
-    return state_dict
+def download(url, sha256, folder):
+    """The URL's file in the folder, fetched if it is missing or its SHA-256 is wrong -> path.
 
-
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def download(url, sha256, path):
-    """The file at path, fetched first if it is missing or its SHA-256 is wrong -> path.
-
-    It is written under a temporary name and renamed once its digest is right. Raises ClipError
-    that names the file to put there by hand, if there is no network or the digest is wrong."""
+    It gets its name when complete. Raises ClipError, which says what to put where by hand."""
+    path = folder / url.rpartition("/")[2]
     if path.exists():
-        if file_sha256(path) == sha256:
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path
         warnings.warn(f"{path} is corrupt (its SHA-256 is not {sha256}); fetching it again")
-    help_text = f"Download {url} (SHA-256 {sha256}) elsewhere and put it at {path}"
-    digest, temporary = hashlib.sha256(), path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as target:
             size = int(source.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name,
-                      disable=None) as progress:
-                while block := source.read(1 << 20):
-                    target.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-        if digest.hexdigest() != sha256:
-            raise ClipError(f"what came from {url} is corrupt: its SHA-256 is "
-                            f"{digest.hexdigest()}. {help_text}.")
-        os.replace(temporary, path)
+            with tqdm.wrapattr(source, "read", size, desc=path.name, disable=None) as reader:
+                shutil.copyfileobj(reader, target)
+        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        if digest != sha256:
+            raise OSError(f"what came is corrupt, its SHA-256 is {digest}")
+        temporary.replace(path)
     except (OSError, http.client.HTTPException) as error:
-        raise ClipError(f"cannot fetch {path.name}: {error}. {help_text}.") from None
+        raise ClipError(f"cannot fetch {path.name}: {error}. Download {url} (SHA-256 {sha256}) "
+                        f"elsewhere and put it at {path}.") from None
     finally:
         if temporary.exists():
             temporary.unlink()

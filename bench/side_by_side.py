@@ -57,23 +57,21 @@ def memory(size):
     return f"{size / 2 ** 30:.2f} GiB" if size >= 2 ** 30 else f"{size / 2 ** 20:.1f} MiB"
 
 
-def synchronize(device):
+def seconds_of(function, device="cpu"):
+    begin = time.perf_counter()
+    function()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def alternate(functions, repeats, device="cpu", warm_up=True):
     """Call functions {name: function} in turn -> {name: median of the seconds}."""
     seconds = {name: [] for name in functions}
-    for repeat in range(-warm_up, repeats):
+    for repeat in range(repeats + warm_up):
         for name, function in functions.items():
-            synchronize(device)
-            begin = time.perf_counter()
-            function()
-            synchronize(device)
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name].append(seconds_of(function, device))
+    return {name: statistics.median(values[warm_up:]) for name, values in seconds.items()}
 
 
 def compare(work, against, theirs, ours, repeats, target="", device="cpu", warm_up=True, note=""):
@@ -129,9 +127,9 @@ def random_clip(embed_dim=512, layers=12, width=768, patch=16, text_width=512, t
     """A CLIP with random weights, a ViT-B/16 by default, and the toy world's tokenizer."""
     import clip_model
     model = clip_model.CLIP(embed_dim, resolution, layers, width, patch, 77, 49408, text_width,
-                            text_width // 64, text_layers).initialize_parameters().eval()
+                            text_width // 64, text_layers)
     model.tokenizer = clip_model.load("toy")[0].tokenizer
     with torch.no_grad():
         for parameter in model.parameters():  # nothing stays zero: equality is to mean something
             parameter += 0.01 * torch.randn_like(parameter)
-    return model
+    return model.eval()
