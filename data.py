@@ -146,22 +146,30 @@ def image_files(paths):
 
 
 def open_images(paths):
-    """Yield (path, open_image(path) or its UserError), in order. Four threads read ahead, but only
-    by 16 images: any number of files fits in memory."""
+    """Yield (path, RGB PIL image) for all image_files(paths), in order.
+
+    Four threads read ahead, but only by 16 images: any number of files fits in memory. What cannot
+    be read is named on stderr and left out; after the last image a UserError counts these files.
+    """
     def attempt(path):
         try:
             return path, open_image(path)
         except UserError as error:
-            return path, error
+            _note(error)
+            return path, None
 
-    ahead = deque()
+    files, unreadable, ahead = image_files(paths), 0, deque()
     with ThreadPoolExecutor(4) as pool:
-        for path in paths:
-            ahead.append(pool.submit(attempt, path))
-            if len(ahead) > 16:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        while files or ahead:
+            while files and len(ahead) < 16:
+                ahead.append(pool.submit(attempt, files.pop(0)))
+            path, image = ahead.popleft().result()
+            if image is None:
+                unreadable += 1
+            else:
+                yield path, image
+    if unreadable:
+        raise UserError(f"{unreadable} of the files could not be read as images")
 
 
 # ---- the dataset
@@ -943,13 +951,19 @@ PUBLISHED = {"nuswide": (161_789, 107_859), "nuswide81": (161_789, 107_859),
              "cub": (5_994, 5_794)}
 
 
-def load_dataset(name, root=None, split="train", transform=None, *, allow_missing=False,
-                 quiet=False, **options):
+# what load_dataset takes beside a name, a folder, a split and a transform
+OPTIONS = ("limit", "allow_missing", "quiet", "annotated_only", "drop_crowd", "zero_shot",
+           "difficult", "not_visible")
+
+
+def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
+                 allow_missing=False, quiet=False, **options):
     """The "train" or "test" split of a dataset as a MultiLabelDataset.
 
-    name: a key of DATASETS. root: its directory, not needed by "toy". options: the keyword-only
-    arguments of the dataset's function; None counts as not given. Training replaces images that
-    cannot be decoded, test stops at them. UserError where something is unknown or missing.
+    name: a key of DATASETS. root: its directory, not needed by "toy". limit: only so many images.
+    options: the keyword-only arguments of the dataset's function; None counts as not given.
+    Training replaces images that cannot be decoded, test stops at them. UserError where something
+    is unknown or missing.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
@@ -978,4 +992,6 @@ def load_dataset(name, root=None, split="train", transform=None, *, allow_missin
                                 allow_missing=allow_missing, quiet=quiet)
     if name.startswith("nuswide") and not quiet:
         _note_placeholders(dataset)
+    if limit:
+        dataset = dataset.subset(range(min(limit, len(dataset))))
     return dataset

@@ -612,8 +612,7 @@ def plan(clip, dataset, args):
             known = data.keep_single_positive(known, SINGLE_POSITIVE_SEED)
         elif partial < 1:
             known = data.keep_partial(known, partial, PARTIAL_SEED)
-        known = known[dataset.rows]
-        if not known.any():
+        if not known[dataset.rows].any():
             raise UserError("none of the training labels is known: raise --partial or --limit")
         for matching in args.matching:
             name, kind, output = TITLES[matching], "method", args.output
@@ -672,11 +671,11 @@ def main(argv=None):
     test.transform = preprocess
     if not args.eval:
         runs = plan(clip, dataset, args)
-        truth = dataset.targets
+        truth = dataset.full_targets
         print(f"{args.data}: {len(dataset):,} training images, {len(dataset.labels)} labels, "
               f"{100 * sum((run.known != 0).float().mean() for run in runs) / len(runs):.1f}% of "
               f"the entries known; {len(test):,} test images", flush=True)
-        dataset.targets = torch.arange(len(dataset))  # rows of what each run knows
+        dataset.full_targets = torch.arange(len(truth))  # [i] gives an image and its row in known
         dataset.transform = augmentation(preprocess) if args.augment == "yes" else preprocess
         dataset, validation = dataset.hold_out(args.val_fraction, preprocess)
         data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
