@@ -226,7 +226,7 @@ def rand_augment(image):
             lambda: ImageOps.equalize(image),
             lambda: ImageOps.invert(image),
             lambda: image.rotate(30 * signed, Image.Resampling.BILINEAR, fillcolor=EMPTY),
-            lambda: ImageOps.posterize(image, 4 - int(4 * amount)),
+            lambda: ImageOps.posterize(image, max(1, 4 - int(4 * amount))),
             lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
             lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
             lambda: enhance(ImageEnhance.Color),

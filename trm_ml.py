@@ -4,24 +4,31 @@ Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing 
 2024 (arXiv 2407.18520). Of every training image a part of the labels is known to be present or
 absent; nobody looked for the others. Both encoders of CLIP stay as they are.
 
-From the paper's abstract: learned prompts; texts matched one to one with category-aware regions,
-instead of with the whole image or with pixels; multimodal category prototypes that estimate the
-unknown labels by relations within and between categories; a multimodal contrastive loss. No code
-was published with it and only the abstract was at hand, so every formula is our reading of it:
+No code was published with the paper. What is known of the method, from its abstract, from the
+caption of its figure 2 (both encoders frozen; category queries, one cross-attention and a simple
+MLP are trained) and from the abstract of the patent application of the same title (CN119399505A,
+2025): learned prompts; texts matched one to one with category-aware regions; cross-attention gives
+a region-level saliency map, which pools the visual features to REGION-LEVEL features; an MLP gives
+QUERY-LEVEL features; distillation moves what the former know into the latter; visual and text
+prototypes estimate unknown labels by relations within and between categories, and serve a
+contrastive loss. Every formula is our reading of that, marked (ours) where no source has a word on
+it:
 
  1. regions: label c asks the image's embeddings x_1..x_L with its query q_c, by cross-attention,
-        R_c = normalise(a + MLP(LN(a))),  a = attention(q_c, x, x),
-    and where it looked is where the label was found;
- 2. matching: l_c = s <R_c, T_c> + b, with T_c the embedding of 16 learned words and the name;
+        S_c = softmax(q_c K^T),   a_c = S_c V,   Q_c = normalise(a_c + MLP(LN(a_c))):
+    S_c is the saliency map, Q_c the query-level feature, which starts as CLIP's matching (ours);
+ 2. matching: l_c = s <Q_c, T_c> + b (ours: of the two it is Q_c that is classified), with T_c the
+    embedding of 16 learned words and the name;
  3. known labels: asymmetric loss (Ridnik et al., ICCV 2021); unknown ones are left out;
- 4. prototypes V_c, the running mean of the regions of known positives, and T_c estimate an
-    unknown label by how near its own prototypes and how much nearer than the others' they are,
-        e_c = mean over P in {V, T} of  <R_c, P_c> / t + log softmax_c'(<R_c, P_c'> / t)[c];
-    where e_c leaves no doubt it is a pseudo label, by thresholds that the label's share among
-    known entries sets;
- 5. contrast: among the prototypes of either modality, R_c of a present label must find its own,
-        -log softmax_c'(<R_c, P_c'> / t)[c], mean over P in {V, T};
- 6. distillation: |R_c - what CLIP's own embeddings are where the label looked|_1.
+ 4. prototypes V_c, the running mean of the query-level features of known positives, and T_c
+    estimate an unknown label by how near its own prototypes and how much nearer than the others'
+    they are (ours),
+        e_c = mean over P in {V, T} of  <Q_c, P_c> / t + log softmax_c'(<Q_c, P_c'> / t)[c];
+    where e_c leaves no doubt it is a pseudo label (ours: the thresholds, from the label's share
+    among known entries);
+ 5. contrast: among the prototypes of either modality, Q_c of a present label must find its own,
+        -log softmax_c'(<Q_c, P_c'> / t)[c], mean over P in {V, T};
+ 6. distillation: |Q_c - G_c|_1 with G_c = normalise(S_c x), the region-level feature.
 
     python trm_ml.py --partial 0.3                 # toy world, nothing to download
     python trm_ml.py --data coco --root data/coco --partial 0.1 0.3 0.5 0.7 0.9
@@ -32,14 +39,16 @@ embedding, H heads. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
  1. Attention starts as CLIP's own matching, in each head's share of the dimensions: its weights
-    are the identity, the queries the labels'
-    embeddings, the temperature CLIP's, the MLP's last layer 0. In a prototype on the toy world,
-    the known labels' loss alone ended at 36 mAP from a random start, at 94 from this.
+    are the identity, the queries the labels' embeddings, the temperature CLIP's, the MLP's last
+    layer 0. In a prototype on the toy world, the known labels' loss alone ended at 36 mAP from a
+    random start, at 94 from this.
  2. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
     share among the known ones lets expect are present, and beyond twice as many absent. Known
     entries would flatter: training fits them.
- 3. Which entries are known is drawn once, with the seeds of this line of work, and kept with the
-    run; every method and every --seed gets the same.
+ 3. Which entries are known is drawn once, over the full official list, with the seeds of this line
+    of work; every method and every --seed gets the same.
+ 4. The encoders are frozen, so several shares or matchings train side by side on embeddings that
+    are computed once; without augmentation these are kept, in float16.
 """
 import argparse
 import dataclasses
@@ -74,7 +83,8 @@ CONTEXT, HEADS = 16, 4  # learned words of a prompt; attention heads
 TEMPERATURE = 0.1  # t, of similarities with prototypes
 MOMENTUM = 0.99  # of the visual prototypes
 SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels, in units of the expected number of positives
-HIDDEN = 2  # hidden positives per known one, where absent labels are never or hardly ever known
+# labels that an image shows, on average; the benchmarks' as Cole et al. (CVPR 2021) have them
+EXPECTED_POSITIVES = {"voc2007": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4, "toy": 2.7}
 PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et al. (CVPR 2021)
 
 
@@ -144,65 +154,68 @@ class TRM(nn.Module):
         return F.normalize((x + self.last(F.gelu(self.hidden(self.norm(x))))).float(), dim=-1)
 
     def regions(self, x):
-        """Embeddings [B, L, D] -> (regions [B, C, D], unit length; attention [B, C, L], which
-        sums to 1 and says where each label looked)."""
+        """Embeddings [B, L, D] -> (query-level features [B, C, D], unit length; saliency maps
+        [B, C, L], which sum to 1 and say where each label looked)."""
         query = self.query(self.queries).unflatten(-1, (HEADS, -1))  # [C, H, d]
         key = self.key(x).unflatten(-1, (HEADS, -1))  # [B, L, H, d]
         value = self.value(x).unflatten(-1, (HEADS, -1))
-        attention = torch.einsum("chd,blhd->bhcl", query, key)  # [B, H, C, L]
-        attention = (self.clip.logit_scale.exp() * attention.float()).softmax(dim=-1)
-        attended = torch.einsum("bhcl,blhd->bchd", attention.to(value.dtype), value)
-        return self.refine(self.out(attended.flatten(2))), attention.mean(dim=1)
+        saliency = torch.einsum("chd,blhd->bhcl", query, key)  # [B, H, C, L]
+        saliency = (self.clip.logit_scale.exp() * saliency.float()).softmax(dim=-1)
+        attended = torch.einsum("bhcl,blhd->bchd", saliency.to(value.dtype), value)
+        return self.refine(self.out(attended.flatten(2))), saliency.mean(dim=1)
 
     def forward(self, x, texts):
         """Embeddings [B, L, D], texts [C, D] -> logits [B, C], and what regions(x) gives."""
-        regions = attention = None
+        features = saliency = None
         if self.matching == "region":
-            regions, attention = self.regions(x)
-            similarity = (regions * texts).sum(dim=-1)
+            features, saliency = self.regions(x)
+            similarity = (features * texts).sum(dim=-1)
         elif self.matching == "image":
             similarity = self.refine(x[:, 0]) @ texts.T
         else:
             pixels = self.refine(x[:, 1:]) @ texts.T  # [B, L, C]
             weights = (self.clip.logit_scale.exp() * pixels).softmax(dim=1)
             similarity = (weights * pixels).sum(dim=1)
-        return self.log_scale.exp() * similarity + self.bias, regions, attention
+        return self.log_scale.exp() * similarity + self.bias, features, saliency
 
     @torch.no_grad()
-    def update_prototypes(self, regions, present):
-        """Move the visual prototypes of the labels present, bool [B, C], towards their regions."""
-        means = F.normalize(torch.einsum("bc,bcd->cd", present.float(), regions), dim=-1)
+    def update_prototypes(self, features, present):
+        """Move the visual prototypes of the labels present, bool [B, C], towards their features."""
+        means = F.normalize(torch.einsum("bc,bcd->cd", present.float(), features), dim=-1)
         moved = F.normalize(MOMENTUM * self.visual + (1 - MOMENTUM) * means, dim=-1)
         self.visual.copy_(moved.where(present.any(dim=0)[:, None], self.visual))
 
     @torch.no_grad()
-    def estimates(self, regions, texts):
-        """Regions [B, C, D] -> e [B, C], how surely the labels are there, on no fixed scale."""
+    def estimates(self, features, texts):
+        """Query-level features [B, C, D] -> e [B, C], how surely the labels are there, on no fixed
+        scale."""
         total = 0
         for prototypes in (self.visual, texts):
-            own = (regions * prototypes).sum(dim=-1) / TEMPERATURE
-            among_all = (regions @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
+            own = (features * prototypes).sum(dim=-1) / TEMPERATURE
+            among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
             total = total + 2 * own - among_all
         return total / 2
 
     @torch.no_grad()
-    def calibrate(self, estimates, known):
+    def calibrate(self, estimates, known, expected_positives):
         """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C].
 
         Where known entries are drawn from all, a label's share of positives is the same among the
-        unknown ones. Where they are not, which shows in absent labels being the fewer ones, HIDDEN
-        times as many positives as are known are expected. A label without a known positive gets no
-        pseudo labels."""
+        unknown ones. Where they are not, which shows in absent labels being the fewer ones, an
+        image has expected_positives, and those that are not known are spread over the labels as
+        the known ones are. A label without a known positive gets no pseudo labels."""
         positives, negatives = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
-        drawn = (negatives > 0) & (positives.sum() < negatives.sum())
-        share = torch.where(drawn, positives / (positives + negatives).clamp(min=1),
-                            HIDDEN * positives / len(known))
-        ranked = estimates.masked_fill(known != 0, -torch.inf).sort(dim=0, descending=True).values
         count = (known == 0).sum(dim=0)
+        if positives.sum() < negatives.sum():
+            hidden = count * positives / (positives + negatives).clamp(min=1)
+        else:
+            in_all = (expected_positives * len(known) - positives.sum()).clamp(min=0)
+            hidden = in_all * positives / positives.sum().clamp(min=1)
+        ranked = estimates.masked_fill(known != 0, -torch.inf).sort(dim=0, descending=True).values
         usable = (positives > 0) & (count > 0)
         for threshold, factor, never in ((self.sure_present, SURE_PRESENT, torch.inf),
                                          (self.sure_absent, SURE_ABSENT, -torch.inf)):
-            rank = (factor * share * count).long().clamp(max=count - 1).clamp(min=0)
+            rank = (factor * hidden).long().clamp(max=count - 1).clamp(min=0)
             threshold.copy_(ranked.gather(0, rank[None])[0].where(usable, never))
 
     def pseudo_labels(self, estimates, known):
@@ -244,24 +257,27 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
 
     logits float [B, C]; targets int8 [B, C], +1 present, -1 absent, 0 unknown, which adds nothing.
     With p = sigmoid(logit) and q = max(p - clip, 0): -(1 - p)^gamma_pos log p of a present and
-    -q^gamma_neg log(1 - q) of an absent label. All 0: binary cross-entropy."""
+    -q^gamma_neg log(1 - q) of an absent label; all 0: binary cross-entropy. The focusing weights
+    are constants for the gradient, as in the loss's own code."""
     probabilities = logits.sigmoid()
     shifted = (probabilities - clip).clamp(min=0)
+    focus_present = (1 - probabilities.detach()) ** gamma_pos
+    focus_absent = shifted.detach() ** gamma_neg
     # log(1 - p) by logsigmoid where nothing is shifted: 1 - p would round to 0
-    absent = F.logsigmoid(-logits) if clip == 0 else torch.log1p(-shifted)
-    present = (1 - probabilities) ** gamma_pos * F.logsigmoid(logits)
-    absent = shifted ** gamma_neg * absent
-    return -(present * (targets == 1) + absent * (targets == -1)).sum() / len(logits)
+    log_absent = F.logsigmoid(-logits) if clip == 0 else torch.log1p(-shifted)
+    present = focus_present * F.logsigmoid(logits) * (targets == 1)
+    absent = focus_absent * log_absent * (targets == -1)
+    return -(present + absent).sum() / len(logits)
 
 
-def contrastive_loss(regions, present, prototypes):
-    """Regions float [B, C, D], present bool [B, C], prototypes float [M, C, D] -> scalar; vectors
+def contrastive_loss(features, present, prototypes):
+    """Features float [B, C, D], present bool [B, C], prototypes float [M, C, D] -> scalar; vectors
     of unit length.
 
     Cross-entropy of every present (b, c) among the prototypes of a modality, at temperature t: the
     mean over present labels and M modalities, 0 if nothing is present."""
     image, label = present.nonzero(as_tuple=True)  # [P]
-    similarity = regions[image, label] @ prototypes.transpose(1, 2) / TEMPERATURE  # [M, P, C]
+    similarity = features[image, label] @ prototypes.transpose(1, 2) / TEMPERATURE  # [M, P, C]
     total = F.cross_entropy(similarity.flatten(0, 1), label.repeat(len(prototypes)),
                             reduction="sum")
     return total / max(1, len(label) * len(prototypes))
@@ -272,26 +288,27 @@ def batch_loss(model, x, known, args, warm_up=False):
     two are None without prototypes, estimates also in warm-up, which has no pseudo labels yet."""
     with autocast(args):
         texts = model.texts()
-        logits, regions, attention = model(x, texts)
+        logits, features, saliency = model(x, texts)
     logits = logits.float()
     terms, pseudo, estimates = {"known": asymmetric_loss(logits, known)}, None, None
-    if regions is None:
+    if features is None:
         return terms["known"], terms, pseudo, estimates
     present, prototypes = known == 1, texts[None]
     if args.pseudo:
-        model.update_prototypes(regions, present)
+        model.update_prototypes(features, present)
         pseudo = torch.zeros_like(known)
         if not warm_up:
-            estimates = model.estimates(regions, texts)
+            estimates = model.estimates(features, texts)
             pseudo = model.pseudo_labels(estimates, known)
         terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
         present = present | (pseudo == 1)
         prototypes = torch.stack([model.visual, texts])  # [2, C, D]
     if args.contrastive:
-        terms["contrastive"] = args.contrastive * contrastive_loss(regions, present, prototypes)
+        terms["contrastive"] = args.contrastive * contrastive_loss(features, present, prototypes)
     if args.distillation:
-        looked_at = F.normalize(attention.detach().float() @ x, dim=-1)  # [B, C, L] @ [B, L, D]
-        distance = (regions - looked_at).abs().sum(dim=-1).mean()
+        # [B, C, L] @ [B, L, D]: the region-level features teach, the query-level ones learn
+        region_level = F.normalize(saliency.detach().float() @ x, dim=-1)
+        distance = (features - region_level).abs().sum(dim=-1).mean()
         terms["distillation"] = args.distillation * distance
     return sum(terms.values()), terms, pseudo, estimates
 
@@ -377,7 +394,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
             line |= zip(run.terms, (totals[i] / len(loader)).tolist())
             if estimated[i]:
                 estimates, known = (torch.cat(parts) for parts in zip(*estimated[i]))
-                run.model.calibrate(estimates, known)
+                run.model.calibrate(estimates, known, args.expected_positives)
             if torch.is_tensor(counts[i]):
                 right, found, hidden, right_absent, found_absent = counts[i].tolist()
                 line["pseudo_precision"] = right / max(1, found)
@@ -480,14 +497,14 @@ def predict(clip, model, preprocess, labels, args):
     for path, photo in data.open_images(args.predict):
         x = encode(clip, preprocess(photo)[None].to(args.device), args)
         with autocast(args):
-            logits, _, attention = model(x, texts)
+            logits, _, saliency = model(x, texts)
         values, order = logits[0].float().sigmoid().sort(descending=True)
         best = [(labels[i], round(score, 4)) for i, score in zip(order.tolist(), values.tolist())
                 if args.threshold is None or score >= args.threshold][:args.top]
         found = [{"label": label, "score": score} for label, score in best]
         print(json.dumps({"path": str(path), "labels": found}), flush=True)
         if args.heatmap:
-            maps = attention[0, :, 1:].cpu()  # [C, L], without the whole image
+            maps = saliency[0, :, 1:].cpu()  # [C, L], without the whole image
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
             shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
             name = str(path).strip("./").replace(os.sep, "_")
@@ -507,6 +524,8 @@ def arguments(argv=None):
     add("--partial", type=float, nargs="+", default=[1.0], metavar="P",
         help="the share of label entries that is known; several are trained side by side")
     add("--single-positive", action="store_true", help="one present label an image is known")
+    add("--expected-positives", type=float, metavar="K", help="labels that an image shows on "
+        "average, for --single-positive (1.5 voc2007, 2.9 coco, 1.9 nuswide81, 31.4 cub)")
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN101", help="CLIP's name for it or a path to weights")
     add("--image-size", type=int, default=448, help="pixels, square; nothing is cropped (448)")
@@ -573,9 +592,10 @@ def arguments(argv=None):
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
     if not 0 < min(args.partial) <= max(args.partial) <= 1:
-        parser.error("--partial: shares above 0 and up to 1; without known labels nothing is learnt")
+        parser.error("--partial: shares above 0 and up to 1")
     if args.single_positive and (args.partial != [1.0] or args.val_fraction):
         parser.error("--single-positive knows no absent label: no --partial, no --val-fraction")
+    args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
     args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args
 
