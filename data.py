@@ -72,6 +72,7 @@ def open_image(file, *, on_truncated=_note_once):
     start = b""
     try:
         with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
+            opened.seek(0)
             start = opened.read(12)
             image = Image.open(opened)  # from the first byte
             if max(image.size) > 100 * min(image.size):  # huge when the short side is 224
@@ -161,12 +162,12 @@ def open_images(paths):
 # ---- the dataset
 
 class MultiLabelDataset(Dataset):
-    """Images with one target per label; [i] -> (image, targets[i]).
+    """Images with one target per label; [i] -> (image, full_targets[rows[i]]).
 
-    labels: C names. targets: int8 [F, C] in {+1 present, -1 absent, 0 unknown}, a tensor or an
-    array, over the full list of images. images: a list of F paths, or an object whose [i] is an
-    RGB PIL image. rows: int64 [N], which of the full list this dataset has, all by default.
-    unseen: indices of the labels that training must not see; `seen` are the others.
+    labels: C names. targets: int8 [F, C] in {+1 present, -1 absent, 0 unknown} of the full list of
+    images, kept as `full_targets`. images: a list of F paths, or an object whose [i] is an RGB PIL
+    image. rows: int64 [N], which of the full list this dataset has; all by default. unseen:
+    indices of the labels that training must not see; `seen` are the others.
 
     Files that do not exist are left out and counted in `missing`; more than 5% of them is a
     UserError unless allow_missing. A file that cannot be decoded is a UserError with
@@ -216,20 +217,20 @@ class MultiLabelDataset(Dataset):
         folders = {folder for folder, _ in paths if os.path.isdir(folder or ".")}
         names_in = {folder: set(os.listdir(folder or ".")) for folder in folders}
         exists = torch.tensor([name in names_in.get(folder, ()) for folder, name in paths])
-        total, self.missing = len(exists), int((~exists).sum())
+        self.missing = int((~exists).sum())
         if self.missing:
             first = self.images[int(self.rows[~exists][0])]
-            message = f"{self.name}: {self.missing:,} of {total:,} images missing, e.g. {first}"
-            if self.missing == total:
+            message = f"{self.name}: {self.missing:,} of {len(paths):,} images missing, e.g. {first}"
+            if self.missing == len(paths):
                 raise UserError(message)
-            if self.missing > 0.05 * total and not allow_missing:
+            if self.missing > 0.05 * len(paths) and not allow_missing:
                 raise UserError(f"{message}; --allow-missing goes on without them")
             _note(f"{message}; going on without them", quiet)
             self.rows = self.rows[exists]
 
     @property
     def targets(self):
-        """int8 [N, C]: full_targets[rows]; the same memory, not a copy, if nothing is left out."""
+        """int8 [N, C]: full_targets[rows], without a copy if nothing is left out."""
         if torch.equal(self.rows, torch.arange(len(self.full_targets))):
             return self.full_targets
         return self.full_targets[self.rows]
@@ -251,8 +252,7 @@ class MultiLabelDataset(Dataset):
                 last_error = error
                 if self.on_error == "raise":
                     raise
-                message = f"{error} (another image takes its place)"
-                self._note_first(self.unreadable, row, message)
+                self._note_first(self.unreadable, row, f"{error} (another takes its place)")
             else:
                 image = image if self.transform is None else self.transform(image)
                 return image, self.full_targets[row]
@@ -535,7 +535,7 @@ def _note_placeholders(dataset):
 
 
 def cub_label(name):
-    """An attribute in words: has_bill_shape::curved_(up_or_down) -> bird with a curved bill."""
+    """An attribute in words: has_bill_shape::hooked_seabird -> bird with a hooked seabird bill."""
     part, _, value = name.removeprefix("has_").partition("::")
     part, _, kind = part.replace("_", " ").rpartition(" ")  # "upper tail", "color"; "", "size"
     value = re.sub(r"\(.*?\)", "", value).replace("_", " ").strip()
@@ -605,10 +605,10 @@ def _read_openimages(path, column_of, width, file):
     names = []
     file.parent.mkdir(parents=True, exist_ok=True)
     own = Path(f"{file}.{os.getpid()}")  # another name until it is whole
-    with open(path, newline="", encoding="utf-8-sig") as lines, open(own, "wb") as out:
-        reader = csv.reader(lines)
-        next(reader, None)
-        try:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as lines, open(own, "wb") as out:
+            reader = csv.reader(lines)
+            next(reader, None)
             for image, entries in itertools.groupby(reader, lambda entry: entry[0]):
                 targets = np.zeros(width, np.int8)
                 for _, _, label, confidence in entries:
@@ -619,14 +619,15 @@ def _read_openimages(path, column_of, width, file):
                 if targets.any():
                     names.append(image)
                     out.write(targets)
-            if not names or len(set(names)) < len(names):
-                raise ValueError("there are no labels, or the lines of an image are not together")
-        except (ValueError, LookupError, OSError) as error:
-            own.unlink()
-            raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
-                            f"Confidence` with confidence 0 or 1: {error}") from None
-    np.save(f"{file}.npy", np.array(names, np.bytes_))
-    os.replace(own, file)
+        if not names or len(set(names)) < len(names):
+            raise ValueError("there are no labels, or the lines of an image are not together")
+        np.save(f"{file}.npy", np.array(names, np.bytes_))
+        os.replace(own, file)
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
+                        f"Confidence` with confidence 0 or 1: {error}") from None
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def openimages(root, split):
@@ -656,7 +657,6 @@ def openimages(root, split):
         name = name_of[class_id].strip()
         times[name] += 1
         labels.append(name if times[name] == 1 else f"{name} ({times[name]})")
-
     path = _find(root, f"2018_04/{split}-annotations-human-imagelabels.csv")
     vocabulary = seen if split == "train" else seen + unseen
     column_of = {class_id: column for column, class_id in enumerate(vocabulary)}
@@ -935,16 +935,17 @@ def load_dataset(name, root=None, split="train", transform=None, *, allow_missin
                             f"{', '.join(having) or 'no dataset'}")
     try:
         parts = DATASETS[name](root, split, **options)
-    except FileNotFoundError as error:
-        layout = inspect.getdoc(DATASETS[name.removesuffix("81")])
+    except OSError as error:
+        layout = inspect.getdoc(DATASETS[name.removesuffix("81")])  # of nuswide for both
         raise UserError(f"{error}\n\n{layout}") from None
     if name in PUBLISHED:
-        count, published = len(parts["images"]), PUBLISHED[name][split == "test"]
+        count = len(parts["images"])
+        published = PUBLISHED[name][split == "test"]
         warning = "" if count == published else "; WARNING: another release"
         _note(f"{name} {split}: {count:,} images listed, {published:,} published{warning}", quiet)
     dataset = MultiLabelDataset(**parts, transform=transform, name=name,
                                 on_error="replace" if split == "train" else "raise",
                                 allow_missing=allow_missing, quiet=quiet)
-    if name.startswith("nuswide") and not quiet:
+    if name in ("nuswide", "nuswide81") and not quiet:
         _note_placeholders(dataset)
     return dataset
