@@ -220,7 +220,8 @@ class MultiLabelDataset(Dataset):
         self.missing = int((~exists).sum())
         if self.missing:
             first = self.images[int(self.rows[~exists][0])]
-            message = f"{self.name}: {self.missing:,} of {len(paths):,} images missing, e.g. {first}"
+            count = f"{self.missing:,} of {len(paths):,}"
+            message = f"{self.name}: {count} images missing, e.g. {first}"
             if self.missing == len(paths):
                 raise UserError(message)
             if self.missing > 0.05 * len(paths) and not allow_missing:
@@ -640,9 +641,8 @@ def openimages(root, split):
     https://storage.googleapis.com/openimages/web/download_v4.html; the lists of unseen labels are
     in the repositories of LESA and BiAM
 
-    What was not verified is unknown (0), in training all unseen labels; an image without a
-    verified label is left out. Of labels with one name the second is called Bat (2). The targets
-    are mapped from a file in the cache, of 43 GB in training: what looks at all of it reads it.
+    What was not verified is unknown (0), in training all unseen labels; images without a verified
+    label are left out. The targets are mapped from a file in the cache, of 43 GB in training.
     """
     class_file = _find(root, "2018_04/class-descriptions.csv")
     name_of = _entries(class_file, lambda line: next(csv.reader([line])))
@@ -656,7 +656,7 @@ def openimages(root, split):
             raise UserError(f"{class_file}: '{class_id}' is not in it")
         name = name_of[class_id].strip()
         times[name] += 1
-        labels.append(name if times[name] == 1 else f"{name} ({times[name]})")
+        labels.append(name if times[name] == 1 else f"{name} ({times[name]})")  # Bat, Bat (2)
     path = _find(root, f"2018_04/{split}-annotations-human-imagelabels.csv")
     vocabulary = seen if split == "train" else seen + unseen
     column_of = {class_id: column for column, class_id in enumerate(vocabulary)}
@@ -865,7 +865,6 @@ def folder(root, split):
             targets[row, [column_of[name] for name in present]] = 1
         except KeyError as error:
             raise UserError(f"{where}: {error} is not in {label_file}") from None
-
     unseen_file = os.path.join(root, "unseen.txt")
     unseen = list(_entries(unseen_file)) if os.path.exists(unseen_file) else []
     if not {*unseen} < {*labels}:
