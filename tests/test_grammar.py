@@ -169,7 +169,8 @@ def test_a_capital_is_a_name_where_other_labels_have_none():
     text = "\n".join(sentences_about(["dog", "cat", "Nessie", "MRI scanner"], 500)[0])
     assert not re.search(r"(a|an|one|small|large|some) Nessie|Nessies", text, re.I)
     assert re.search("an MRI scanner", text) and re.search("two MRI scanners", text)
-    text = "\n".join(sentences_about(["Dog", "Cat", "Tree", "Dirt track racing"], 500)[0])
+    labels = ["Dog", "Tree", "Dirt track racing", "Teddy bear", "Wine glass", "Stop sign"]
+    text = "\n".join(sentences_about(labels, 500)[0])
     assert re.search("a small Dog", text) and re.search("two Trees", text)
     assert not re.search("(a|one|small|large|some) Dirt", text, re.I)
 

@@ -9,6 +9,7 @@ import functools
 import random
 import re
 
+import numpy as np
 import torch
 
 # how English treats a noun follows from its head word; unlisted ones are guessed by their ending
@@ -227,10 +228,9 @@ def sentences_about(labels, count, seed=0):
     groups = [group_of.get(TAIL.sub("", label.lower()), "") for label in labels]
 
     kinds = [kind_of(label) for label in labels]
-    capitalised = [index for index, label in enumerate(labels) if re.match("[A-Z][a-z]+$", label)]
-    if 2 * len(capitalised) < len(labels):
-        for index in capitalised:
-            kinds[index] = "bare"
+    if 2 * sum(bool(re.match("[A-Z][a-z]", label)) for label in labels) < len(labels):
+        kinds = ["bare" if re.match("[A-Z][a-z]+$", label) else kind
+                 for label, kind in zip(labels, kinds)]
     phrases = [noun_phrases(label, kind, usable) for label, kind in zip(labels, kinds)]
     is_thing = [kind not in ("bare", "the", "adjective") for kind in kinds]  # beside another
 
@@ -264,7 +264,7 @@ def sentences_about(labels, count, seed=0):
         return f"{scene}, {body}" if scene and generator.random() < 0.3 else f"{body} {scene}"
 
     sentences = []
-    targets = torch.full((count, len(labels)), -1, dtype=torch.int8)
+    targets = np.full((count, len(labels)), -1, dtype=np.int8)
     for row in range(count):
         chosen = generator.sample(range(len(labels)), generator.randint(1, min(5, len(labels))))
         chosen.sort(key=is_thing.__getitem__, reverse=True)  # stable: random but for this
@@ -277,4 +277,4 @@ def sentences_about(labels, count, seed=0):
             text = ", ".join(with_article(labels[label], kinds[label]) for label in chosen)
         sentences.append(f"{text[0].upper()}{text[1:]}.")
         targets[row, chosen] = 1
-    return sentences, targets
+    return sentences, torch.from_numpy(targets)
