@@ -408,12 +408,12 @@ def train(model, embeddings, targets, state, args):
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         log.append(line)
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
-        data.write_file(f"{args.output}/last.pt", state)
         best = max(x.get("val_mAP", 0) for x in log)
         if line.get("val_mAP", 0) == best:  # without held-out sentences: the last epoch
             data.write_file(f"{args.output}/best.pt", state)
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
+        data.write_file(f"{args.output}/last.pt", state)  # at the end: else the epoch is repeated
     best = data.read_checkpoint(f"{args.output}/best.pt", "lang_cls")
     model.load_state_dict(best["model"])
 
