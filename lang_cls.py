@@ -45,6 +45,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -307,17 +308,21 @@ def generate(path, labels, args):
                 raise UserError(f"{where}: written for other labels or another seed: choose "
                                 f"another file for --generate")
             missing.discard(request)
+    lock = threading.Lock()
+
+    def answer(request):
+        names = draw_labels(labels, args.seed, request)
+        line = {"request": request, "labels": names,
+                "description": ask(args.llm_url, args.llm_model, names)}
+        with lock:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
-        chosen = {request: draw_labels(labels, args.seed, request) for request in sorted(missing)}
-        futures = {pool.submit(ask, args.llm_url, args.llm_model, names): request
-                   for request, names in chosen.items()}
+        futures = [pool.submit(answer, request) for request in sorted(missing)]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), disable=args.no_bars):
-                request = futures[future]
-                line = {"request": request, "labels": chosen[request],
-                        "description": future.result()}
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+                future.result()
         except BaseException:  # Ctrl-C too: ask no more
             pool.shutdown(cancel_futures=True)
             raise
