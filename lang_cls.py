@@ -37,6 +37,7 @@ Where this differs from the authors' code
  3. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
 """
 import argparse
+import contextlib
 import hashlib
 import http.client
 import json
@@ -282,7 +283,9 @@ def ask(url, model, labels, attempts=6, delay=1.0):
             answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)  # reasoning
             return " ".join(answer.split()).strip('" ')
         except urllib.error.HTTPError as error:
-            reason = f"{error} {error.read(300).decode(errors='replace')}"
+            reason = str(error)
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it may break off too
+                reason += f" {error.read(10_000).decode(errors='replace')}"
             if error.code not in (408, 409, 425, 429) and error.code < 500:
                 break
             if error.headers.get("Retry-After", "").isdigit():
@@ -292,7 +295,7 @@ def ask(url, model, labels, attempts=6, delay=1.0):
         if attempt < attempts - 1:
             time.sleep(wait)
     reason = reason.replace(key, "***") if key else reason
-    raise UserError(f"{url}: {reason}; the same command goes on from what has come so far")
+    raise UserError(f"{url}: {reason[:300]}; the same command goes on from what has come so far")
 
 
 def generate(path, labels, args):
