@@ -540,8 +540,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint FILE")
-    if args.generate and not (args.llm_url and args.llm_model):
-        parser.error("--generate needs --llm-url URL and --llm-model NAME")
+    if args.generate and not ((args.llm_url or "").startswith("http") and args.llm_model):
+        parser.error("--generate needs --llm-url http://... and --llm-model NAME")
     if args.labels and (args.predict or args.eval):
         parser.error("--labels are for training: a checkpoint scores its own labels only")
     if not (args.predict or args.eval):
@@ -593,7 +593,8 @@ def read_checkpoint(args):
             state = torch.load(path, map_location="cpu", weights_only=True)
         return {"state_dict": {PUBLISHED: state["state_dict"][PUBLISHED].float()}}
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        raise UserError(f"{path} is not the authors' checkpoint: {error}") from None
+        reason = repr(error).partition("\\n")[0]
+        raise UserError(f"{path} is not the authors' checkpoint: {reason}") from None
 
 
 def autocast(args):
@@ -632,7 +633,11 @@ def main(argv=None):
     if saved and "state_dict" in saved:
         weight, names = saved["state_dict"][PUBLISHED], data.COCO_LABELS
         if args.memory:
-            memory = torch.load(args.memory, map_location="cpu", weights_only=True).float()
+            try:
+                memory = torch.load(args.memory, map_location="cpu", weights_only=True).float()
+            except Exception as error:  # whatever is wrong with the file
+                reason = repr(error).partition("\\n")[0]
+                raise UserError(f"{args.memory} does not hold a tensor: {reason}") from None
         else:
             memory = label_embeddings(clip, names, templates, args)
         if not weight.shape == memory.shape == (len(names), clip.text_projection.shape[1]):
