@@ -304,6 +304,8 @@ def generate(path, labels, args):
     missing = set(range(args.sentences))
     if os.path.exists(path):
         text = data.read_text(path)
+        if text and not text.startswith('{"request": '):
+            raise UserError(f"{path}: not written by --generate: choose another file")
         data.write_file(path, text[:text.rfind("\n") + 1])  # a killed call may have cut a line
         for where, entry in data.read_json(path):
             request = entry.get("request") if isinstance(entry, dict) else None
