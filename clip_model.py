@@ -584,8 +584,8 @@ def read_state_dict(path):
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a broken file can make the unpickler raise anything
         state_dict = None
-    if not isinstance(state_dict, dict):
-        raise ClipError(f"{path} is no TorchScript archive or state dict, or it is damaged")
+    if not isinstance(state_dict, dict) or "text_projection" not in state_dict:
+        raise ClipError(f"{path} is no TorchScript archive or state dict of a CLIP, or damaged")
     return state_dict
 
 

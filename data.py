@@ -35,9 +35,7 @@ from torch.utils.data import Dataset
 
 from toy import world
 
-# Pillow warns above 89 million pixels, which some phones exceed; open_image refuses above this
-MAX_PIXELS = 200_000_000
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; from here it would warn
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -67,20 +65,18 @@ def open_image(file, *, on_truncated=_note_once):
     EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8 bits; of
     an animation the first frame is taken. A truncated photo is used as far as it goes, and named
     once on stderr. UserError names the file and the reason if it is missing, empty, not an image,
-    larger than MAX_PIXELS, or has pixels without a defined range (32-bit integers, floats).
+    of over 200 million pixels, or of pixels without a defined range (32-bit integers, floats).
     """
     is_path = isinstance(file, (str, os.PathLike))
     name = os.fspath(file) if is_path else getattr(file, "name", "image")
     start = b""
     try:
         with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
+            opened.seek(0)
             start = opened.read(12)
             image = Image.open(opened)  # from the first byte
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
-            if max(width, height) > 100 * min(width, height):  # huge when the short side is 224
-                raise ValueError(f"{width} x {height} is too long for its width")
+            if max(image.size) > 100 * min(image.size):  # huge when the short side is 224
+                raise ValueError(f"{image.width} x {image.height} is too long for its width")
             try:
                 image.load()  # not reduced by Image.draft, which changes the pixels
             except OSError as error:
@@ -92,8 +88,7 @@ def open_image(file, *, on_truncated=_note_once):
     except UnidentifiedImageError:
         reason = "not an image, or its header is damaged" if start else "the file is empty"
         if start[4:] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
-            reason = ("HEIC, which Pillow does not read: convert it to JPEG, or install "
-                      "pillow-heif and call its register_heif_opener()")
+            reason = "HEIC: convert it to JPEG, or install pillow-heif and register its opener"
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise UserError(f"{name}: {reason}")
@@ -175,13 +170,12 @@ def open_images(paths):
 # ---- the dataset
 
 class MultiLabelDataset(Dataset):
-    """Images with one target per label; [i] -> (image, targets[i]).
+    """Images with one target per label; [i] -> (image, full_targets[rows[i]]).
 
-    labels: C names. targets: int8 [F, C] in {+1 present, -1 absent, 0 unknown}, a tensor or an
-    array, over the full list of images. images: a list of F paths, or any object whose [i] is an
-    RGB PIL image. rows: int64 [N], which entries of the full list this dataset has, all by default.
-    unseen: indices of the labels that training must not see; `seen` are the others. UserError if
-    these do not fit together.
+    labels: C names. targets: int8 [F, C] in {+1 present, -1 absent, 0 unknown} of the full list of
+    images, kept as `full_targets`. images: a list of F paths, or an object whose [i] is an RGB PIL
+    image. rows: int64 [N], which of the full list this dataset has; all by default. unseen:
+    indices of the labels that training must not see; `seen` are the others.
 
     Files that do not exist are left out and counted in `missing`; more than 5% of them is a
     UserError unless allow_missing. A file that cannot be decoded is a UserError with
@@ -228,26 +222,24 @@ class MultiLabelDataset(Dataset):
     def _leave_out_missing(self, allow_missing, quiet):
         # one listing per directory: a look-up per file takes minutes on a network disk
         paths = [os.path.split(self.images[row]) for row in self.rows.tolist()]
-        names_in = {}
-        for directory in {directory for directory, _ in paths}:
-            is_directory = os.path.isdir(directory or ".")
-            names_in[directory] = set(os.listdir(directory or ".")) if is_directory else set()
-        exists = torch.tensor([name in names_in[directory] for directory, name in paths])
-        total, self.missing = len(exists), int((~exists).sum())
+        folders = {folder for folder, _ in paths if os.path.isdir(folder or ".")}
+        names_in = {folder: set(os.listdir(folder or ".")) for folder in folders}
+        exists = torch.tensor([name in names_in.get(folder, ()) for folder, name in paths])
+        self.missing = int((~exists).sum())
         if self.missing:
             first = self.images[int(self.rows[~exists][0])]
-            message = f"{self.name}: {self.missing:,} of {total:,} images missing, e.g. {first}"
-            if self.missing == total:
+            count = f"{self.missing:,} of {len(paths):,}"
+            message = f"{self.name}: {count} images missing, e.g. {first}"
+            if self.missing == len(paths):
                 raise UserError(message)
-            if self.missing > 0.05 * total and not allow_missing:
-                raise UserError(f"{message}; to go on without them: --allow-missing "
-                                f"(allow_missing=True)")
+            if self.missing > 0.05 * len(paths) and not allow_missing:
+                raise UserError(f"{message}; --allow-missing goes on without them")
             _note(f"{message}; going on without them", quiet)
             self.rows = self.rows[exists]
 
     @property
     def targets(self):
-        """int8 [N, C]: full_targets[rows]; the same memory, not a copy, if nothing is left out."""
+        """int8 [N, C]: full_targets[rows], without a copy if nothing is left out."""
         if torch.equal(self.rows, torch.arange(len(self.full_targets))):
             return self.full_targets
         return self.full_targets[self.rows]
@@ -269,8 +261,7 @@ class MultiLabelDataset(Dataset):
                 last_error = error
                 if self.on_error == "raise":
                     raise
-                message = f"{error} (another image takes its place)"
-                self._note_first(self.unreadable, row, message)
+                self._note_first(self.unreadable, row, f"{error} (another takes its place)")
             else:
                 image = image if self.transform is None else self.transform(image)
                 return image, self.full_targets[row]
@@ -296,17 +287,14 @@ class MultiLabelDataset(Dataset):
         return subset
 
     def hold_out(self, fraction, transform):
-        """-> (the others, a random fraction of the images, with this transform); or (self, None).
-
-        Of those held out none is replaced: the score would be another image's.
-        """
+        """-> (the others, a random fraction with this transform), or (self, None) for 0."""
         if not fraction:
             return self, None
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         count = max(1, round(fraction * len(self)))
         held_out = self.subset(order[:count])
         held_out.transform = transform
-        held_out.on_error = "raise"
+        held_out.on_error = "raise"  # the score would be another image's
         return self.subset(order[count:]), held_out
 
 
@@ -446,9 +434,9 @@ def cached(name, paths, key, make, quiet):
     with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as content:
         return dict(content)
     arrays = make()
-    own = f"{file}.{os.getpid()}.npz"  # others may be at it too
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        own = f"{file}.{os.getpid()}.npz"  # others may be at it too
         np.savez(own, **arrays)
         os.replace(own, file)
     except OSError as error:
@@ -480,12 +468,10 @@ def _nuswide_images(root, split):
     flickr = _find(root, "Flickr")
     everything = _entries(_find(root, "ImageList/Imagelist.txt"), parse)
     path = _find(root, f"ImageList/{split.title()}Imagelist.txt")
-    row_of = {name: row for row, name in enumerate(everything)}
     names = list(_entries(path, parse))
-    strangers = [name for name in names if name not in row_of]
-    if strangers:
-        raise UserError(f"{path}: {len(strangers):,} images are not in Imagelist.txt, "
-                        f"e.g. {strangers[0]}")
+    if not {*names} <= {*everything}:
+        raise UserError(f"{path}: some images are not in Imagelist.txt")
+    row_of = {name: row for row, name in enumerate(everything)}
     images = [os.path.join(flickr, everything[name]) for name in names]
     return images, [row_of[name] for name in names], len(everything)
 
@@ -537,10 +523,7 @@ def nuswide(root, split):
 
 
 def nuswide81(root, split, *, annotated_only=False):
-    """NUS-WIDE, laid out as for nuswide(), with its 81 concepts as the only labels.
-
-    annotated_only leaves out images without a label.
-    """
+    """NUS-WIDE's 81 concepts as the only labels, annotated_only: of the images that have one."""
     images, rows, total = _nuswide_images(root, split)
     concepts, targets = _nuswide_concepts(root, rows, total)
     rows = np.flatnonzero((targets > 0).any(axis=1)) if annotated_only else None
@@ -561,10 +544,7 @@ def _note_placeholders(dataset):
 
 
 def cub_label(name):
-    """A CUB attribute in words: has_bill_shape::curved_(up_or_down) -> bird with a curved bill.
-
-    Every label ends a prompt's "a photo of a". What is in brackets (inches) is left out.
-    """
+    """An attribute in words: has_bill_shape::hooked_seabird -> bird with a hooked seabird bill."""
     part, _, value = name.removeprefix("has_").partition("::")
     part, _, kind = part.replace("_", " ").rpartition(" ")  # "upper tail", "color"; "", "size"
     value = re.sub(r"\(.*?\)", "", value).replace("_", " ").strip()
@@ -605,7 +585,7 @@ def cub(root, split, *, not_visible="absent"):
     targets = np.zeros((len(images) + 1, len(attributes) + 1), np.int8)  # which count from 1
     try:  # some lines have more than five entries: the first four are the same everywhere
         image, attribute, present, certainty = np.loadtxt(
-            path, np.int32, usecols=range(4), unpack=True, encoding="utf-8-sig")
+            path, np.int32, usecols=range(4), unpack=True, ndmin=2, encoding="utf-8-sig")
         values = np.array([-1, 1])[present]
         values[certainty == 1] = {"absent": -1, "unknown": 0}[not_visible]
         targets[image, attribute] = values
@@ -620,9 +600,8 @@ def cub(root, split, *, not_visible="absent"):
 def _openimages_unseen(list_file, number_file):
     """Class ids of the 400 unseen labels: the numbers in one file count the other's, from 0."""
     try:  # a pickled array: its strings are taken, nothing that it says is executed
-        content = pickletools.genops(Path(list_file).read_bytes())
-        ids = [value for operation, value, _ in content
-               if "UNICODE" in operation.name and value.startswith("/")]
+        operations = pickletools.genops(Path(list_file).read_bytes())
+        ids = [value for _, value, _ in operations if str(value).startswith("/m/")]
         return [ids[int(number)] for number in _entries(number_file)]
     except (ValueError, IndexError) as error:
         raise UserError(f"{number_file} must count class ids in {list_file}: {error}") from None
@@ -635,10 +614,10 @@ def _read_openimages(path, column_of, width, file):
     names = []
     file.parent.mkdir(parents=True, exist_ok=True)
     own = Path(f"{file}.{os.getpid()}")  # another name until it is whole
-    with open(path, newline="", encoding="utf-8-sig") as lines, open(own, "wb") as out:
-        reader = csv.reader(lines)
-        next(reader, None)
-        try:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as lines, open(own, "wb") as out:
+            reader = csv.reader(lines)
+            next(reader, None)
             for image, entries in itertools.groupby(reader, lambda entry: entry[0]):
                 targets = np.zeros(width, np.int8)
                 for _, _, label, confidence in entries:
@@ -649,14 +628,15 @@ def _read_openimages(path, column_of, width, file):
                 if targets.any():
                     names.append(image)
                     out.write(targets)
-            if not names or len(set(names)) < len(names):
-                raise ValueError("there are no labels, or the lines of an image are not together")
-        except (ValueError, LookupError, OSError) as error:
-            own.unlink()
-            raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
-                            f"Confidence` with confidence 0 or 1: {error}") from None
-    np.save(f"{file}.npy", np.array(names, np.bytes_))
-    os.replace(own, file)
+        if not names or len(set(names)) < len(names):
+            raise ValueError("there are no labels, or the lines of an image are not together")
+        np.save(f"{file}.npy", np.array(names, np.bytes_))
+        os.replace(own, file)
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
+                        f"Confidence` with confidence 0 or 1: {error}") from None
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def openimages(root, split):
@@ -669,9 +649,8 @@ def openimages(root, split):
     https://storage.googleapis.com/openimages/web/download_v4.html; the lists of unseen labels are
     in the repositories of LESA and BiAM
 
-    What was not verified is unknown (0), in training all unseen labels; an image without a
-    verified label is left out. Of labels with one name the second is called Bat (2). The targets
-    are mapped from a file in the cache, of 43 GB in training: what looks at all of it reads it.
+    What was not verified is unknown (0), in training all unseen labels; images without a verified
+    label are left out. The targets are mapped from a file in the cache, of 43 GB in training.
     """
     class_file = _find(root, "2018_04/class-descriptions.csv")
     name_of = _entries(class_file, lambda line: next(csv.reader([line])))
@@ -685,8 +664,7 @@ def openimages(root, split):
             raise UserError(f"{class_file}: '{class_id}' is not in it")
         name = name_of[class_id].strip()
         times[name] += 1
-        labels.append(name if times[name] == 1 else f"{name} ({times[name]})")
-
+        labels.append(name if times[name] == 1 else f"{name} ({times[name]})")  # Bat, Bat (2)
     path = _find(root, f"2018_04/{split}-annotations-human-imagelabels.csv")
     vocabulary = seen if split == "train" else seen + unseen
     column_of = {class_id: column for column, class_id in enumerate(vocabulary)}
@@ -717,10 +695,8 @@ teddy bear, hair drier""".replace("\n", " ").split(", ")
 
 
 def _coco_instances(path):
-    """Arrays: file names [F], label names [C] by category id, and boxes int8 [F, C].
-
-    boxes: 0 where there is none, 1 where all are crowds, else 2.
-    """
+    """Arrays: file names [F], label names [C] by category id, and boxes int8 [F, C]: 0 where there
+    is none, 1 where all are crowds, else 2."""
     def reduced(entry):  # as soon as it is read: the outlines take over a gigabyte
         return {key: value for key, value in entry.items() if key != "segmentation"}
 
@@ -765,9 +741,7 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
         labels = [labels[column] for column in columns]
         unseen = [labels.index(label) for label in COCO_UNSEEN]
     targets = np.where(boxes > (1 if drop_crowd else 0), 1, -1).astype(np.int8)
-    kept = np.ones(len(targets), bool)
-    if annotated_only:
-        kept = (targets > 0).any(axis=1)
+    kept = (targets > 0).any(axis=1) if annotated_only else np.ones(len(targets), bool)
     if zero_shot and split == "train":
         kept &= ~boxes[:, unseen].any(axis=1)  # a crowd shows the label too
         targets[:, unseen] = 0
@@ -807,9 +781,9 @@ def voc2007(root, split, *, difficult="absent"):
             columns = [column_of[thing.findtext("name", "").strip()] for thing in objects]
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise UserError(f"{path}: not an annotation of VOC: {error!r}") from None
-        easy = [thing.findtext("difficult", "0").strip() != "1" for thing in objects]
+        easy = [thing.findtext("difficult", "").strip() != "1" for thing in objects]
         targets[row, columns] = {"absent": -1, "unknown": 0, "present": 1}[difficult]
-        targets[row, [column for column, is_easy in zip(columns, easy) if is_easy]] = 1
+        targets[row, np.array(columns, int)[easy]] = 1
     folder = _find(root, "JPEGImages")
     return {"labels": VOC_LABELS, "targets": targets,
             "images": [os.path.join(folder, f"{image}.jpg") for image in images]}
@@ -821,37 +795,33 @@ def vg200(root, split):
         train_list_500.txt  test_list_500.txt  vg_category_200_labels_index.json
         vg_category_200.txt    200 names, a line each: line 1 is label 0
         VG_100K/<image>.jpg    with the images of VG_100K_2 moved into it
-    Images: https://homes.cs.washington.edu/~ranjay/visualgenome/api.html. The lists are SSGRL's;
-    it publishes labels as numbers only, but these methods need their names. Its training list has
-    82,904 lines, not the 98,249 that papers print.
+    Images: https://homes.cs.washington.edu/~ranjay/visualgenome/api.html. SSGRL's lists give only
+    numbers of labels; these methods need names. 82,904 training images, not 98,249 as printed.
     """
     names = list(_entries(_find(root, "vg_category_200.txt")))
-    list_file = _find(root, f"{split}_list_500.txt")
-    images = [os.path.basename(image) for image in _entries(list_file)]
+    images = list(_entries(_find(root, f"{split}_list_500.txt")))
     path = _find(root, "vg_category_200_labels_index.json")
     indices_of = _parse_json(path)  # {file name: label indices}
     targets = np.full((len(images), len(names)), -1, np.int8)
     for row, image in enumerate(images):
         try:
-            targets[row, np.array(indices_of[image], np.int64)] = 1
+            targets[row, np.array(indices_of[os.path.basename(image)], np.int64)] = 1
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{path}: the labels of {image} must be a list of numbers below "
                             f"{len(names)}, as there are names: {error!r}") from None
     folder = _find(root, "VG_100K")
     return {"labels": names, "targets": targets,
-            "images": [os.path.join(folder, image) for image in images]}
+            "images": [os.path.join(folder, os.path.basename(image)) for image in images]}
 
 
 def _folder_entries(path):
     """{path of the image: (where it is described, present labels, absent labels or "rest")}"""
     entries = {}
     for where, entry in read_json(path):
-        if not isinstance(entry, dict) or not entry.keys() <= {"image", "present", "absent"}:
+        if (not isinstance(entry, dict) or not isinstance(entry.get("image"), str)
+                or not entry.keys() <= {"image", "present", "absent"}):
             raise UserError(f'{where}: not {{"image": "...", "present": [...], "absent": [...]}}')
-        image = entry.get("image")
-        if not isinstance(image, str) or not image:
-            raise UserError(f'{where}: "image" must be the path of an image')
-        image = os.path.normpath(os.path.join(os.path.dirname(path), image))
+        image = os.path.normpath(os.path.join(os.path.dirname(path), entry["image"]))
         if image in entries:
             raise UserError(f"{where}: {image} is listed twice, also at {entries[image][0]}")
         named = {"present": [], "absent": [], **entry}
@@ -877,10 +847,8 @@ def folder(root, split):
         labels.txt                 optional: all labels, a line each
         unseen.txt                 optional: those of them that training must not see
     Paths are relative to the folder. Labels in neither list are unknown; "absent": "rest" means
-    all others.
-
-    The labels are those of labels.txt, else all that occur in the two files, sorted. Those in
-    unseen.txt are unseen: in the training split their entries are unknown (0).
+    all others. Without labels.txt the labels are all that occur in the two files, sorted. In the
+    training split the entries of unseen labels are unknown (0).
     """
     _find(root, f"{split}.jsonl")
     entries = {"train": {}, "test": {}}
@@ -905,7 +873,6 @@ def folder(root, split):
             targets[row, [column_of[name] for name in present]] = 1
         except KeyError as error:
             raise UserError(f"{where}: {error} is not in {label_file}") from None
-
     unseen_file = os.path.join(root, "unseen.txt")
     unseen = list(_entries(unseen_file)) if os.path.exists(unseen_file) else []
     if not {*unseen} < {*labels}:
@@ -930,7 +897,7 @@ def toy(root, split, *, zero_shot=True):
     """10,000 training and 2,000 test scenes of the toy world, each a function of its index.
 
     zero_shot: a quarter of the labels is unseen; the training scenes show none of these things,
-    and their entries are unknown (0). Otherwise all labels are seen. root is not used.
+    and their entries are unknown (0). Otherwise all labels are seen.
     """
     count, seed = (10_000, 1) if split == "train" else (2_000, 2)
     things = tuple(world.SEEN) if zero_shot and split == "train" else None
@@ -962,8 +929,7 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
 
     name: a key of DATASETS. root: its directory, not needed by "toy". limit: only so many images.
     options: the keyword-only arguments of the dataset's function; None counts as not given.
-    Training replaces images that cannot be decoded, test stops at them. UserError where something
-    is unknown or missing.
+    Training replaces images that cannot be decoded, test stops at them.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
@@ -981,16 +947,18 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
                             f"{', '.join(having) or 'no dataset'}")
     try:
         parts = DATASETS[name](root, split, **options)
-    except FileNotFoundError as error:
-        raise UserError(f"{error}\n\n{inspect.getdoc(DATASETS[name])}") from None
+    except OSError as error:
+        layout = inspect.getdoc(DATASETS[name.removesuffix("81")])  # of nuswide for both
+        raise UserError(f"{error}\n\n{layout}") from None
     if name in PUBLISHED:
-        count, published = len(parts["images"]), PUBLISHED[name][split == "test"]
+        count = len(parts["images"])
+        published = PUBLISHED[name][split == "test"]
         warning = "" if count == published else "; WARNING: another release"
         _note(f"{name} {split}: {count:,} images listed, {published:,} published{warning}", quiet)
-    on_error = "replace" if split == "train" else "raise"
-    dataset = MultiLabelDataset(**parts, transform=transform, name=name, on_error=on_error,
+    dataset = MultiLabelDataset(**parts, transform=transform, name=name,
+                                on_error="replace" if split == "train" else "raise",
                                 allow_missing=allow_missing, quiet=quiet)
-    if name.startswith("nuswide") and not quiet:
+    if name in ("nuswide", "nuswide81") and not quiet:
         _note_placeholders(dataset)
     if limit:
         dataset = dataset.subset(range(min(limit, len(dataset))))

@@ -17,6 +17,7 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
 
     python mkt.py                                     # toy world, nothing to download
     python mkt.py --data nuswide --root data/nuswide  # the paper's first table
+    torchrun --nproc-per-node 8 mkt.py --data nuswide --root data/nuswide  # eight GPUs
     python mkt.py --predict photos/ --checkpoint runs/mkt-toy/best.pt --labels "owl, ice cream"
 
 B images, L patches, C labels, T tokens, W width, D joint embedding. Targets: +1 present,
@@ -27,6 +28,8 @@ Implementation details
  2. The teacher's last block computes its class token alone.
  3. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  4. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
+ 5. Started by torchrun, every process takes its part of each batch and gradients are summed, which
+    gives what one process gives; images are augmented by their own seeds, whoever loads them.
 Where this differs from the authors' code
  1. CLIP's own pixels (mean, std, crop), not ImageNet's: the frozen blocks were trained on them
     (--preprocess authors for theirs).
@@ -44,11 +47,12 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -63,6 +67,8 @@ TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "warmup_epochs": 1,
        "distillation": 0.1, "topk": 4, "augment": "no", "workers": 0}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMPTY = (124, 116, 104)  # colour of corners that augmentation leaves empty: ImageNet's mean
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 # ---- model
@@ -241,6 +247,23 @@ def rand_augment(image):
     return image
 
 
+class Seeded(Dataset):
+    """A dataset whose random transform depends on seed, epoch and image alone, not on the process
+    that loads it: so worker processes can stay, and their number does not matter."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.seed = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed.item() + i)
+            return self.dataset[i]
+
+
 def transforms_of(preprocess, args):
     """CLIP's preprocess -> (of training images, of test images)."""
     size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
@@ -281,6 +304,15 @@ def ranking_loss(scores, targets):
 
 # ---- train
 
+def sum_over_processes(tensors):
+    """Where torchrun has started several, every tensor becomes its sum over them, in place."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])  # one message, not many
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
 def parameter_groups(model, weight_decay=0.05, layer_decay=0.65):
     """Stage 1: layer-wise learning-rate decay, scale layer_decay^(layers + 1 - id).
 
@@ -314,7 +346,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
     was killed in exactly."""
     log = state["log"]
     batch_size = args.batch_size if stage == 1 else args.prompt_batch_size
-    loader = make_loader(dataset, args, batch_size, shuffle=True)
+    seeded = Seeded(dataset)
+    loader = make_loader(seeded, args, batch_size, shuffle=True)
     prompts = Prompts(model.clip, [dataset.labels[i] for i in dataset.seen])
     with torch.no_grad():
         labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
@@ -328,12 +361,14 @@ def train(model, stage, epochs, dataset, validation, state, args):
         for parameter in group["params"]:
             parameter.requires_grad_()
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    trained = [parameter for group in groups for parameter in group["params"]]
     done = sum(line["stage"] == stage for line in log)
     if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
 
     for epoch in range(done, epochs):
         torch.manual_seed(1_000_003 * args.seed + 1_000 * stage + epoch)
+        seeded.seed.fill_((1_000_003 * args.seed + 1_000 * stage + epoch) * len(dataset))
         begin, total = time.time(), 0
         bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False, disable=args.no_bars)
         for step, (images, targets) in enumerate(bar):
@@ -353,13 +388,19 @@ def train(model, stage, epochs, dataset, validation, state, args):
             if teacher is not None:
                 distance = F.l1_loss(global_.float(), teacher.float())
                 terms["distillation"] = args.distillation * distance
-            loss = sum(terms.values())
+            # means over this process's images -> its part of the means over the whole batch
+            whole = min(batch_size, len(dataset) - step * batch_size)
+            share = len(range(RANK, whole, WORLD)) / whole
+            loss = share * sum(terms.values())
             optimizer.zero_grad()
             loss.backward()
+            sum_over_processes([parameter.grad for parameter in trained])
             optimizer.step()
-            total = total + torch.stack([loss, *terms.values()]).detach()
+            total = total + torch.stack([loss, *(share * x for x in terms.values())]).detach()
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
-                means = dict(zip(["loss", *terms], (total / (step + 1)).tolist()))
+                mean = total / (step + 1)
+                sum_over_processes([mean])
+                means = dict(zip(["loss", *terms], mean.tolist()))
                 if not math.isfinite(means["loss"]):
                     raise UserError(f"the loss is not finite at stage {stage}, epoch {epoch + 1}, "
                                     f"step {step + 1}: {means}; {args.output}/last.pt holds the "
@@ -373,8 +414,10 @@ def train(model, stage, epochs, dataset, validation, state, args):
             scores = merge_streams(local[:, seen], global_[:, seen], args.streams)
             targets = validation.targets[:, seen]
             line["val_mAP"] = metrics.mean_average_precision(scores, targets)
-        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         log.append(line)
+        if RANK > 0:
+            continue
+        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         state.update(model=model.trained(), optimizer=optimizer.state_dict())
         data.write_file(f"{args.output}/last.pt", state)
         best = max(x.get("val_mAP", 0) for x in log if x["stage"] == stage)
@@ -383,6 +426,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
     if log and log[-1]["stage"] == stage:  # go on from the best epoch
+        if WORLD > 1:
+            dist.barrier()  # until it is written
         best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
         model.load_state_dict(best["model"], strict=False)
 
@@ -392,14 +437,18 @@ def train(model, stage, epochs, dataset, validation, state, args):
 @torch.no_grad()
 def stream_scores(encode, label_embeddings, topk, dataset, args):
     """All images' scores in either stream, of labels [C, D] -> local [N, C], global [N, C]."""
-    local_parts, global_parts = [], []
-    loader = make_loader(dataset, args, args.batch_size)
-    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.no_bars):
+    scores = torch.zeros(2, len(dataset), len(label_embeddings))
+    loader = make_loader(dataset, args, args.batch_size * WORLD)
+    for step, (images, _) in enumerate(tqdm(loader, "scoring", leave=False, disable=args.no_bars)):
         with autocast(args):
             global_, local = encode(images.to(args.device, non_blocking=True))
-        local_parts.append(local_scores(local.float(), label_embeddings, topk).cpu())
-        global_parts.append((global_.float() @ label_embeddings.T).cpu())
-    return torch.cat(local_parts), torch.cat(global_parts)
+        rows = range(len(dataset))[step * args.batch_size * WORLD:][:args.batch_size * WORLD]
+        rows = list(rows[RANK::WORLD])
+        local = local_scores(local.float(), label_embeddings, topk)
+        global_ = global_.float() @ label_embeddings.T
+        scores[0, rows], scores[1, rows] = local[:len(rows)].cpu(), global_[:len(rows)].cpu()
+    sum_over_processes([scores])
+    return scores[0], scores[1]
 
 
 @torch.no_grad()
@@ -598,9 +647,20 @@ def autocast(args):
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
+class Share(BatchSampler):
+    """A process's part of every batch: each RANK-th image of WORLD. One that gets none of a small
+    batch takes its first image, which then counts 0."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch[RANK::WORLD] or batch[:1]
+
+
 def make_loader(dataset, args, batch_size, shuffle=False):
     """Batches of (images [B, 3, H, W], targets int8 [B, C])."""
-    return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=args.workers,
+    sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    return DataLoader(dataset, batch_sampler=Share(sampler, batch_size, drop_last=False),
+                      num_workers=args.workers, persistent_workers=shuffle and args.workers > 0,
                       pin_memory=args.device.startswith("cuda"))
 
 
@@ -611,11 +671,20 @@ def main(argv=None):
         test = data.load_dataset(args.data, args.root, "test", **options)
     if not (args.predict or args.eval):
         dataset = data.load_dataset(args.data, args.root, "train", **options)
-        has_seen = (dataset.targets[:, dataset.seen] == 1).any(dim=1)
+        has_seen = torch.cat([(part[:, dataset.seen] == 1).any(dim=1)
+                              for part in dataset.targets.split(4096)])
         if len(dataset.seen) < 2 or not has_seen.any():
             raise UserError(f"{args.data}: ranking takes two seen labels and images of them")
         if os.path.exists(f"{args.output}/last.pt") and not args.resume:
             raise UserError(f"{args.output} holds a run: --resume it or name another --output")
+
+    if WORLD > 1:  # torchrun has started us: rank 0 alone prints and writes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
+        if "cuda" in args.device:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if RANK > 0:
+            sys.stdout, args.no_bars = open(os.devnull, "w"), True
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: 3 to 5 times as fast as float32
 
     # model
     clip, clip_preprocess = clip_model.load(args.clip, args.device)
@@ -647,7 +716,8 @@ def main(argv=None):
               f"labels; {len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
         dataset.transform = train_preprocess
         dataset, validation = dataset.subset(has_seen).hold_out(args.val_fraction, preprocess)
-        data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
+        if RANK == 0:
+            data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
         train(model, 1, args.epochs, dataset, validation, state, args)
         train(model, 2, args.prompt_epochs, dataset, validation, state, args)
 
@@ -656,7 +726,7 @@ def main(argv=None):
     metrics.print_table(rows)
     if test.missing:
         print(f"{test.missing} test images are missing: not comparable with complete results")
-    if args.output:
+    if args.output and RANK == 0:
         results = {"method": "mkt", "data": args.data, "clip": args.clip, "seed": args.seed,
                    "seconds": round(time.time() - begin), "rows": rows}
         data.write_file(f"{args.output}/results.json", json.dumps(results, indent=1))

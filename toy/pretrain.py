@@ -218,7 +218,7 @@ def main():
     torch.manual_seed(args.seed)
     model = CLIP(128, SCENE_SIZE, context_length=77, vocab_size=len(tokenizer),
                  transformer_width=128, transformer_heads=2, **ARCHITECTURES[args.model])
-    model.initialize_parameters().to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]  # norms, biases, temperature
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},

@@ -1,0 +1,443 @@
+"""Every dataset on a small tree in its official format; expected targets are written by hand."""
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import trees
+from data import UserError, load_dataset
+from trees import as_windows_writes, make, numbers, write
+
+
+def signs(values):
+    return torch.from_numpy(np.where(values, 1, -1)).to(torch.int8)
+
+
+def message_of(*args, **options):
+    with pytest.raises(UserError) as error:
+        load_dataset(*args, **options)
+    return str(error.value)
+
+
+# ---- NUS-WIDE
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_nuswide(tmp_path, split):
+    rows = trees.NUS_ROWS[split]
+    seen = ["nature", "blue", "red", "light", "girl", "green"]
+    dataset = load_dataset("nuswide", make("nuswide", tmp_path), split)
+    assert dataset.labels == seen + trees.CONCEPTS
+    assert dataset.seen.tolist() == [0, 1, 2, 3, 4, 5] and dataset.unseen.tolist() == [6, 7, 8, 9]
+    assert dataset.seen.dtype == dataset.unseen.dtype == torch.int64
+    assert numbers(dataset) == rows and dataset.targets.dtype == torch.int8
+    columns = [trees.TAGS.index(tag) for tag in seen]
+    assert torch.equal(dataset.targets[:, :6], signs(trees.HAS_TAG[rows][:, columns]))
+    concepts = signs(trees.HAS_CONCEPT[rows])
+    assert torch.equal(dataset.targets[:, 6:], concepts * (split == "test"))
+    assert dataset.on_error == {"train": "replace", "test": "raise"}[split]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_nuswide81(tmp_path, split):
+    rows = trees.NUS_ROWS[split]
+    dataset = load_dataset("nuswide81", str(make("nuswide81", tmp_path)), split)
+    assert dataset.labels == trees.CONCEPTS and not len(dataset.unseen)
+    assert numbers(dataset) == rows
+    assert torch.equal(dataset.targets, signs(trees.HAS_CONCEPT[rows]))
+    annotated = load_dataset("nuswide81", tmp_path, split, annotated_only=True)
+    kept = [row for row in rows if trees.HAS_CONCEPT[row].any()]
+    assert numbers(annotated) == kept and 0 < len(kept) < len(rows)
+    assert torch.equal(annotated.targets, signs(trees.HAS_CONCEPT[kept]))
+    assert torch.equal(annotated.full_targets, dataset.targets)
+    assert [rows[i] for i in annotated.rows] == kept
+
+
+def test_nuswide_in_the_other_layout(tmp_path):
+    before = load_dataset("nuswide", make("nuswide", tmp_path), "test")
+    (tmp_path / "ConceptsList/Concepts81.txt").rename(tmp_path / "Concepts81.txt")
+    (tmp_path / "Groundtruth/AllLabels").rename(tmp_path / "AllLabels")
+    tags = tmp_path / "NUS_WID_Tags/TagList1k.txt"
+    tags.write_bytes(b"\xef\xbb\xbf" + tags.read_bytes())
+    table = tmp_path / "NUS_WID_Tags/AllTags1k.txt"
+    table.write_bytes(table.read_bytes().replace(b"\t", b"  ").replace(b"\r", b""))
+    after = load_dataset("nuswide", tmp_path, "test")
+    assert after.labels == before.labels and torch.equal(after.targets, before.targets)
+
+
+def test_nuswide_counts_placeholders(tmp_path, capsys):
+    write(tmp_path / "ConceptsList/Concepts81.txt", "dog")
+    names = [f"a\\{i:04}.png" for i in range(52)]
+    for name in ("Imagelist", "TrainImagelist", "TestImagelist"):
+        write(tmp_path / f"ImageList/{name}.txt", "\n".join(names))
+    write(tmp_path / "AllLabels/Labels_dog.txt", "1\n" * 52)
+    for i, name in enumerate(names):
+        path = tmp_path / "Flickr" / name.replace("\\", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (0, 0, 0) if i < 22 else (i, i, 99)).save(path)
+    load_dataset("nuswide81", tmp_path)
+    assert "22 of 52 images are copies of one file" in capsys.readouterr().err
+    (tmp_path / "Flickr/a/0000.png").unlink()
+    load_dataset("nuswide81", tmp_path, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+# ---- COCO
+
+COCO_PRESENT = [{"car", "toothbrush"}, {"person", "cat", "toothbrush"}, set(), {"car", "dog"},
+                {"person", "stop sign"}]
+WITHOUT_CROWD = [{"toothbrush"}, COCO_PRESENT[1], set(), {"car"}, COCO_PRESENT[4]]
+NEITHER = {"traffic light", "fire hydrant", "stop sign", "parking meter", "sports ball",
+           "baseball bat", "baseball glove", "tennis racket", "wine glass", "hot dog",
+           "potted plant", "dining table", "cell phone", "teddy bear", "hair drier"}
+
+
+def present(dataset):
+    return [{dataset.labels[c] for c in (row == 1).nonzero()[:, 0]} for row in dataset.targets]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_coco(tmp_path, split):
+    make("coco", tmp_path)
+    for drop_crowd, expected in ((None, COCO_PRESENT), (True, WITHOUT_CROWD)):
+        dataset = load_dataset("coco", tmp_path, split, drop_crowd=drop_crowd)
+        assert dataset.labels == list(trees.CATEGORIES.values()) and not len(dataset.unseen)
+        assert numbers(dataset) == [0, 1, 2, 3, 4] and present(dataset) == expected
+        assert (dataset.targets != 0).all() and dataset.targets.dtype == torch.int8
+        dataset = load_dataset("coco", tmp_path, split, drop_crowd=drop_crowd, annotated_only=True)
+        assert numbers(dataset) == [0, 1, 3, 4]
+        assert present(dataset) == [expected[i] for i in (0, 1, 3, 4)]
+        assert len(dataset.full_targets) == 5
+
+
+def test_official_category_ids():
+    ids = trees.CATEGORIES  # the gaps of the official ids, filled from data.COCO_LABELS
+    assert (ids[17], ids[13], ids[44], ids[90]) == ("cat", "stop sign", "bottle", "toothbrush")
+
+
+def test_coco_zero_shot(tmp_path):
+    make("coco", tmp_path)
+    expected = [name for name in trees.CATEGORIES.values() if name not in NEITHER]
+    unseen = [expected.index(name) for name in (
+        "airplane", "bus", "cat", "dog", "cow", "elephant", "umbrella", "tie", "snowboard",
+        "skateboard", "cup", "knife", "cake", "couch", "keyboard", "sink", "scissors")]
+    test = load_dataset("coco", tmp_path, "test", zero_shot=True)
+    assert test.labels == expected and len(expected) == 65 and test.unseen.tolist() == unseen
+    assert numbers(test) == [0, 1, 2, 3, 4] and (test.targets != 0).all()
+    assert present(test) == [names - NEITHER for names in COCO_PRESENT]
+    for drop_crowd in (False, True):  # the crowd of dogs is in the picture nevertheless
+        train = load_dataset("coco", tmp_path, "train", zero_shot=True, drop_crowd=drop_crowd)
+        assert train.labels == expected and train.unseen.tolist() == unseen
+        assert numbers(train) == [0, 2, 4] and present(train)[1:] == [set(), {"person"}]
+        assert (train.targets[:, unseen] == 0).all()
+        assert (train.targets[:, train.seen] != 0).all() and len(train.seen) == 48
+        assert len(train.full_targets) == 5 and train.rows.tolist() == [0, 2, 4]
+    annotated = load_dataset("coco", tmp_path, "test", zero_shot=True, annotated_only=True)
+    assert numbers(annotated) == [0, 1, 3, 4]
+
+
+def test_coco_is_read_anew_when_it_changes(tmp_path, cache):
+    make("coco", tmp_path)
+    for _ in range(2):
+        assert present(load_dataset("coco", tmp_path, "train")) == COCO_PRESENT
+    assert len(list(cache.iterdir())) == 1
+    path = tmp_path / "annotations/instances_train2014.json"
+    as_windows_writes(path)
+    path.write_text(path.read_text("utf-8-sig").replace('"category_id": 13', '"category_id": 18'))
+    assert present(load_dataset("coco", tmp_path, "train"))[4] == {"person", "dog"}
+
+
+# ---- VOC 2007
+
+VOC_PRESENT = {("000012", "car"), ("000017", "person"), ("000023", "dog")}
+VOC_DIFFICULT = {("000017", "pottedplant"), ("000023", "person")}
+
+
+@pytest.mark.parametrize("root", ["", "VOCdevkit", "VOCdevkit/VOC2007"])
+@pytest.mark.parametrize("difficult, value", [(None, -1), ("absent", -1), ("unknown", 0),
+                                              ("present", 1)])
+def test_voc2007(tmp_path, root, difficult, value):
+    make("voc2007", tmp_path)
+    expected = [[1 if (image, name) in VOC_PRESENT else value
+                 if (image, name) in VOC_DIFFICULT else -1 for name in trees.VOC_CLASSES]
+                for image in trees.VOC_FILES]
+    for split in ("train", "test"):
+        dataset = load_dataset("voc2007", tmp_path / root, split, difficult=difficult)
+        assert [label.replace(" ", "") for label in dataset.labels] == trees.VOC_CLASSES
+        assert numbers(dataset) == [0, 1, 2, 3] and not len(dataset.unseen)
+        assert dataset.targets.tolist() == expected and dataset.targets.dtype == torch.int8
+    assert [label for label in dataset.labels if " " in label] == [
+        "dining table", "potted plant", "tv monitor"]
+
+
+# ---- Visual Genome, 200 labels
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_vg200(tmp_path, split):
+    make("vg200", tmp_path)
+    for path in tmp_path.glob("*.*"):
+        as_windows_writes(path)
+    dataset = load_dataset("vg200", tmp_path, split)
+    assert dataset.labels == ["traffic light", "man", "sky"] and not len(dataset.unseen)
+    assert numbers(dataset) == [0, 1, 2, 3]
+    assert dataset.targets.tolist() == [[-1, 1, 1], [1, -1, 1], [-1, -1, -1], [1, -1, -1]]
+
+
+# ---- CUB-200-2011
+
+# absent and unknown, by hand, of the images 1..4
+CUB_TARGETS = {"absent": [[-1, 1, -1], [1, -1, 1], [-1, -1, 1], [1, -1, -1]],
+               "unknown": [[-1, 1, 0], [1, -1, 1], [-1, 0, 1], [1, 0, -1]]}
+
+
+@pytest.mark.parametrize("not_visible", [None, "absent", "unknown"])
+@pytest.mark.parametrize("split, images", [("train", [1, 2]), ("test", [0, 3])])
+def test_cub(tmp_path, split, images, not_visible):
+    dataset = load_dataset("cub", make("cub", tmp_path), split, not_visible=not_visible)
+    assert dataset.labels == ["bird with a curved bill", "bird with orange wings",
+                              "very small bird"]
+    assert numbers(dataset) == images and not len(dataset.unseen)
+    expected = CUB_TARGETS[not_visible or "absent"]
+    assert dataset.targets.tolist() == [expected[i] for i in images]
+
+
+def test_cub_in_another_order_with_other_line_ends_and_a_line_missing(tmp_path):
+    root = make("cub", tmp_path) / "CUB_200_2011"
+    lines = trees.CUB_LINES.replace("3 2 0 1 9.1\n", "").splitlines()
+    write(root / "attributes/image_attribute_labels.txt",
+          "\ufeff" + "\r\n".join(lines[7:] + lines[:7]))
+    for name in ("images.txt", "train_test_split.txt"):
+        as_windows_writes(root / name)
+    assert load_dataset("cub", tmp_path, "train").targets.tolist() == [[1, -1, 1], [-1, 0, 1]]
+    assert load_dataset("cub", tmp_path, "test").targets.tolist() == CUB_TARGETS["absent"][::3]
+
+
+@pytest.mark.parametrize("name, label", [
+    ("has_upper_tail_color::iridescent", "bird with an iridescent upper tail"),
+    ("has_upperparts_color::grey", "bird with grey upperparts"),
+    ("has_leg_color::red", "bird with red legs"),
+    ("has_primary_color::blue", "mostly blue bird"),
+    ("has_tail_shape::fan-shaped_tail", "bird with a fan-shaped tail"),
+    ("has_wing_shape::long-wings", "bird with long wings"),
+    ("has_bill_shape::all-purpose", "bird with an all-purpose bill"),
+    ("has_bill_length::longer_than_head", "bird with a bill longer than its head"),
+    ("has_head_pattern::unique_pattern", "bird with a unique head pattern"),
+    ("has_wing_pattern::multi-colored", "bird with a multi-colored wing pattern"),
+    ("has_shape::upright-perching_water-like", "upright-perching water-like bird")])
+def test_cub_attributes_become_words(name, label):
+    assert data.cub_label(name) == label
+
+
+# ---- Open Images
+
+OPENIMAGES_LABELS = ["Bat", "Ducks, geese and swans", "Bat (2)", "Satay", "Bat (3)", "Mämmi"]
+OPENIMAGES_TARGETS = {
+    "train": [[1, 0, -1, -1, 0, 0], [0, -1, 0, 0, 0, 0], [0, -1, 1, 1, 0, 0],
+              [0, 0, 1, 0, 0, 0]],  # the last one's /m/06 has two answers
+    "test": [[-1, 0, 0, 0, 1, -1], [0, 0, 0, 0, 0, 1]]}
+
+
+@pytest.mark.parametrize("split, images", [("train", [0, 2, 3, 5]), ("test", [0, 2])])
+def test_openimages(tmp_path, split, images, cache):
+    make("openimages", tmp_path)
+    as_windows_writes(tmp_path / f"2018_04/{split}-annotations-human-imagelabels.csv")
+    for _ in range(2):  # the second time from the cache
+        dataset = load_dataset("openimages", tmp_path, split)
+        assert dataset.labels == OPENIMAGES_LABELS
+        assert dataset.seen.tolist() == [0, 1, 2, 3] and dataset.unseen.tolist() == [4, 5]
+        assert dataset.targets.tolist() == OPENIMAGES_TARGETS[split]
+        assert dataset.targets.dtype == torch.int8 and numbers(dataset) == images
+        assert [target.tolist() for _, target in dataset] == OPENIMAGES_TARGETS[split]
+    assert len(list(cache.iterdir())) == 2  # the targets and the names, nothing temporary
+    assert dataset.subset([1]).targets.tolist() == [OPENIMAGES_TARGETS[split][1]]
+    dataset.targets[:] = 1  # is not written to the cache
+    again = load_dataset("openimages", tmp_path, split)
+    assert again.targets.tolist() == OPENIMAGES_TARGETS[split]
+
+
+# ---- a folder of one's own
+
+def test_folder(tmp_path):
+    make("folder", tmp_path)
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    for dataset in (train, test):
+        assert dataset.labels == ["cat", "dog", "ice cream", "\u732b"] and not len(dataset.unseen)
+    assert numbers(train) == [0, 1, 2] and numbers(test) == [1, 2]
+    assert train.targets.tolist() == [[-1, 1, 1, 0], [-1, 1, -1, -1], [0, -1, 0, 0]]
+    assert test.targets.tolist() == [[0, 0, 0, 1], [-1, -1, -1, -1]]
+
+
+def test_folder_with_fixed_and_unseen_labels(tmp_path):
+    make("folder", tmp_path)
+    write(tmp_path / "labels.txt", "dog\nowl\n\u732b\nice cream\ncat\n")
+    write(tmp_path / "unseen.txt", "cat\nowl\n")
+    for path in [*tmp_path.glob("*.jsonl"), *tmp_path.glob("*.txt")]:
+        as_windows_writes(path)
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    for dataset in (train, test):
+        assert dataset.labels == ["dog", "owl", "\u732b", "ice cream", "cat"]
+        assert dataset.unseen.tolist() == [1, 4] and dataset.seen.tolist() == [0, 2, 3]
+    assert train.targets.tolist() == [[1, 0, 0, 1, 0], [1, 0, -1, -1, 0], [-1, 0, 0, 0, 0]]
+    assert test.targets.tolist() == [[0, 0, 1, 0, 0], [-1, -1, -1, -1, -1]]
+    (tmp_path / "train.jsonl").unlink()  # lang_cls.py trains without images
+    assert load_dataset("folder", tmp_path, "test").targets.tolist() == test.targets.tolist()
+
+
+def test_folder_with_absolute_paths_and_as_a_json_list(tmp_path):
+    make("folder", tmp_path / "a")
+    elsewhere = [tmp_path / "b" / name for name in ("a.png", "b.png")]
+    trees.save_images(elsewhere)
+    write(tmp_path / "a/test.jsonl", [{"image": str(elsewhere[1]), "present": ["dog"]}, {
+        "image": str(elsewhere[0]), "present": ["rest"], "absent": "rest"}])
+    dataset = load_dataset("folder", tmp_path / "a", "test")
+    assert dataset.labels == ["cat", "dog", "ice cream", "rest"] and numbers(dataset) == [1, 0]
+    assert dataset.targets.tolist() == [[0, 1, 0, 0], [-1, -1, -1, 1]]
+
+
+# ---- the toy world
+
+def test_toy():
+    train, test = (load_dataset("toy", split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (10_000, 2_000)
+    for dataset in (train, test):
+        assert len(dataset.labels) == 56 and len(dataset.unseen) == 14
+        assert (dataset.targets[:, dataset.seen] != 0).all()
+    assert (train.targets[:, train.unseen] == 0).all()
+    assert (test.targets[:, test.unseen] == 1).any(dim=0).all() and (test.targets != 0).all()
+    assert not len(load_dataset("toy", split="test", zero_shot=False).unseen)
+    image, target = test[3]
+    assert image.size == (128, 128) and torch.equal(target, test.targets[3])
+
+
+# ---- all of them
+
+def test_unknown_names_and_options(tmp_path):
+    assert "'nus'" in message_of("nus", tmp_path) and "nuswide, nuswide81" in message_of("nus")
+    assert "known are: train, test" in message_of("nuswide", tmp_path, "val")
+    assert "--root DIR" in message_of("nuswide")
+    assert f"'{tmp_path / 'nowhere'}'" in message_of("nuswide", tmp_path / "nowhere")
+    for name, option, known in (
+            ("voc2007", "annotated_only", "nuswide81, coco"), ("toy", "drop_crowd", "coco"),
+            ("folder", "zero_shot", "toy, coco"), ("coco", "difficult", "voc2007"),
+            ("cub", "no_such", "no dataset")):
+        flag = option.replace("_", "-")
+        assert message_of(name, tmp_path, **{option: True}) == (
+            f"--{flag} is not for {name}, but for: {known}")
+    not_given = dict.fromkeys(["annotated_only", "drop_crowd", "zero_shot", "difficult",
+                               "not_visible", "allow_missing"])
+    make("vg200", tmp_path)
+    assert len(load_dataset("vg200", tmp_path, "test", None, **not_given)) == 4
+
+
+@pytest.mark.parametrize("name, published", [
+    ("nuswide", "161,789"), ("nuswide81", "161,789"), ("coco", "82,783"), ("voc2007", "5,011"),
+    ("vg200", "82,904"), ("cub", "5,994")])
+def test_another_number_of_images_than_published_is_noted(tmp_path, name, published, capsys):
+    load_dataset(name, make(name, tmp_path))
+    assert re.search(rf"{name} train: \d images listed, {published} published; WARNING",
+                     capsys.readouterr().err)
+    load_dataset(name, tmp_path, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+FILES = {  # what cannot be done without
+    "nuswide": ["ConceptsList/Concepts81.txt", "NUS_WID_Tags/AllTags1k.txt",
+                "Groundtruth/AllLabels/Labels_fire.txt", "ImageList/TestImagelist.txt"],
+    "coco": ["annotations/instances_val2014.json"],
+    "voc2007": ["VOCdevkit/VOC2007/ImageSets/Main/test.txt",
+                "VOCdevkit/VOC2007/Annotations/000023.xml"],
+    "vg200": ["test_list_500.txt", "vg_category_200.txt", "vg_category_200_labels_index.json"],
+    "cub": ["attributes.txt", "CUB_200_2011/images.txt",
+            "CUB_200_2011/attributes/image_attribute_labels.txt"],
+    "openimages": ["2018_04/unseen_labels.pkl", "2018_04/top_400_unseen.csv",
+                   "2018_04/test-annotations-human-imagelabels.csv"],
+    "folder": ["test.jsonl"]}
+
+
+@pytest.mark.parametrize("name, file", [(name, file) for name in FILES for file in FILES[name]])
+def test_a_missing_file_is_named_and_the_layout_shown(tmp_path, name, file):
+    (make(name, tmp_path) / file).unlink()
+    first_line, _, layout = message_of(name, tmp_path, "test").partition("\n")
+    assert os.path.basename(file) in first_line and str(tmp_path) in first_line
+    assert layout.strip() and ("jpg" in layout or name == "folder")
+
+
+IMAGES = {"nuswide": "Flickr/actor/0002_174174086.jpg", "vg200": "VG_100K/99.jpg",
+          "coco": "val2014/COCO_val2014_000000000009.jpg", "openimages": "test/1c.jpg",
+          "voc2007": "VOCdevkit/VOC2007/JPEGImages/000023.jpg", "folder": "2.png",
+          "cub": "CUB_200_2011/images/004.Laysan_Albatross/Laysan_Albatross_0004_4.jpg"}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_missing_image_is_left_out_and_its_row_only(tmp_path, name):
+    whole = load_dataset(name, make(name, tmp_path), "test")
+    before = numbers(whole)
+    row = [str(tmp_path / IMAGES[name]) == path for path in whole.images].index(True)
+    (tmp_path / IMAGES[name]).unlink()
+    assert re.search(rf"1 of \d images missing, e.g. .*{os.path.basename(IMAGES[name])}; .*"
+                     "--allow-missing", message_of(name, tmp_path, "test"))
+    dataset = load_dataset(name, tmp_path, "test", allow_missing=True)
+    rest = [i for i in range(len(whole)) if i != row]
+    assert dataset.missing == 1 and dataset.rows.tolist() == rest
+    assert torch.equal(dataset.full_targets, whole.targets)
+    assert torch.equal(dataset.targets, whole.targets[rest])
+    assert numbers(dataset) == [number for i, number in enumerate(before) if i != row]
+
+
+TEST_LIST = "ImageList/TestImagelist.txt"
+TABLE, LABELS = "NUS_WID_Tags/AllTags1k.txt", "CUB_200_2011/attributes/image_attribute_labels.txt"
+ANNOTATIONS = "2018_04/test-annotations-human-imagelabels.csv"
+INSTANCES, VOC = "annotations/instances_val2014.json", "VOCdevkit/VOC2007/"
+INDEX = "vg_category_200_labels_index.json"
+
+
+@pytest.mark.parametrize("name, file, content, message", [
+    ("nuswide", TABLE, "0\t1\t" * 31 + "2", "row 7: an entry is not 0 or 1"),
+    ("nuswide", TABLE, "0\t1\t" * 31, "62 entries for 7 images x 9"),
+    ("nuswide", TEST_LIST, "zoo\\8.jpg", "not in Imagelist.txt"),
+    ("nuswide", TEST_LIST, "a/1.jpg\nb/1.jpg", "line 2: 1.jpg is listed twice"),
+    ("nuswide", TEST_LIST, "a/1.jpg\n\nb/2.jpg", "line 2: the line is empty"),
+    ("coco", INSTANCES, '{"images": [', "not JSON"),
+    ("coco", INSTANCES, b'{"images": "\xff"}', "not UTF-8"),
+    ("coco", INSTANCES, {"images": []}, "not a file of COCO instances: KeyError.'categories'"),
+    ("coco", INSTANCES, [1], "not a file of COCO instances"),
+    ("voc2007", VOC + "Annotations/000017.xml", "<annotation>\n<object>", "not an annotation"),
+    ("voc2007", VOC + "Annotations/000017.xml", trees.voc_xml("000017", [("lamp", 0)]), "lamp"),
+    ("voc2007", VOC + "ImageSets/Main/test.txt", "000012\n000012", "line 2: 000012 is listed"),
+    ("vg200", "vg_category_200.txt", "man\nsky\n", "2386621.jpg must be a list .* below 2"),
+    ("vg200", INDEX, {"2386621.jpg": ["sky"]}, "the labels of 2386621.jpg must"),
+    ("vg200", INDEX, {}, "the labels of 2386621.jpg must"),
+    ("cub", LABELS, "1 1 0 3 2.0\n1 2 0\n", "row 2"),
+    ("cub", LABELS, "1 1 0 3 2.0\n1 2 yes 1 1.0\n", "'yes'"),
+    ("cub", LABELS, "1 1 2 3 2.0\n", "out of bounds"),
+    ("cub", LABELS, "1 4 1 3 2.0\n", "out of bounds"),
+    ("openimages", ANNOTATIONS, "ImageID\n1a,verification,/m/09\n", "line 2: not `ImageID,"),
+    ("openimages", ANNOTATIONS, "ImageID\n1a,verification,/m/09,0.7\n", "line 2: .*'0.7'"),
+    ("openimages", ANNOTATIONS, "ImageID\n1a,a,/m/09,1\n1c,a,/m/09,1\n1a,a,/m/06,1", "together"),
+    ("openimages", ANNOTATIONS, "ImageID\n1b,verification,/m/03,1\n", "no labels"),
+    ("openimages", "2018_04/class-descriptions.csv", "/m/06,Bat\n/m/04", "line 2: "),
+    ("openimages", "2018_04/class-descriptions.csv", "/m/06,Bat", "'/m/04' is not in it"),
+    ("openimages", "2018_04/top_400_unseen.csv", "1\n4", "must count class ids in"),
+    ("openimages", "2018_04/unseen_labels.pkl", "/m/09\n", "top_400_unseen.csv must count"),
+    ("folder", "test.jsonl", '{"image": "2.png", "present": ["dog"]', "line 1: not JSON"),
+    ("folder", "test.jsonl", '{"image": "2.png", "presnt": ["dog"]}', "line 1: not {\"image\""),
+    ("folder", "test.jsonl", '{"present": ["dog"]}', "line 1: not {\"image\""),
+    ("folder", "test.jsonl", '{"image": "2.png", "present": "rest"}', "must be a list of labels"),
+    ("folder", "test.jsonl", '{"image": "2.png", "absent": ["dog", 1]}', "\"absent\" must be"),
+    ("folder", "test.jsonl", '{"image": "2.png", "present": ["dog "], "absent": [" dog"]}',
+     "'dog' is both present and absent"),
+    ("folder", "test.jsonl", '{"image": "1.png"}\n{"image": "a/../1.png"}', "is listed twice"),
+    ("folder", "labels.txt", "dog\ncat\nice cream", "'\u732b' is not in .*labels.txt"),
+    ("folder", "labels.txt", "dog\ndog", "line 2: dog is listed twice"),
+    ("folder", "unseen.txt", "owl", "must be some, and not all, of the 4 labels"),
+    ("folder", "unseen.txt", "dog\ncat\nice cream\n\u732b", "must be some, and not all"),
+    ("folder", "unseen.txt", "\n", "the file is empty"),
+])
+def test_files_that_are_wrong(tmp_path, name, file, content, message, cache):
+    write(make(name, tmp_path) / file, content)
+    found = message_of(name, tmp_path, "test", quiet=True)
+    assert str(tmp_path) in found and re.search(message, found), found
+    assert not [path for path in cache.glob("*") if "test" in path.name]
