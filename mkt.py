@@ -205,6 +205,14 @@ class MKT(nn.Module):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
+    def load_trained(self, weights):
+        """Take weights as trained() gives them; UserError for others."""
+        expected = {name: value.shape for name, value in self.trained().items()}
+        if {name: value.shape for name, value in weights.items()} != expected:
+            raise UserError("the checkpoint's weights are not this model's: it is damaged or of "
+                            "another version")
+        self.load_state_dict(weights, strict=False)
+
 
 # ---- augmentation
 
@@ -367,8 +375,9 @@ def train(model, stage, epochs, dataset, validation, state, args):
         optimizer.load_state_dict(state["optimizer"])
 
     for epoch in range(done, epochs):
-        torch.manual_seed(1_000_003 * args.seed + 1_000 * stage + epoch)
-        seeded.seed.fill_((1_000_003 * args.seed + 1_000 * stage + epoch) * len(dataset))
+        seed = 1_000_003 * args.seed + 1_000 * stage + epoch
+        torch.manual_seed(seed)
+        seeded.seed.fill_(seed % 2 ** 31 * len(dataset))
         begin, total = time.time(), 0
         bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False, disable=args.no_bars)
         for step, (images, targets) in enumerate(bar):
@@ -429,7 +438,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
         if WORLD > 1:
             dist.barrier()  # until it is written
         best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
-        model.load_state_dict(best["model"], strict=False)
+        model.load_trained(best["model"])
 
 
 # ---- evaluate
@@ -438,15 +447,14 @@ def train(model, stage, epochs, dataset, validation, state, args):
 def stream_scores(encode, label_embeddings, topk, dataset, args):
     """All images' scores in either stream, of labels [C, D] -> local [N, C], global [N, C]."""
     scores = torch.zeros(2, len(dataset), len(label_embeddings))
-    loader = make_loader(dataset, args, args.batch_size * WORLD)
-    for step, (images, _) in enumerate(tqdm(loader, "scoring", leave=False, disable=args.no_bars)):
+    size = args.batch_size * WORLD
+    bar = tqdm(make_loader(dataset, args, size), "scoring", leave=False, disable=args.no_bars)
+    for (images, _), rows in zip(bar, torch.arange(len(dataset)).split(size)):
+        rows = rows[RANK::WORLD]
         with autocast(args):
             global_, local = encode(images.to(args.device, non_blocking=True))
-        rows = range(len(dataset))[step * args.batch_size * WORLD:][:args.batch_size * WORLD]
-        rows = list(rows[RANK::WORLD])
-        local = local_scores(local.float(), label_embeddings, topk)
-        global_ = global_.float() @ label_embeddings.T
-        scores[0, rows], scores[1, rows] = local[:len(rows)].cpu(), global_[:len(rows)].cpu()
+        scores[0, rows] = local_scores(local.float(), label_embeddings, topk)[:len(rows)].cpu()
+        scores[1, rows] = (global_.float() @ label_embeddings.T)[:len(rows)].cpu()
     sum_over_processes([scores])
     return scores[0], scores[1]
 
@@ -698,7 +706,7 @@ def main(argv=None):
             raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
         if saved["labels"] != state["labels"] and not args.predict:
             raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
-        model.load_state_dict(saved["model"], strict=False)
+        model.load_trained(saved["model"])
         state = {**saved, "args": vars(args)}
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)

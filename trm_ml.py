@@ -227,6 +227,14 @@ class TRM(nn.Module):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
+    def load_trained(self, weights):
+        """Take weights as trained() gives them; UserError for others."""
+        expected = {name: value.shape for name, value in self.trained().items()}
+        if {name: value.shape for name, value in weights.items()} != expected:
+            raise UserError("the checkpoint's weights are not this model's: it is damaged or of "
+                            "another version")
+        self.load_state_dict(weights, strict=False)
+
 
 @torch.no_grad()
 def zero_shot_embeddings(clip, labels, templates):
@@ -424,7 +432,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
             data.write_file(f"{run.output}/curves.png", metrics.draw_curves(run.log))
     for run in runs:
         best = data.read_checkpoint(f"{run.output}/best.pt", "trm_ml")
-        run.model.load_state_dict(best["model"], strict=False)
+        run.model.load_trained(best["model"])
 
 
 def embed(clip, dataset, args):
@@ -647,7 +655,7 @@ def plan(clip, dataset, args):
             run = Run(name, kind, output, matching, known.to(args.device), model, optimizer, [])
             if args.resume and os.path.exists(f"{output}/last.pt"):
                 saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
-                model.load_state_dict(saved["model"], strict=False)
+                model.load_trained(saved["model"])
                 optimizer.load_state_dict(saved["optimizer"])
                 run.log = saved["log"]
             if args.compile:
@@ -666,6 +674,8 @@ def main(argv=None):
         if any(Path(args.output).rglob("last.pt")) and not args.resume:
             raise UserError(f"{args.output} holds a run: --resume it or name another --output")
 
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: 3 to 5 times as fast as float32
+
     # model
     clip, preprocess = clip_model.load(args.clip, args.device)
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -682,7 +692,7 @@ def main(argv=None):
     if args.predict or args.eval:
         labels, matching = saved["labels"], saved["matching"]
         model = TRM(clip, labels, matching, args.per_label_context, saved["model"].get("visual"))
-        model.load_state_dict(saved["model"], strict=False)
+        model.load_trained(saved["model"])
         if args.predict:
             return predict(clip, model, preprocess, labels, args)
         runs = [Run(TITLES[matching], "method", None, matching, None, model, None, None)]
