@@ -29,6 +29,7 @@ Implementation details
     is a linear layer on a matrix.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  3. All rows of the table are scored in one pass over the images.
+ 4. Several GPUs would have nothing to do: what trains is a matrix, for seconds.
 Where this differs from the authors' code
  1. Sentences come from a built-in grammar unless --texts names a file; --generate has a language
     model write one. The prompt templates, some forty, are our own.

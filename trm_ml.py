@@ -49,6 +49,7 @@ Implementation details
     of work; every method and every --seed gets the same.
  4. The encoders are frozen, so several shares or matchings train side by side on embeddings that
     are computed once; without augmentation these are kept, in float16.
+ 5. One GPU is enough for the same reason: a sweep is hardly slower than a single run on it.
 """
 import argparse
 import dataclasses
