@@ -257,7 +257,7 @@ def rand_augment(image):
 
 class Seeded(Dataset):
     """A dataset whose random transform depends on seed, epoch and image alone, not on the process
-    that loads it: so worker processes can stay, and their number does not matter."""
+    that loads it: so the number of worker processes does not matter."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -670,8 +670,7 @@ def make_loader(dataset, args, batch_size, shuffle=False):
     """Batches of (images [B, 3, H, W], targets int8 [B, C])."""
     sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
     return DataLoader(dataset, batch_sampler=Share(sampler, batch_size, drop_last=False),
-                      num_workers=args.workers, persistent_workers=shuffle and args.workers > 0,
-                      pin_memory=args.device.startswith("cuda"))
+                      num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
 
 
 def main(argv=None):
