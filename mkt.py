@@ -621,8 +621,11 @@ def read_checkpoint(args):
         return data.read_checkpoint(paths[0], "mkt")
     state = {}
     for stage, path in enumerate(paths[:2], 1):
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        except Exception as error:  # whatever is wrong with the file, it is the user's to replace
+            raise UserError(f"{path} does not hold released weights: {error}") from None
         state[f"stage {stage}"] = weights
     return state
 
@@ -643,7 +646,8 @@ def from_release(model, state):
             trained[key] = value.float()
         elif key.startswith("projection."):  # never used in their forward pass
             continue
-        elif key not in frozen or not torch.allclose(value.float(), frozen[key].cpu(), atol=1e-3):
+        elif key not in frozen or value.shape != frozen[key].shape or not torch.allclose(
+                value.float(), frozen[key].cpu(), atol=1e-3):
             raise UserError(f"the released weights' {key} is not that of --clip: another CLIP?")
     if "stage 2" in state:
         rows = state["stage 2"]["token_embedding.weight"].float()
