@@ -1,0 +1,211 @@
+"""What the three scripts have in common: every dataset, the results, the command line, README.md."""
+import ast
+import inspect
+import json
+import math
+import re
+import runpy
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import lang_cls
+import mkt
+import trees
+import trm_ml
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {script.__name__: script for script in (mkt, lang_cls, trm_ml)}
+ALL = pytest.mark.parametrize("name", SCRIPTS)
+FEW = ["--epochs", "1", "--limit", "8", "--workers", "0", "--device", "cpu", "--quiet"]
+SMALL = {"mkt": ["--clip", "toy-ViT", "--topk", "4", "--prompt-epochs", "1"],
+         "lang_cls": ["--clip", "toy-RN", "--sentences", "20"],
+         "trm_ml": ["--clip", "toy-RN", "--image-size", "64", "--matching", "region",
+                    "--partial", "1"]}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Arguments of a run of a second, by script."""
+    path = tmp_path / "templates.txt"
+    path.write_text("a photo of a {}.\n")
+    return {**SMALL, "lang_cls": [*SMALL["lang_cls"], "--templates", str(path)]}
+
+
+# ---- every script on every dataset
+
+@ALL
+@pytest.mark.parametrize("dataset", [*data.DATASETS, "coco --zero-shot"])
+def test_a_script_on_a_dataset(name, dataset, small, tmp_path):
+    dataset, *options = dataset.split()
+    is_toy = dataset == "toy"
+    if not is_toy:
+        options += ["--root", str(trees.make(dataset, tmp_path / "data"))]
+    handler = signal.getsignal(signal.SIGTERM)
+    output = tmp_path / "run"
+    rows = SCRIPTS[name].main(["--data", dataset, *options, *small[name], *FEW, "--output",
+                               str(output)])
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+    results = json.loads((output / "results.json").read_text())
+    assert results.keys() == {"method", "data", "clip", "seed", "seconds", "rows"}
+    assert (results["method"], results["data"], results["seed"]) == (name, dataset, 0)
+    assert [row["kind"] for row in rows[:3]] == ["zero-shot"] * 3
+    assert [row["kind"] for row in rows[3:-1]] == ["ablation"] * len(rows[3:-1])
+    assert rows[-1]["kind"] == "method" and len({row["name"] for row in rows}) == len(rows)
+
+    prefixes = [""]
+    if dataset in ("nuswide", "openimages") or "--zero-shot" in options or name == "mkt" and is_toy:
+        prefixes = ["zsl_", "gzsl_"]
+    ks = (10, 20) if dataset == "openimages" else (3, 5)
+    at_k = {f"{prefix}{metric}@{k}" for prefix in prefixes for metric in ("P", "R", "F1")
+            for k in ks}
+    for row, saved in zip(rows, results["rows"], strict=True):
+        mAPs = {key for key in row if key.endswith("mAP")}
+        assert mAPs == {f"{prefix}mAP" for prefix in prefixes}
+        others = row.keys() - mAPs - {"name", "kind"}
+        assert others <= at_k and (others == at_k or not is_toy)  # k is at most the labels
+        values = [row[key] for key in (*mAPs, *others)]
+        assert all(0 <= value <= 1 or math.isnan(value) for value in values)
+        assert values == pytest.approx([saved[key] for key in (*mAPs, *others)], nan_ok=True)
+    assert not math.isnan(rows[-1][f"{prefixes[-1]}mAP"])
+
+    assert len((output / "log.jsonl").read_text().splitlines()) == (2 if name == "mkt" else 1)
+    assert json.loads((output / "args.json").read_text())["data"] == dataset
+    assert Image.open(output / "curves.png").width > 0
+    assert {"best.pt", "last.pt"} < {path.name for path in output.iterdir()}
+
+
+# ---- bad input
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What the cases below name."""
+    root = tmp_path_factory.mktemp("files")
+    trees.make("folder", root / "folder")
+    trees.make("voc2007", root / "voc")
+    (root / "empty").mkdir()
+    for name in ("text.pt", "text.pth"):
+        (root / name).write_text("no weights")
+    torch.save({"conv1.weight": torch.zeros(3)}, root / "other.pth")
+    mkt.main(["--data", "folder", "--root", str(root / "folder"), *SMALL["mkt"], *FEW, "--output",
+              str(root / "run")])
+    return root
+
+
+@pytest.mark.parametrize("command, message", [
+    ("mkt --data nosuch", "--data"),
+    ("mkt --data nuswide", "--root DIR"),
+    ("lang_cls --data coco --root empty", "annotations/instances_val2014.json"),
+    ("trm_ml --data voc2007 --root voc --zero-shot", "--zero-shot is not for voc2007"),
+    ("mkt {folder} --clip ViT-Z/99", "ViT-Z/99"),
+    ("mkt {folder} --clip toy-RN", "ResNet"),
+    ("mkt {folder} --clip toy-ViT --topk 65", "--topk 65"),
+    ("mkt {folder} --clip toy-ViT --topk 4 --workers 0 --lr 1e30 --batch-size 1 --output out",
+     "the loss is not finite"),
+    ("mkt --epochs 0 --prompt-epochs 0", "nothing to train"),
+    ("trm_ml --epochs 0", "--epochs"),
+    ("lang_cls --batch-size 0", "--batch-size"),
+    ("mkt --val-fraction 1.5", "--val-fraction"),
+    ("trm_ml --partial 0.5 0", "--partial"),
+    ("trm_ml --single-positive --partial 0.5", "--single-positive"),
+    ("trm_ml --resume --output empty", "empty/last.pt"),
+    ("mkt {folder} --clip toy-ViT --output run", "--resume"),
+    ("mkt --resume --output run --epochs 3", "stage 2 has begun"),
+    ("mkt --eval text.pt", "text.pt is not a checkpoint"),
+    ("lang_cls --eval run/best.pt", "a checkpoint of mkt.py"),
+    ("mkt --eval run/best.pt --data voc2007 --root voc", "other labels"),
+    ("mkt {folder} --clip toy-ViT --topk 4 --eval text.pth", "text.pth"),
+    ("mkt {folder} --clip toy-ViT --topk 4 --eval other.pth", "conv1.weight"),
+    ("trm_ml --predict folder/1.png", "--checkpoint"),
+    ("mkt --predict nosuch.jpg --checkpoint run/best.pt", "nosuch.jpg"),
+    ("mkt --predict folder/1.png --checkpoint run/best.pt --labels owl", "at least two"),
+])
+def test_bad_input_is_one_clear_error(files, capsys, monkeypatch, command, message):
+    before = {path: path.read_bytes() for path in files.rglob("*.p*")}  # checkpoints and pictures
+    monkeypatch.chdir(files)
+    name, *arguments = command.format(folder="--data folder --root folder").split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{name}.py: error: " in printed and message in printed
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+# ---- the command line
+
+def options_of(script):
+    """{"--option": the other arguments of the call that adds it to the parser, as they are typed}"""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(script.arguments)))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "add"]
+    return {call.args[0].value: {keyword.arg: ast.unparse(keyword.value)
+                                 for keyword in call.keywords} for call in calls}
+
+
+@ALL
+def test_help_names_every_option(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[name].main(["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and len(options_of(SCRIPTS[name])) > 30
+    assert all(re.search(rf"^ +{option}\b", printed, re.M) for option in options_of(SCRIPTS[name]))
+
+
+def test_options_mean_the_same_in_all_scripts():
+    found = [options_of(script) for script in SCRIPTS.values()]
+    shared = set.intersection(*map(set, found))
+    assert shared >= set("""--data --root --clip --device --epochs --batch-size --lr --seed --workers
+        --precision --compile --output --resume --eval --val-fraction --predict --checkpoint --top
+        --threshold --heatmap --limit --quiet --allow-missing --annotated-only --drop-crowd
+        --zero-shot --difficult --not-visible""".split())
+    for option in shared:
+        for key in ("type", "choices", "action", None):
+            assert len({options[option].get(key) for options in found}) == 1, (option, key)
+
+
+def test_what_does_the_same_is_written_the_same():
+    sources = {name: inspect.getsource(script) for name, script in SCRIPTS.items()}
+    endings = {source[source.index("if __name__"):].replace(name, "NAME")
+               for name, source in sources.items()}
+    bodies = {ast.unparse(ast.parse(inspect.getsource(script.autocast)).body[0].body[1:])
+              for script in SCRIPTS.values()}
+    assert len(endings) == len(bodies) == 1
+
+
+# ---- README.md and DATASETS.md
+
+def commands():
+    """What they tell to type: (script, arguments)"""
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "DATASETS.md"))
+    found = re.findall(r"(?:python|torchrun \S+ \d+) (mkt|lang_cls|trm_ml)\.py([^`\n#]*)",
+                       text.replace("\\\n", " "))
+    return sorted({(name, arguments.strip()) for name, arguments in found})
+
+
+@pytest.mark.parametrize("name, arguments", commands())
+def test_a_command_is_accepted(name, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = {"method": name}
+    parsed = SCRIPTS[name].arguments([])
+    state["args"] = vars(parsed[0] if isinstance(parsed, tuple) else parsed)
+    arguments = shlex.split(arguments)
+    for path in [f"runs/{name}-toy/last.pt", *arguments]:
+        if path.endswith(".pt"):
+            data.write_file(path, state)
+        if path.endswith((".pth", ".pth.tar")):
+            data.write_file(path, {"state_dict": {"adapter.0.weight": torch.zeros(80, 8)}})
+    SCRIPTS[name].arguments(arguments)
+
+
+def test_there_are_commands_of_every_script_and_dataset():
+    found = commands()
+    assert {name for name, _ in found} == set(SCRIPTS)
+    assert {words.split()[1] for _, words in found if words.startswith("--data ")} > {
+        "nuswide", "coco", "openimages", "folder"}
