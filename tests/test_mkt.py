@@ -88,46 +88,28 @@ def test_ranking_loss_equals_all_pairs_with_gradient(scale):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
 
 
-def test_ranking_loss_by_hand():
-    scores = torch.tensor([[2.0, 0.5, 1.5, 9.0]])
-    targets = torch.tensor([[1, -1, -1, 0]])  # margins 1 + 0.5 - 2 < 0 and 1 + 1.5 - 2 = 0.5
-    assert mkt.ranking_loss(scores, targets).item() == pytest.approx(0.5)
-    assert mkt.ranking_loss(scores, torch.zeros(1, 4)).item() == 0
-
-
 # ---- model
 
-def test_prompts_are_the_tokens_of_the_sentence(toy):
-    labels = ["star", "a boat in the moon", "zyxwvut"]
-    prompts = mkt.Prompts(toy[0], labels)
-    tokens = toy[0].tokenize([PROMPT.format(label) for label in labels])
+def test_prompts_are_the_sentences_and_eight_embeddings_of_them_are_learned(toy):
+    model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
+    clip, labels = model.clip, ["star", "a boat in the moon", "zyxwvut"]
+    prompts = mkt.Prompts(clip, labels)
+    tokens = clip.tokenize([PROMPT.format(label) for label in labels])
     length = prompts.tokens.shape[1]
     assert torch.equal(prompts.tokens, tokens[:, :length]) and not tokens[:, length:].any()
-    assert prompts.eot.tolist() == tokens.argmax(dim=1).tolist()
-    ends = tokens[0, 0], tokens.max()
-    words = [ends[0], *toy[0].tokenizer.encode("there is a in the scene"), ends[1]]
-    for label, row, learned in zip(labels, prompts.tokens, prompts.learned):
-        assert learned[learned > 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-        assert row[learned > 0].tolist() == words
-        size = len(toy[0].tokenizer.encode(label))
-        assert not learned[4:4 + size].any() and learned[4 + size] == 5  # after "start there is a"
-    with pytest.raises(mkt.UserError, match="long long"):
-        mkt.Prompts(toy[0], ["star", "long " * 80])
-
-
-def test_label_embeddings_start_as_clips_and_only_the_context_is_replaced(toy):
-    model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
-    clip, labels = model.clip, ["star", "a boat in the moon"]
-    z = model.label_embeddings(mkt.Prompts(clip, labels))
-    tokens = clip.tokenize([PROMPT.format(label) for label in labels])
+    z = model.label_embeddings(prompts)
     torch.testing.assert_close(z, clip.encode_text(tokens), rtol=1e-4, atol=1e-5)
+
+    assert model.context.shape == (8, clip.token_embedding.embedding_dim)
     model.context.data += torch.randn_like(model.context)
-    z = model.label_embeddings(mkt.Prompts(clip, labels))
-    for label, embedding in zip(labels, z):
+    for label, embedding in zip(labels, model.label_embeddings(prompts)):
         name = clip.token_embedding(torch.tensor(clip.tokenizer.encode(label)))
+        # start, there, is, a; in, the, scene, end
         sentence = torch.cat([model.context[:4], name, model.context[4:]])
         expected = clip.encode_prompts(sentence[None], torch.tensor([len(sentence) - 1]))[0]
         torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(mkt.UserError, match="long long"):
+        mkt.Prompts(clip, ["star", "long " * 80])
 
 
 def test_chunks_of_labels_that_are_recomputed_change_nothing(toy):
@@ -139,14 +121,6 @@ def test_chunks_of_labels_that_are_recomputed_change_nothing(toy):
     assert gradients[0].abs().amax(dim=1).min() > 0  # every learned embedding matters
     scale = gradients[0].abs().max()  # sums of float32 in another order
     torch.testing.assert_close(gradients[0] / scale, gradients[1] / scale, rtol=0, atol=1e-5)
-
-
-def test_a_resnet_and_an_impossible_topk_are_refused(toy):
-    with pytest.raises(mkt.UserError, match="ResNet"):
-        mkt.MKT(clip_model.load("toy-RN")[0])
-    for topk in (0, 65):
-        with pytest.raises(mkt.UserError, match=r"1\.\.64"):
-            mkt.MKT(toy[0], topk=topk)
 
 
 # ---- optimisation
@@ -218,8 +192,9 @@ def test_steps_of_training_equal_a_straightforward_version(stage, train):
     """Full student and full teacher, all ordered pairs of labels, 77 tokens."""
     clip = small_clip()
     model, log, images, targets = train(copy.deepcopy(clip), stage, 3)
-    start = mkt.MKT(copy.deepcopy(clip), topk=2)
-    student, teacher, context = copy.deepcopy(clip).visual, clip.visual, start.context
+    start = mkt.MKT(copy.deepcopy(clip), topk=2).state_dict()
+    student, teacher = copy.deepcopy(clip).visual, clip.visual
+    context = start["context"].clone().requires_grad_()
     if stage == 1:
         *_, block, last = student.transformer.resblocks
         trained = {p: 0.65 ** 2 for p in block.parameters()}
@@ -255,9 +230,8 @@ def test_steps_of_training_equal_a_straightforward_version(stage, train):
         torch.testing.assert_close(mine.grad, plain.grad, rtol=0, atol=1e-3 * largest.item())
         assert (mine - plain).abs().mean() < 1e-3 * (plain - old).abs().mean()
     changed = {name for name, value in model.state_dict().items()
-               if not torch.equal(value, start.state_dict()[name])}
-    assert len(changed) == len(found) or stage == 2  # start's own context has been trained
-    assert not any(name.startswith("clip.") for name in changed)
+               if not torch.equal(value, start[name])}
+    assert changed == ({"context"} if stage == 2 else model.trained().keys() - {"context"})
 
 
 # ---- pixels
@@ -268,7 +242,7 @@ CLIPS_OWN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @pytest.mark.parametrize("preprocess, size, scale", [
     ("clip", 224, CLIPS_OWN), ("authors", 256, IMAGENET)])
-def test_pixels_are_clips_own_or_the_authors(preprocess, size, scale, photo):
+def test_pixels_are_clips_own_or_the_authors(preprocess, size, scale):
     bicubic = transforms.InterpolationMode.BICUBIC
     expected = transforms.Compose([
         transforms.Resize(size, bicubic), transforms.CenterCrop(224), transforms.ToTensor(),
@@ -277,6 +251,7 @@ def test_pixels_are_clips_own_or_the_authors(preprocess, size, scale, photo):
     for augment in ("no", "yes"):
         args, _ = mkt.arguments([*options, augment])
         train, test = mkt.transforms_of(clip_model.preprocess_transform(224), args)
+        photo = world.scene("benchmark", 2, 7).resize((96, 80))
         assert torch.equal(test(photo), expected(photo))
         flat = Image.new("RGB", (50, 40), (90, 120, 30))
         torch.manual_seed(0)
@@ -284,22 +259,16 @@ def test_pixels_are_clips_own_or_the_authors(preprocess, size, scale, photo):
         assert any(same) and all(same) == (augment == "no")
 
 
-@pytest.fixture
-def photo():
-    return world.scene("benchmark", 2, 7).resize((96, 80))
-
-
-def test_rand_augment_changes_an_image_as_often_and_as_much_as_the_authors(photo):
-    original = np.asarray(photo).astype(int)
+def test_rand_augment_changes_an_image_as_often_and_as_much_as_the_authors():
+    photo = world.scene("benchmark", 2, 7).resize((96, 80))
 
     def draw():
         torch.manual_seed(0)
         images = [mkt.rand_augment(photo) for _ in range(400)]
-        assert all(image.size == (96, 80) and image.mode == "RGB" for image in images)
-        return np.stack([np.asarray(image).astype(int) for image in images])
+        return np.stack([np.asarray(image).astype(int) for image in images])  # [400, 80, 96, 3]
 
     draws = draw()
-    difference = np.abs(draws - original).mean(axis=(1, 2, 3))
+    difference = np.abs(draws - np.asarray(photo)).mean(axis=(1, 2, 3))
     # both draws are passed over in 1/4; some changes leave this or that image as it is
     assert 0.2 < (difference == 0).mean() < 0.36
     assert 0.2 < (difference > 40).mean() < 0.6
@@ -347,10 +316,6 @@ def results(folder):
     return found
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def checkpoint(path):
     return torch.load(path, weights_only=True)
 
@@ -364,10 +329,10 @@ def assert_same_run(folder, other):
 
 
 def test_a_run_trains_every_weight_in_two_stages(trained, toy):
-    log = log_of(trained)
-    assert [(line["stage"], line["epoch"]) for line in log] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     state = checkpoint(trained / "best.pt")
-    assert state["labels"] == world.LABELS and state["args"]["topk"] == 4 and state["log"] == log
+    assert state["labels"] == world.LABELS and state["args"]["topk"] == 4
+    epochs = [(line["stage"], line["epoch"]) for line in state["log"]]
+    assert epochs == [(1, 1), (1, 2), (2, 1), (2, 2)]
     start = mkt.MKT(toy[0], topk=4).trained()
     assert state["model"].keys() == start.keys()
     assert not any(torch.equal(state["model"][name], start[name]) for name in start)
@@ -451,13 +416,6 @@ def test_a_run_stopped_in_either_stage_resumes_to_the_same_numbers(trained, quic
     assert_same_run(tmp_path, trained)
 
 
-def test_a_run_never_overwrites_another(trained, quick):
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
-    with pytest.raises(mkt.UserError, match="--resume"):
-        mkt.main([*quick, "--seed", "1", "--output", str(trained)])
-    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
-
-
 def test_the_best_epoch_of_a_stage_is_selected(quick, tmp_path, monkeypatch):
     """By scores of held-out images that are made up: the first epoch of stage 1 is the better one,
     and both of stage 2 are worse than it."""
@@ -467,17 +425,17 @@ def test_the_best_epoch_of_a_stage_is_selected(quick, tmp_path, monkeypatch):
     def keep(path, content):
         write_file(path, content)
         if path.endswith("last.pt"):
-            states.append({name: value.clone() for name, value in content["model"].items()})
+            states.append(copy.deepcopy(content["model"]))
 
     monkeypatch.setattr(mkt.metrics, "mean_average_precision", lambda *_: next(made_up, 0.0))
     monkeypatch.setattr(data, "write_file", keep)
     mkt.main([*quick, "--val-fraction", "0.25", "--output", str(tmp_path)])
-    assert [line["val_mAP"] for line in log_of(tmp_path)] == [0.9, 0.2, 0.3, 0.5]
     first, second, third, fourth = states
     assert not torch.equal(first["proj"], second["proj"])
     assert torch.equal(third["proj"], first["proj"])  # stage 2 starts from the best of stage 1
     best = checkpoint(tmp_path / "best.pt")
-    assert len(best["log"]) == 4 and torch.equal(best["model"]["context"], fourth["context"])
+    assert [line["val_mAP"] for line in best["log"]] == [0.9, 0.2, 0.3, 0.5]
+    assert torch.equal(best["model"]["context"], fourth["context"])
 
 
 def test_under_bf16_scores_are_float32(train, scenes, toy):
@@ -568,21 +526,17 @@ def test_predict_scores_labels_never_seen(trained, toy, tmp_path, capsys):
     for path, line in zip(photos, found):
         global_, local = model(toy[1](data.open_image(path))[None])
         expected = straightforward_scores(local, global_, z, 4)[0].tolist()
-        shown = [(entry["label"], entry["score"]) for entry in line["labels"]]
-        assert [label for label, _ in shown] == [
-            label for _, label in sorted(zip(expected, labels), reverse=True)]
-        assert [score for _, score in shown] == pytest.approx(
-            sorted(expected, reverse=True), abs=1e-3)
+        shown = {entry["label"]: entry["score"] for entry in line["labels"]}
+        assert list(shown.values()) == sorted(shown.values(), reverse=True)
+        assert [shown[label] for label in labels] == pytest.approx(expected, abs=1e-3)
     maps = sorted((tmp_path / "maps").iterdir())
     assert len(maps) == 2 and all(Image.open(path).format == "PNG" for path in maps)
-
-    first = found[0]["labels"]
-    least = str(first[1]["score"] - 1e-4)
-    chosen = predictions(capsys, *arguments, "--labels", ",".join(labels), "--threshold", least)
-    assert chosen[0]["labels"] == first[:2]
-    top = predictions(capsys, photos[0], *arguments[1:], "--top", "60")[0]["labels"]
-    assert sorted(entry["label"] for entry in top) == world.LABELS
-    assert len(predictions(capsys, photos[0], *arguments[1:])[0]["labels"]) == 5
+    second = found[0]["labels"][1]["score"]
+    chosen, _ = predictions(capsys, *arguments, "--labels", ",".join(labels), "--threshold",
+                            second - 1e-4)
+    assert chosen["labels"] == found[0]["labels"][:2]
+    line, _ = predictions(capsys, *arguments, "--top", "60")
+    assert sorted(entry["label"] for entry in line["labels"]) == world.LABELS
 
 
 def test_predict_names_what_it_cannot_read_and_exits_with_2(trained, scenes, tmp_path, capsys,

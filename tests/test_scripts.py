@@ -1,4 +1,4 @@
-"""What the three scripts have in common: every dataset, the results, the command line, README.md."""
+"""What the three scripts share: every dataset, the results, the command line, README.md."""
 import ast
 import inspect
 import json
@@ -142,7 +142,7 @@ def test_bad_input_is_one_clear_error(files, capsys, monkeypatch, command, messa
 # ---- the command line
 
 def options_of(script):
-    """{"--option": the other arguments of the call that adds it to the parser, as they are typed}"""
+    """{"--option": the other arguments of the call that adds it to the parser}"""
     calls = [node for node in ast.walk(ast.parse(inspect.getsource(script.arguments)))
              if isinstance(node, ast.Call) and ast.unparse(node.func) == "add"]
     return {call.args[0].value: {keyword.arg: ast.unparse(keyword.value)
@@ -161,8 +161,8 @@ def test_help_names_every_option(name, capsys):
 def test_options_mean_the_same_in_all_scripts():
     found = [options_of(script) for script in SCRIPTS.values()]
     shared = set.intersection(*map(set, found))
-    assert shared >= set("""--data --root --clip --device --epochs --batch-size --lr --seed --workers
-        --precision --compile --output --resume --eval --val-fraction --predict --checkpoint --top
+    assert shared >= set("""--data --root --clip --device --epochs --batch-size --lr --seed
+        --workers --precision --compile --output --resume --eval --val-fraction --predict --checkpoint --top
         --threshold --heatmap --limit --quiet --allow-missing --annotated-only --drop-crowd
         --zero-shot --difficult --not-visible""".split())
     for option in shared:
