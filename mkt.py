@@ -257,7 +257,7 @@ def rand_augment(image):
 
 class Seeded(Dataset):
     """A dataset whose random transform depends on seed, epoch and image alone, not on the process
-    that loads it: so the number of worker processes does not matter."""
+    that loads it: so worker processes can stay, and their number does not matter."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -358,7 +358,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
         raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
     batch_size = args.batch_size if stage == 1 else args.prompt_batch_size
     seeded = Seeded(dataset)
-    loader = make_loader(seeded, args, batch_size, shuffle=True)
+    shuffle = torch.Generator()
+    loader = make_loader(seeded, args, batch_size, shuffle)
     prompts = Prompts(model.clip, [dataset.labels[i] for i in dataset.seen])
     with torch.no_grad():
         labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
@@ -378,7 +379,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
 
     for epoch in range(done, epochs):
         seed = 1_000_003 * args.seed + 1_000 * stage + epoch
-        torch.manual_seed(seed)
+        shuffle.manual_seed(seed)
         seeded.seed.fill_(seed % 2 ** 31 * len(dataset))
         begin, total = time.time(), 0
         bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False, disable=args.no_bars)
@@ -670,11 +671,12 @@ class Share(BatchSampler):
             yield batch[RANK::WORLD] or batch[:1]
 
 
-def make_loader(dataset, args, batch_size, shuffle=False):
-    """Batches of (images [B, 3, H, W], targets int8 [B, C])."""
-    sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+def make_loader(dataset, args, batch_size, shuffle=None):
+    """Batches of (images [B, 3, H, W], targets int8 [B, C]); shuffle: a torch.Generator."""
+    sampler = RandomSampler(dataset, generator=shuffle) if shuffle else SequentialSampler(dataset)
     return DataLoader(dataset, batch_sampler=Share(sampler, batch_size, drop_last=False),
-                      num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
+                      num_workers=args.workers, pin_memory=args.device.startswith("cuda"),
+                      persistent_workers=bool(shuffle and args.workers))
 
 
 def main(argv=None):
