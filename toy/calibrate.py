@@ -1,6 +1,6 @@
 """How CLIP-like the toy world is: every figure of toy/README.md, from zero-shot scores and probes.
 
-    python toy/calibrate.py            # both CLIPs, a few minutes on two cores
+    python toy/calibrate.py                           # both CLIPs, some minutes on two cores
     python toy/calibrate.py --sheet toy/scenes.png    # a contact sheet of both domains
 
 No method of this repository is run here: the world was fixed by these figures alone.
@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip_model  # noqa: E402
-import data  # noqa: E402
 import metrics  # noqa: E402
-from pretrain import caption  # noqa: E402
+from toy import world  # noqa: E402
+from toy.pretrain import caption  # noqa: E402
 
 LABELS = world.LABELS
 
@@ -39,8 +39,7 @@ def image_features(clip, preprocess, domain, seed, count, value_path=False):
     for start in tqdm(range(0, count, 100), desc=f"{domain} scenes", leave=False, disable=None):
         images = torch.stack([preprocess(world.scene(domain, seed, i))
                               for i in range(start, min(start + 100, count))])
-        options = {"value_path": True} if value_path else {}
-        parts.append(clip.encode_image_dense(images, **options))
+        parts.append(clip.encode_image_dense(images, value_path=value_path))
     global_, local = (torch.cat(x) for x in zip(*parts))
     return global_, local, targets_of(objects)
 
@@ -52,12 +51,17 @@ def label_embeddings(clip):
 
 
 def zero_shot(global_, local, texts):
-    """-> cosine scores: of the global embedding, of the best location, of both."""
+    """-> {name: cosine scores [N, C]}: of the global embedding, of the best location, of both."""
     global_scores = F.normalize(global_, dim=-1) @ texts.T
     local_scores = torch.cat([(F.normalize(part, dim=-1) @ texts.T).amax(dim=1)
                               for part in local.split(500)])
-    return {"global": global_scores, "local": local_scores,
-            "both": (global_scores + local_scores) / 2}
+    scores = {"global": global_scores, "local": local_scores,
+              "both": (global_scores + local_scores) / 2}
+    for name in list(scores):
+        scores[f"{name}, normalised"] = metrics.normalize_scores(scores[name])
+    scores["both, normalised before they are merged"] = (
+        scores["global, normalised"] + scores["local, normalised"])
+    return scores
 
 
 def train_probe(forward, parameters, inputs, targets, epochs, lr=3e-3):
@@ -119,6 +123,48 @@ def text_probe(clip, count=24_000):
         return metrics.mean_average_precision(linear(embeddings[split:]), targets[split:])
 
 
+@torch.no_grad()
+def modality_gap(clip, web_global):
+    """-> {name: figure} of the first web scenes of seed 3 and a caption of each."""
+    random = np.random.default_rng(0)
+    objects = [world.scene_objects("web", 3, i) for i in range(len(web_global))]
+    tokens = clip.tokenize([caption(things, random) for things in objects])
+    captions = F.normalize(clip.encode_text(tokens), dim=-1)
+    images = F.normalize(web_global, dim=-1)
+    return {"web, modality gap (distance of the centroids)":
+            (images.mean(0) - captions.mean(0)).norm().item(),
+            "web, cosine of an image and its caption": (images * captions).sum(1).mean().item(),
+            "web, cosine of two images": (images @ images.T).mean().item(),
+            "web, cosine of two captions": (captions @ captions.T).mean().item()}
+
+
+def figures(name, value_path, train_count, test_count):
+    """-> {name: figure}; every figure is in percent but for cosines and distances."""
+    clip, preprocess = clip_model.load(name)
+    texts = label_embeddings(clip)
+    result = {}
+    web = image_features(clip, preprocess, "web", 3, test_count, value_path)
+    test = image_features(clip, preprocess, "benchmark", 2, test_count, value_path)
+    for domain, (global_, local, targets) in (("web", web), ("benchmark", test)):
+        for kind, scores in zero_shot(global_, local, texts).items():
+            mAP = 100 * metrics.mean_average_precision(scores, targets)
+            result[f"{domain}, zero-shot mAP, {kind}"] = mAP
+    train = image_features(clip, preprocess, "benchmark", 1, train_count, value_path)
+    result["benchmark, supervised head mAP"] = 100 * supervised_head(train, test)
+    if value_path:
+        return result  # what follows does not read the locations
+    global_, local, targets = test
+    scores = zero_shot(global_, local, texts)["global"]
+    counts = (targets == 1).sum(dim=1)
+    for number in range(1, 5):
+        rows = counts == number
+        recall = metrics.precision_recall_f1_at_k(scores[rows], targets[rows], number)[1]
+        result[f"benchmark, {number} labels: global recall@{number}"] = 100 * recall
+    result.update(modality_gap(clip, web[0]))
+    result["sentences of 1-5 labels, linear probe mAP"] = 100 * text_probe(clip)
+    return result
+
+
 def contact_sheet(path, columns=8, rows=2):
     size = world.SCENE_SIZE + 2
     sheet = Image.new("RGB", (columns * size, (2 * rows) * size + 8), "white")
@@ -133,57 +179,30 @@ def contact_sheet(path, columns=8, rows=2):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["toy-ViT", "toy-RN"])
+    parser.add_argument("--models", nargs="+", default=["toy-RN", "toy-ViT"])
     parser.add_argument("--train", type=int, default=10_000, help="scenes for the supervised head")
     parser.add_argument("--test", type=int, default=2_000, help="scenes that are scored")
     parser.add_argument("--sheet", help="write a contact sheet of both domains here and stop")
     args = parser.parse_args()
     if args.sheet:
         return contact_sheet(args.sheet)
+    columns = {}
     for name in args.models:
-        clip, preprocess = clip_model.load(name)
-        texts = label_embeddings(clip)
-        print(f"{name}: {sum(p.numel() for p in clip.parameters()):,} parameters")
-        web = image_features(clip, preprocess, "web", 3, args.test)
-        for mode, scores in zero_shot(*web[:2], texts).items():
-            print(f"  web, zero-shot mAP, {mode}: "
-                  f"{100 * metrics.mean_average_precision(scores, web[2]):.1f}")
-        paths = (False, True) if "ViT" in name else (False,)
-        for value_path in paths:
-            test = image_features(clip, preprocess, "benchmark", 2, args.test, value_path)
-            for mode, scores in zero_shot(*test[:2], texts).items():
-                if mode == "global" and value_path:
-                    continue
-                note = " (value path)" * value_path
-                print(f"  benchmark, zero-shot mAP, {mode}{note}: "
-                      f"{100 * metrics.mean_average_precision(scores, test[2]):.1f}", flush=True)
-        scores, counts = zero_shot(*test[:2], texts)["global"], (test[2] == 1).sum(1)
-        for number in range(1, 7):
-            rows = counts == number
-            if rows.sum() > 20:
-                recall = metrics.precision_recall_f1_at_k(scores[rows], test[2][rows], number)[1]
-                print(f"  benchmark, {number} labels: recall@{number} {100 * recall:.1f}")
-        random = np.random.default_rng(0)
-        objects = [world.scene_objects("web", 3, i) for i in range(args.test)]
-        with torch.no_grad():
-            tokens = clip.tokenize([caption(things, random) for things in objects])
-            captions = F.normalize(clip.encode_text(tokens), dim=-1)
-        images = F.normalize(web[0], dim=-1)
-        pairs = (images * captions).sum(1).mean()
-        gap = (images.mean(0) - captions.mean(0)).norm()
-        print(f"  web: modality gap (distance of the centroids) {gap:.2f}; cosine of matching pairs "
-              f"{pairs:.2f}, of two images {(images @ images.T).mean():.2f}, of two captions "
-              f"{(captions @ captions.T).mean():.2f}")
-        print(f"  sentences of 1-5 labels, linear probe mAP: {100 * text_probe(clip):.1f}",
-              flush=True)
-        for value_path in paths if args.train else ():
-            train = image_features(clip, preprocess, "benchmark", 1, args.train, value_path)
-            if value_path != paths[-1]:
-                test_here = image_features(clip, preprocess, "benchmark", 2, args.test, value_path)
+        columns[name] = figures(name, False, args.train, args.test)
+        if "ViT" in name:
+            columns["value path"] = figures(name, True, args.train, args.test)
+    print(" " * 62, *(f"{name[-12:]:>12}" for name in columns))
+    for row in columns[args.models[0]]:
+        cells = []
+        for column in columns.values():
+            if row not in column:
+                cell = ""
+            elif "cosine" in row or "gap" in row:
+                cell = f"{column[row]:.2f}"
             else:
-                test_here = test
-            print(f"  benchmark, supervised head mAP{' (value path)' * value_path}: "
-                  f"{100 * supervised_head(train, test_here):.1f}", flush=True)
+                cell = f"{column[row]:.1f}"
+            cells.append(f"{cell:>12}")
+        print(f"{row:62}", *cells)
 
 
 if __name__ == "__main__":

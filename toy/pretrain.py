@@ -1,12 +1,16 @@
-"""Pre-train a tiny CLIP on captioned scenes, from nothing: the weights in this folder.
+"""Pre-train the two tiny CLIPs of this folder, from nothing, on captioned scenes. In this order:
 
-    python toy/pretrain.py --model ViT        # toy-ViT.pt
-    python toy/pretrain.py --model RN         # toy-RN.pt
+    python toy/pretrain.py RN               # both towers, CLIP's loss
+    python toy/pretrain.py ViT              # the same
+    python toy/pretrain.py ViT-distilled    # its image tower goes on with RN's text tower
+    python toy/pretrain.py ViT-whole        # the same on whole images in altered light
 
-The loss is CLIP's own (Radford et al., 2021): symmetric cross-entropy over the cosine
-similarities of a batch of images and captions, with a learned temperature. What makes it work in
-an hour on two cores is a curriculum: scenes of a single thing until the loss falls, then of up to
-two, then all. Interrupted runs continue where they stopped.
+CLIP's loss (Radford et al., 2021) is the symmetric cross-entropy over the cosine similarities of a
+batch of images and captions, with a learned temperature. What makes it work in an hour on two cores
+is a curriculum: scenes of a single thing until the loss falls, then of up to two, then all.
+ViT-distilled locks the text tower (LiT, CVPR 2022), drops half of the patches (FLIP, CVPR 2023) and
+adds the imitation of RN's image embeddings (CLIP-KD, CVPR 2024). ViT-whole drops none.
+Interrupted runs continue where they stopped.
 """
 import argparse
 import collections
@@ -24,15 +28,18 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from clip_model import CLIP, MEAN, STD, Tokenizer, byte_symbols  # noqa: E402
+from clip_model import CLIP, MEAN, STD, Tokenizer, build_model, byte_symbols  # noqa: E402
 from toy.world import COLOURS, LABELS, SCENE_SIZE, scene, scene_objects  # noqa: E402
 
-MERGES = 640  # enough for every word of the captions to be one token
-ARCHITECTURES = {  # embed_dim, resolution, vision layers, width, patch; text width 128, layers
-    "ViT": dict(vision_layers=5, vision_width=128, vision_patch_size=16, transformer_layers=3),
-    "RN": dict(vision_layers=(1, 1, 1, 1), vision_width=16, vision_patch_size=None,
-               transformer_layers=2),
+STAGES = {  # steps, batch size, learning rate at its peak, warm-up steps
+    "RN": (2600, 128, 2e-3, 200),
+    "ViT": (4500, 128, 2e-3, 200),
+    "ViT-distilled": (1800, 64, 1.2e-3, 100),
+    "ViT-whole": (450, 64, 6e-4, 20),
 }
+FILES = {"RN": "toy-RN.pt", "ViT": "cache/ViT.pt", "ViT-distilled": "cache/ViT-distilled.pt",
+         "ViT-whole": "toy-ViT.pt"}
+MERGES = 640  # enough for every word of the captions to be one token
 PLURALS = {"butterfly": "butterflies", "cactus": "cacti", "fish": "fish", "leaf": "leaves",
            "snowman": "snowmen", "glasses": "glasses", "scissors": "scissors"}
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -46,8 +53,7 @@ SETTINGS = ("on the street", "in a park", "in the garden", "on a table top", "at
             "near the window", "for sale", "on the beach")
 
 
-# ---------------------------------------------------------------------------------------------
-# captions
+# ---- captions
 
 def phrase(things, random):
     """Objects of one kind -> "a small red star", "two stars", "a pair of glasses"."""
@@ -156,121 +162,184 @@ def write_merges(path):
         file.write(("\n".join(lines) + "\n").encode())
 
 
-# ---------------------------------------------------------------------------------------------
-# scenes
+# ---- scenes
 
-def scene_pool(path, count, seed):
+def scene_pool(path, count):
     """Draw the scenes once: uint8 [count, size, size, 3], memory-mapped, shared by both CLIPs."""
     if not path.exists():
         temporary = path.with_name(f"{path.stem}-{os.getpid()}.npy")
         shape = (count, SCENE_SIZE, SCENE_SIZE, 3)
         pool = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         for i in tqdm(range(count), desc="scenes", disable=None):
-            pool[i] = np.asarray(scene("web", seed, i))
+            pool[i] = np.asarray(scene("web", 0, i))
         pool.flush()
         temporary.rename(path)
     return np.load(path, mmap_mode="r")
 
 
-# ---------------------------------------------------------------------------------------------
-# training
+# ---- training
 
-def learning_rate(step, args):
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / (args.steps - args.warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+def first_model(stage, output, tokenizer):
+    """-> (CLIP to train, CLIP to imitate or None); what stays as it is has requires_grad False."""
+    if stage in ("RN", "ViT"):
+        towers = {"vision_layers": 5, "vision_width": 128, "vision_patch_size": 16,
+                  "transformer_layers": 3}
+        if stage == "RN":
+            towers = {"vision_layers": (1, 1, 1, 1), "vision_width": 16,
+                      "vision_patch_size": None, "transformer_layers": 2}
+        model = CLIP(embed_dim=128, image_resolution=SCENE_SIZE, context_length=77,
+                     vocab_size=len(tokenizer), transformer_width=128, transformer_heads=2,
+                     **towers)
+        return model.train(), None
+    weights = torch.load(output / FILES["RN"], weights_only=True)
+    teacher = build_model(dict(weights)).requires_grad_(False)
+    first = "ViT" if stage == "ViT-distilled" else "ViT-distilled"
+    images = torch.load(output / FILES[first], weights_only=True)
+    weights = {key: value for key, value in weights.items() if not key.startswith("visual.")}
+    weights.update({key: value for key, value in images.items() if key.startswith("visual.")})
+    model = build_model(weights).requires_grad_(False)
+    model.visual.requires_grad_(True)
+    model.logit_scale.requires_grad_(True)
+    return model, teacher
 
 
-def main():
+def contrastive_loss(images, texts, logit_scale):
+    """Embeddings [B, D] of images and of their captions -> CLIP's loss."""
+    logits = logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    diagonal = torch.arange(len(logits))
+    return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+
+
+def altered(images, generator):
+    """Pixels [B, 3, H, W] in [0, 1] in another saturation, contrast and light, with noise."""
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(len(images), *shape, generator=generator)
+
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + (images - grey) * uniform(0.7, 1.1, 1, 1, 1)
+    images = images * uniform(0.85, 1.1, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
+    noise = torch.randn(images.shape, generator=generator)
+    return (images + uniform(0, 0.03, 1, 1, 1) * noise).clamp(0, 1)
+
+
+def distillation_loss(model, teacher, clean, images, texts, patches, generator):
+    """CLIP's loss, plus 10 and 5 times one minus the cosine to the teacher's embeddings.
+
+    The class token imitates the teacher's global embedding, each of the randomly kept patches the
+    local embedding of the location (32 pixels, 2 by 2 patches) that it lies in. The teacher sees
+    the clean images."""
+    with torch.no_grad():
+        teacher_global, teacher_local = teacher.encode_image_dense(clean)  # [B, D], [B, 16, D]
+    patch = torch.arange(64)
+    teacher_local = teacher_local[:, patch // 16 * 4 + patch % 8 // 2]  # [B, 64, D]
+    kept = torch.rand(len(images), 64, generator=generator).argsort(dim=1)[:, :patches]
+    rows = torch.arange(len(images))[:, None]
+    x = model.visual.embed(images)  # [B, 1 + 64, W]
+    x = torch.cat([x[:, :1], x[rows, 1 + kept]], dim=1)  # [B, 1 + patches, W]
+    for block in model.visual.transformer.resblocks:
+        x = block(x)
+    x = model.visual.ln_post(x) @ model.visual.proj
+    cosine_global = F.cosine_similarity(x[:, 0], teacher_global, dim=-1).mean()
+    cosine_local = F.cosine_similarity(x[:, 1:], teacher_local[rows, kept], dim=-1).mean()
+    loss = contrastive_loss(x[:, 0], texts, model.logit_scale)
+    return loss + 10 * (1 - cosine_global) + 5 * (1 - cosine_local)
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(ARCHITECTURES), required=True)
-    parser.add_argument("--steps", type=int, help="default: 2600 (RN), 3000 (ViT)")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--warmup", type=int, default=200, help="steps")
-    parser.add_argument("--easy-loss", type=float, default=1.7,
-                        help="the running loss below which harder scenes come in")
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--steps", type=int, help="of the learning rate's schedule")
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--scenes", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stop-at", type=int, help="stop after this step, to continue later")
-    parser.add_argument("--save-every", type=int, default=250, help="steps")
     parser.add_argument("--output", type=Path, default=HERE)
-    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="scenes, checkpoints")
-    args = parser.parse_args()
-    args.steps = args.steps or {"RN": 2600, "ViT": 3000}[args.model]
-    torch.set_num_threads(args.threads)
-    args.cache.mkdir(parents=True, exist_ok=True)
-    args.output.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(argv)
+    steps, batch_size, peak, warmup = STAGES[args.stage]
+    steps = args.steps or steps
+    batch_size = args.batch_size or batch_size
+    last = min(steps, args.stop_at or steps)
+    cache = args.output / "cache"  # scenes, checkpoints, weights of the first two stages
+    cache.mkdir(parents=True, exist_ok=True)
 
-    merges = args.output / "merges.txt.gz"
-    if not merges.exists():
-        write_merges(merges)
-    tokenizer = Tokenizer(merges)
-    objects = [scene_objects("web", args.seed, i) for i in range(args.scenes)]
-    pool = scene_pool(args.cache / f"web-{args.seed}-{args.scenes}.npy", args.scenes, args.seed)
+    if not (args.output / "merges.txt.gz").exists():
+        write_merges(args.output / "merges.txt.gz")
+    tokenizer = Tokenizer(args.output / "merges.txt.gz")
+    objects = [scene_objects("web", 0, i) for i in range(args.scenes)]
+    pool = scene_pool(cache / f"web-{args.scenes}.npy", args.scenes)
     counts = np.array([len(things) for things in objects])
-    stages = [np.flatnonzero(counts == 1), np.flatnonzero(counts <= 2), np.arange(args.scenes)]
+    if args.stage in ("RN", "ViT"):
+        levels = [np.flatnonzero(counts == 1), np.flatnonzero(counts <= 2), np.arange(args.scenes)]
+    else:
+        levels = [np.arange(args.scenes)]
 
-    torch.manual_seed(args.seed)
-    model = CLIP(128, SCENE_SIZE, context_length=77, vocab_size=len(tokenizer),
-                 transformer_width=128, transformer_heads=2, **ARCHITECTURES[args.model])
+    torch.manual_seed(0)
+    model, teacher = first_model(args.stage, args.output, tokenizer)
     model.to(memory_format=torch.channels_last)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]  # norms, biases, temperature
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]  # norms, biases, temperature
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05},
                                    {"params": others, "weight_decay": 0}], betas=(0.9, 0.98))
-    step, stage, running, since = 0, 0, 5.0, 0
-    checkpoint = args.cache / f"toy-{args.model}-{args.seed}.pt"
+    step, level, since, running = 0, 0, 0, 5.0  # since: steps on this level
+    checkpoint = cache / f"{args.stage}-checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, stage, running, since = (state[k] for k in ("step", "stage", "running", "since"))
+        step, level, since, running = state["progress"]
         print(f"continuing at step {step}", flush=True)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    diagonal = torch.arange(args.batch_size)
     start = time.time()
 
-    def save():
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                    "stage": stage, "running": running, "since": since},
-                   checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-        half = {key: value.half() if value.is_floating_point() else value
-                for key, value in model.state_dict().items()}
-        torch.save(half, args.output / f"toy-{args.model}.tmp")
-        (args.output / f"toy-{args.model}.tmp").replace(args.output / f"toy-{args.model}.pt")
-
-    while step < min(args.steps, args.stop_at or args.steps):
-        random = np.random.default_rng((args.seed, step))  # a resumed run draws the same batches
-        chosen = random.choice(stages[stage], args.batch_size, replace=False)
-        images = torch.from_numpy(pool[np.sort(chosen)]).permute(0, 3, 1, 2)  # channels last
-        images = (images.float() / 255 - mean) / std
-        tokens = tokenizer.tokenize([caption(objects[i], random) for i in np.sort(chosen)])
+    while step < last:
+        random = np.random.default_rng((0, step))  # a resumed run draws the same batches
+        chosen = random.choice(levels[level], batch_size, replace=False)
+        if args.stage == "ViT-whole":  # at least half of the scenes show several things
+            several = np.flatnonzero(counts >= 2)
+            chosen[::2] = random.choice(several, len(chosen[::2]), replace=False)
+        chosen = np.sort(chosen)
+        images = torch.from_numpy(pool[chosen]).permute(0, 3, 1, 2)  # channels last
+        clean = (images.float() / 255 - mean) / std
+        captions = [caption(objects[i], random) for i in chosen]
+        texts = model.encode_text(tokenizer.tokenize(captions))
+        if teacher:
+            generator = torch.Generator().manual_seed(step)
+            patches, seen = 32, clean
+            if args.stage == "ViT-whole":
+                patches, seen = 64, (altered(images.float() / 255, generator) - mean) / std
+            loss = distillation_loss(model, teacher, clean, seen, texts, patches, generator)
+        else:
+            loss = contrastive_loss(model.encode_image(clean), texts, model.logit_scale)
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        logits, transposed = model(images, tokens)
-        loss = (F.cross_entropy(logits, diagonal) + F.cross_entropy(transposed, diagonal)) / 2
+            group["lr"] = peak * min(1, (step + 1) / warmup) * decay
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        step, since = step + 1, since + 1
+        step += 1
+        since += 1
         running += 0.03 * (loss.item() - running)
-        if stage < 2 and since >= 100 and (running < args.easy_loss or since > 0.2 * args.steps):
-            stage, since = stage + 1, 0
-            print(f"step {step}: scenes of up to {(2, 5)[stage - 1]} things", flush=True)
+        easy = running < 1.7 or since > 0.2 * steps
+        if easy and since >= 100 and level + 1 < len(levels):
+            level += 1
+            since = 0
+            print(f"step {step}: scenes of up to {(1, 2, 5)[level]} things", flush=True)
         if step % 50 == 0:
             print(f"step {step} loss {running:.3f} scale {model.logit_scale.exp():.1f} "
                   f"{time.time() - start:.0f} s", flush=True)
-        if step % args.save_every == 0 or step == args.steps:
-            save()
+        if step % 250 == 0 or step == last:
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "progress": (step, level, since, running)}, temporary)
+            temporary.replace(checkpoint)
+            half = {key: value.half() if value.is_floating_point() else value
+                    for key, value in model.state_dict().items()}
+            torch.save(half, temporary)
+            temporary.replace(args.output / FILES[args.stage])
 
 
 if __name__ == "__main__":
