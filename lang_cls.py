@@ -29,6 +29,7 @@ Implementation details
     is a linear layer on a matrix.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  3. All rows of the table are scored in one pass over the images.
+ 4. Several GPUs would have nothing to do: what trains is a matrix, for seconds.
 Where this differs from the authors' code
  1. Sentences come from a built-in grammar unless --texts names a file; --generate has a language
     model write one. The prompt templates, some forty, are our own.
@@ -37,6 +38,7 @@ Where this differs from the authors' code
  3. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
 """
 import argparse
+import contextlib
 import hashlib
 import http.client
 import json
@@ -45,6 +47,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -281,7 +284,9 @@ def ask(url, model, labels, attempts=6, delay=1.0):
             answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)  # reasoning
             return " ".join(answer.split()).strip('" ')
         except urllib.error.HTTPError as error:
-            reason = f"{error} {error.read(300).decode(errors='replace')}"
+            reason = str(error)
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it may break off too
+                reason += f" {error.read(10_000).decode(errors='replace')}"
             if error.code not in (408, 409, 425, 429) and error.code < 500:
                 break
             if error.headers.get("Retry-After", "").isdigit():
@@ -291,7 +296,7 @@ def ask(url, model, labels, attempts=6, delay=1.0):
         if attempt < attempts - 1:
             time.sleep(wait)
     reason = reason.replace(key, "***") if key else reason
-    raise UserError(f"{url}: {reason}; the same command goes on from what has come so far")
+    raise UserError(f"{url}: {reason[:300]}; the same command goes on from what has come so far")
 
 
 def generate(path, labels, args):
@@ -300,6 +305,8 @@ def generate(path, labels, args):
     missing = set(range(args.sentences))
     if os.path.exists(path):
         text = data.read_text(path)
+        if text and not text.startswith('{"request": '):
+            raise UserError(f"{path}: not written by --generate: choose another file")
         data.write_file(path, text[:text.rfind("\n") + 1])  # a killed call may have cut a line
         for where, entry in data.read_json(path):
             request = entry.get("request") if isinstance(entry, dict) else None
@@ -307,17 +314,21 @@ def generate(path, labels, args):
                 raise UserError(f"{where}: written for other labels or another seed: choose "
                                 f"another file for --generate")
             missing.discard(request)
+    lock = threading.Lock()
+
+    def answer(request):
+        names = draw_labels(labels, args.seed, request)
+        line = {"request": request, "labels": names,
+                "description": ask(args.llm_url, args.llm_model, names)}
+        with lock:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
-        chosen = {request: draw_labels(labels, args.seed, request) for request in sorted(missing)}
-        futures = {pool.submit(ask, args.llm_url, args.llm_model, names): request
-                   for request, names in chosen.items()}
+        futures = [pool.submit(answer, request) for request in sorted(missing)]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), disable=args.no_bars):
-                request = futures[future]
-                line = {"request": request, "labels": chosen[request],
-                        "description": future.result()}
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+                future.result()
         except BaseException:  # Ctrl-C too: ask no more
             pool.shutdown(cancel_futures=True)
             raise
@@ -408,12 +419,12 @@ def train(model, embeddings, targets, state, args):
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         log.append(line)
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
-        data.write_file(f"{args.output}/last.pt", state)
         best = max(x.get("val_mAP", 0) for x in log)
         if line.get("val_mAP", 0) == best:  # without held-out sentences: the last epoch
             data.write_file(f"{args.output}/best.pt", state)
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
+        data.write_file(f"{args.output}/last.pt", state)  # at the end: else the epoch is repeated
     best = data.read_checkpoint(f"{args.output}/best.pt", "lang_cls")
     model.load_state_dict(best["model"])
 
@@ -532,8 +543,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint FILE")
-    if args.generate and not (args.llm_url and args.llm_model):
-        parser.error("--generate needs --llm-url URL and --llm-model NAME")
+    if args.generate and not ((args.llm_url or "").startswith("http") and args.llm_model):
+        parser.error("--generate needs --llm-url http://... and --llm-model NAME")
     if args.labels and (args.predict or args.eval):
         parser.error("--labels are for training: a checkpoint scores its own labels only")
     if not (args.predict or args.eval):
@@ -585,7 +596,8 @@ def read_checkpoint(args):
             state = torch.load(path, map_location="cpu", weights_only=True)
         return {"state_dict": {PUBLISHED: state["state_dict"][PUBLISHED].float()}}
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        raise UserError(f"{path} is not the authors' checkpoint: {error}") from None
+        reason = repr(error).partition("\\n")[0]
+        raise UserError(f"{path} is not the authors' checkpoint: {reason}") from None
 
 
 def autocast(args):
@@ -626,7 +638,11 @@ def main(argv=None):
     if saved and "state_dict" in saved:
         weight, names = saved["state_dict"][PUBLISHED], data.COCO_LABELS
         if args.memory:
-            memory = torch.load(args.memory, map_location="cpu", weights_only=True).float()
+            try:
+                memory = torch.load(args.memory, map_location="cpu", weights_only=True).float()
+            except Exception as error:  # whatever is wrong with the file
+                reason = repr(error).partition("\\n")[0]
+                raise UserError(f"{args.memory} does not hold a tensor: {reason}") from None
         else:
             memory = label_embeddings(clip, names, templates, args)
         if not weight.shape == memory.shape == (len(names), clip.text_projection.shape[1]):

@@ -353,6 +353,9 @@ def train(model, stage, epochs, dataset, validation, state, args):
     Every epoch seeds its own shuffling and augmentation, so a resumed run repeats the epoch it
     was killed in exactly."""
     log = state["log"]
+    done = sum(line["stage"] == stage for line in log)
+    if done < epochs and log and log[-1]["stage"] > stage:
+        raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
     batch_size = args.batch_size if stage == 1 else args.prompt_batch_size
     seeded = Seeded(dataset)
     loader = make_loader(seeded, args, batch_size, shuffle=True)
@@ -370,7 +373,6 @@ def train(model, stage, epochs, dataset, validation, state, args):
             parameter.requires_grad_()
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     trained = [parameter for group in groups for parameter in group["params"]]
-    done = sum(line["stage"] == stage for line in log)
     if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
 
@@ -428,12 +430,12 @@ def train(model, stage, epochs, dataset, validation, state, args):
             continue
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         state.update(model=model.trained(), optimizer=optimizer.state_dict())
-        data.write_file(f"{args.output}/last.pt", state)
         best = max(x.get("val_mAP", 0) for x in log if x["stage"] == stage)
         if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
             data.write_file(f"{args.output}/best.pt", state)
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
+        data.write_file(f"{args.output}/last.pt", state)  # at the end: the epoch is done
     if log and log[-1]["stage"] == stage:  # go on from the best epoch
         if WORLD > 1:
             dist.barrier()  # until it is written
@@ -592,7 +594,7 @@ def arguments(argv=None):
         for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
             saved["args"].pop(name)
         parser.set_defaults(**saved["args"])
-    elif args.data == "toy":
+    elif args.data == "toy" and not saved:
         parser.set_defaults(**TOY)
     args = parser.parse_args(argv)  # ... and what is typed again wins
     if min(args.batch_size, args.prompt_batch_size, args.top, args.limit or 1) < 1:

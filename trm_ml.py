@@ -49,6 +49,7 @@ Implementation details
     of work; every method and every --seed gets the same.
  4. The encoders are frozen, so several shares or matchings train side by side on embeddings that
     are computed once; without augmentation these are kept, in float16.
+ 5. One GPU is enough for the same reason: a sweep is hardly slower than a single run on it.
 """
 import argparse
 import dataclasses
@@ -425,13 +426,13 @@ def train(runs, clip, dataset, validation, truth, state, args):
             run.log.append(line)
             checkpoint = {**state, "matching": run.matching, "model": run.model.trained(),
                           "optimizer": run.optimizer.state_dict(), "log": run.log}
-            data.write_file(f"{run.output}/last.pt", checkpoint)
             best = max(x.get("val_mAP", 0) for x in run.log)
             if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
                 data.write_file(f"{run.output}/best.pt", checkpoint)
             lines = [json.dumps(line) + "\n" for line in run.log]
             data.write_file(f"{run.output}/log.jsonl", "".join(lines))
             data.write_file(f"{run.output}/curves.png", metrics.draw_curves(run.log))
+            data.write_file(f"{run.output}/last.pt", checkpoint)  # at the end: the epoch is done
     for run in runs:
         best = data.read_checkpoint(f"{run.output}/best.pt", "trm_ml")
         run.model.load_trained(best["model"])

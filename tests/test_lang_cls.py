@@ -1,503 +1,655 @@
-"""lang_cls.py: prompts, the classifier, and the program."""
+"""lang_cls.py: the method's formulas, its texts, a language model's client, and the program."""
+import functools
 import json
+import math
+import operator
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import clip_model
 import data
 import lang_cls
 import metrics
 from data import UserError
-from test_sentences import ChatServer, lines
+from toy import world
+from toy.grammar import fill_template
 
+ROOT = Path(lang_cls.__file__).parent
 
-# ---- the method's functions
 
 def unit(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-def test_map_to_text_is_the_formula():
+# ---- the method's formulas
+
+def mixture(embedding, memory, temperature):
+    weights = [torch.exp(torch.dot(embedding, m) / temperature) for m in memory]
+    mixed = sum(w * m for w, m in zip(weights, memory))
+    return mixed / mixed.norm()
+
+
+def test_map_to_text_is_a_mixture_of_the_labels():
     torch.manual_seed(0)
-    embeddings, memory = unit(2, 3, 8).requires_grad_(), unit(5, 8).requires_grad_()
-    mapped = lang_cls.map_to_text(embeddings, memory, temperature=0.1)
-    assert mapped.shape == (2, 3, 8)
-    for b in range(2):
-        for i in range(3):
-            weights = [torch.exp(torch.dot(embeddings[b, i], m) / 0.1) for m in memory]
-            mixture = sum(w * m for w, m in zip(weights, memory)) / sum(weights)
-            torch.testing.assert_close(mapped[b, i], mixture / mixture.pow(2).sum().sqrt())
-    assert torch.autograd.gradcheck(lambda e, m: lang_cls.map_to_text(e, m, 0.1),
-                                    (embeddings, memory))
+    embeddings, memory = unit(2, 3, 8), unit(5, 8)
+    mapped = lang_cls.map_to_text(embeddings, memory)
+    for row, expected in zip(mapped.flatten(0, 1), embeddings.flatten(0, 1)):
+        torch.testing.assert_close(row, mixture(expected, memory, 0.01))
+    inputs = [embeddings.requires_grad_(), memory.requires_grad_(), 0.1]
+    assert torch.autograd.gradcheck(lang_cls.map_to_text, inputs)
 
 
-def test_map_to_text_at_its_default_temperature_finds_the_nearest_label():
+def test_ranking_loss_and_its_gradient_equal_a_loop_over_pairs():
     torch.manual_seed(0)
-    memory = torch.linalg.qr(torch.randn(16, 16)).Q  # cosines of different labels are 0
-    label = torch.randint(16, (4, 7))
-    embeddings = F.normalize(memory[label] + 0.05 * torch.randn(4, 7, 16), dim=-1)
-    torch.testing.assert_close(lang_cls.map_to_text(embeddings, memory), memory[label])
-
-
-def pairwise_ranking_loss(logits, targets):
-    pairs = (targets[:, :, None] > 0) & (targets[:, None, :] < 0)  # [B, present, absent]
-    margins = (1 - logits[:, :, None] + logits[:, None, :]).clamp(min=0)
-    return (margins * pairs).sum() / len(logits)
-
-
-def random_targets(batch, labels, present):
-    targets = torch.full((batch, labels), -1, dtype=torch.int8)
-    for row in targets:
-        row[torch.randperm(labels)[:torch.randint(1, present + 1, ())]] = 1
-    return targets
-
-
-def test_ranking_loss_and_gradient_equal_the_pairwise_form():
-    torch.manual_seed(0)
-    targets = random_targets(32, 20, 5)
-    targets[3], targets[4] = 1, -1  # nothing absent, nothing present: no pairs
-    logits = torch.randn(32, 20, dtype=torch.float64, requires_grad=True)
-    loss, expected = lang_cls.ranking_loss(logits, targets), pairwise_ranking_loss(logits, targets)
+    targets = torch.randint(-1, 2, (16, 12), dtype=torch.int8)
+    targets[3] = 1  # nothing absent: no pairs
+    targets[4] = -1  # nothing present
+    logits = torch.randn(16, 12, dtype=torch.float64, requires_grad=True)
+    expected = 0
+    for row, target in zip(logits, targets):
+        for p in range(12):
+            for n in range(12):
+                if target[p] == 1 and target[n] == -1:
+                    expected = expected + (1 - row[p] + row[n]).clamp(min=0) / 16
+    loss = lang_cls.ranking_loss(logits, targets)
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)
-    assert not gradients[0][3:5].any()
-
-
-def test_ranking_loss_by_hand():
-    logits, targets = torch.tensor([[2.0, 0.5, 1.5]]), torch.tensor([[1, 1, -1]])
-    assert lang_cls.ranking_loss(logits, targets) == 0.5 + 2.0
-    assert lang_cls.ranking_loss(torch.tensor([[9.0, 0.0]]), torch.tensor([[1, -1]])) == 0
-
-
-def test_ranking_loss_keeps_no_pair_of_all_labels():
-    targets = random_targets(32, 500, 5)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t,
-                                                  lambda t: t):
-        lang_cls.ranking_loss(torch.randn(32, 500, requires_grad=True), targets)
-    assert 0 < max(saved) <= 32 * 5 * 500  # and not 32 * 500 * 500
-
-
-# ---- prompts
-
-def test_templates_are_distinct_and_fit_every_kind_of_label():
-    assert len(set(data.TEMPLATES)) == len(data.TEMPLATES) >= 24
-    assert data.TEMPLATES[0] == "a photo of a {}."
-    for label, expected in {
-            "dog": "a photo of a dog.", "apple": "a photo of an apple.",
-            "umbrella": "a photo of an umbrella.", "unicycle": "a photo of a unicycle.",
-            "hourglass": "a photo of an hourglass.", "tv": "a photo of a tv.",
-            "skis": "a photo of skis.", "snow": "a photo of snow.", "birds": "a photo of birds.",
-            "sky": "a photo of the sky.", "dancing": "a photo of dancing.",
-            "glass": "a photo of a glass.", "orange juice": "a photo of orange juice.",
-            "wedding ring": "a photo of a wedding ring.", "bus": "a photo of a bus."}.items():
-        assert data.fill_template("a photo of a {}.", label) == expected
-    assert data.fill_template("An {} or {{}}: {}", "dog") == "a dog or {dog}: dog"
-
-
-def test_template_sentences_count_and_targets():
-    sentences, targets = lang_cls.template_sentences(["dog", "ear"], ["one {}", "two {}"])
-    assert sentences == 9 * ["a photo of a dog."] + ["one dog", "two dog"] + \
-        9 * ["a photo of an ear."] + ["one ear", "two ear"]
-    assert targets.dtype == torch.int8
-    assert targets.tolist() == 11 * [[1, -1]] + 11 * [[-1, 1]]
-
-
-def test_load_templates(tmp_path):
-    path = tmp_path / "templates.txt"
-    path.write_bytes("\ufeffa photo of a {}.\r\n\r\nein Foto: {}\r\n".encode())
-    assert data.load_templates(path) == ["a photo of a {}.", "ein Foto: {}"]
-    for content, message in {b"a {}\nno place\n": "line 2: .*{}", b"\n": "no templates",
-                             b"a {}\nb {}\n\xff {}": "line 3: not UTF-8"}.items():
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=message) as error:
-            data.load_templates(path)
-        assert str(path) in str(error.value)
-    with pytest.raises(UserError, match="nowhere.txt: No such file"):
-        data.load_templates("nowhere.txt")
-
-
-# ---- classifier, mapping, streams
-
-def random_model(labels=6, width=8):
-    torch.manual_seed(0)
-    return lang_cls.CoMC(torch.randn(labels, width), unit(labels, width).float())
 
 
 @pytest.mark.parametrize("mapping_weight", [0.0, 0.3])
 def test_scores_equal_a_loop_over_locations(mapping_weight):
-    model = random_model()
-    global_, local = unit(3, 8).float(), unit(3, 5, 8).float()
+    torch.manual_seed(0)
+    weight, memory = torch.randn(6, 8).double(), unit(6, 8)
+    global_, local = unit(3, 8), unit(3, 5, 8)
+    model = lang_cls.CoMC(weight, memory)
 
-    def logits(e):  # one embedding [D]
-        weights = ((e @ model.memory.T) / 0.01).softmax(0)
-        mapped = sum(w * m for w, m in zip(weights, model.memory))
-        mapped = mapped / mapped.norm()
-        return model.weight @ ((1 - mapping_weight) * e + mapping_weight * mapped)
+    def logits(e):  # one embedding [8] -> [6]
+        mapped = mixture(e, memory, 0.01)
+        return weight @ ((1 - mapping_weight) * e + mapping_weight * mapped)
 
     whole = torch.stack([logits(e) for e in global_])
     best = torch.stack([torch.stack([logits(e) for e in image]).max(dim=0).values
                         for image in local])
-    for streams, expected in {"global": whole, "local": best, "both": (whole + best) / 2}.items():
+    for streams, expected in (("global", whole), ("local", best), ("both", (whole + best) / 2)):
         scores = model.scores(global_, local, mapping_weight, streams)
-        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_without_mapping_the_plain_classifier_is_left():
-    model, embeddings = random_model(), unit(4, 8).float()
-    linear = torch.nn.Linear(8, 6, bias=False)
-    linear.weight = model.weight
-    scores = model.scores(embeddings, None, mapping_weight=0.0, streams="global")
-    torch.testing.assert_close(scores, linear(embeddings))
-    torch.testing.assert_close(model(embeddings), linear(embeddings))
-    assert not torch.allclose(model.scores(embeddings, None, 0.3, "global"), scores)
+        torch.testing.assert_close(scores, expected)
 
 
 @pytest.mark.parametrize("name", ["toy-RN", "toy-ViT"])
 def test_encode_gives_what_clip_gives(name):
     clip, preprocess = clip_model.load(name)
-    images = torch.stack([preprocess(data.toy_scene("benchmark", 5, i)) for i in range(3)])
-    options = lang_cls.parse_arguments(["--device", "cpu"])
-    own, global_, local = lang_cls.encode(clip, images, options)
+    images = torch.stack([preprocess(world.scene("benchmark", 5, i)) for i in range(2)])
+    args = SimpleNamespace(device="cpu", precision="fp32")
+    own, global_, local = lang_cls.encode(clip, images, args)
     with torch.no_grad():
-        expected = clip.encode_image_dense(images, global_position=False)
-        torch.testing.assert_close(own, F.normalize(clip.encode_image(images), dim=-1),
-                                   rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(global_, F.normalize(expected[0], dim=-1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(local, F.normalize(expected[1], dim=-1), rtol=1e-4, atol=1e-5)
-    assert (name == "toy-ViT") == torch.equal(own, global_)
+        dense = clip.encode_image_dense(images, global_position=False)
+        expected = [F.normalize(x, dim=-1) for x in (clip.encode_image(images), *dense)]
+    torch.testing.assert_close([own, global_, local], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(own, global_) == (name == "toy-ViT")
+
+
+# ---- training
+
+def train(model, embeddings, targets, folder, **options):
+    args = {"output": folder, "lr": 1e-3, "noise": 0.0, "seed": 0, "epochs": 4, "device": "cpu",
+            "batch_size": len(targets), "val_fraction": 0.0, **options}
+    state = {"method": "lang_cls", "log": []}
+    lang_cls.train(model, embeddings, targets, state, SimpleNamespace(**args))
+    return state["log"]
 
 
 def test_learning_rate():
-    rates = [lang_cls.learning_rate(epoch, 1e-3, 20) for epoch in range(20)]
+    rates = [lang_cls.learning_rate(epoch, 1e-3, 20) for epoch in range(21)]
     assert rates[0] == 1e-5 and rates[1] == 1e-3 and rates[11] == pytest.approx(5e-4)
-    assert rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 5e-5
+    # where the scheduler stands in the authors' release, after 20 epochs
+    assert rates[20] == pytest.approx(6.15582970243117e-06)
+
+
+def test_training_is_adam_with_weight_decay(tmp_path):
+    torch.manual_seed(0)
+    embeddings = unit(30, 8).float()
+    targets = 2 * torch.randint(0, 2, (30, 5), dtype=torch.int8) - 1
+    weight = 3 * torch.randn(5, 8)
+    model = lang_cls.CoMC(weight.clone(), unit(5, 8).float())
+    train(model, embeddings, targets, tmp_path, epochs=6, lr=0.1)
+    expected, mean, square = weight.clone(), 0, 0
+    for step in range(1, 7):
+        expected.requires_grad_()
+        loss = lang_cls.ranking_loss(embeddings @ expected.T, targets)
+        gradient = torch.autograd.grad(loss, expected)[0] + 5e-4 * expected.detach()
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient ** 2
+        update = (mean / (1 - 0.9 ** step)) / ((square / (1 - 0.999 ** step)).sqrt() + 1e-8)
+        expected = expected.detach() - lang_cls.learning_rate(step - 1, 0.1, 6) * update
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_has_its_standard_deviation(tmp_path):
+    # texts at the origin: the margin 1 - (w_p - w_n) x is normal, of mean 1 and deviation s
+    weight = torch.zeros(2, 16)
+    weight[0, :4] = 10.0
+    s = 0.1 * 20
+    cumulative = 0.5 * (1 + math.erf(1 / s / math.sqrt(2)))
+    density = math.exp(-0.5 / s ** 2) / math.sqrt(2 * math.pi)
+    targets = torch.tensor([[1, -1]], dtype=torch.int8).repeat(50_000, 1)
+    log = train(lang_cls.CoMC(weight, unit(2, 16).float()), torch.zeros(50_000, 16), targets,
+                tmp_path, noise=0.1, epochs=1)
+    assert log[0]["loss"] == pytest.approx(cumulative + s * density, rel=0.02)
+
+
+def test_a_text_is_held_out_wherever_it_occurs(tmp_path):
+    # texts at right angles, no noise, weights from zero: the columns of trained texts move
+    embeddings = torch.eye(10).repeat(3, 1)
+    targets = (2 * torch.eye(10, dtype=torch.int8) - 1).repeat(3, 1)
+    model = lang_cls.CoMC(torch.zeros(10, 10), torch.eye(10))
+    log = train(model, embeddings, targets, tmp_path, val_fraction=0.25, batch_size=4)
+    is_held_out = (model.weight == 0).all(dim=0)
+    assert is_held_out.sum() == 3  # of 10, and with each its two repetitions
+    assert all("val_mAP" in line for line in log)
+
+
+# ---- prompts and texts from files
+
+def test_template_sentences_count_and_targets():
+    sentences, targets = lang_cls.template_sentences(["dog", "ear"], ["one {}", "two {}"])
+    assert sentences == (9 * ["a photo of a dog."] + ["one dog", "two dog"]
+                         + 9 * ["a photo of an ear."] + ["one ear", "two ear"])
+    assert targets.dtype == torch.int8
+    assert targets.tolist() == 11 * [[1, -1]] + 11 * [[-1, 1]]
+    assert len(set(lang_cls.TEMPLATES)) == len(lang_cls.TEMPLATES)
+
+
+TEXTS = [  # labels, a description, and what is present or why it is dropped
+    (["dog", "Cell Phone "], "Two dogs  look at\na smartphone.", {"dog", "cell phone"}),
+    (["man"], "A skateboarder in the air.", {"person"}),
+    (["motor bike", "motorbike"], "It is parked.", {"motorcycle"}),
+    (["aeroplane"], "A jet takes off.", {"airplane"}),
+    ([], "An empty room.", "no or unknown label"),
+    (["dog", "dragon"], "A dog and a dragon.", "no or unknown label"),
+    (["dog"], " \n", "empty or refusal"),
+    (["dog"], None, "empty or refusal"),
+    (["dog"], "I'm sorry, I cannot describe a dog.", "empty or refusal"),
+    (["dog"], "As an AI, I see no dog.", "empty or refusal"),
+    (["dog"], "A Skateboarder in the air.", "duplicate"),
+]
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_load_texts_drops_and_counts(tmp_path, form):
+    path = tmp_path / "texts"
+    entries = [{"labels": labels, "description": text} for labels, text, _ in TEXTS]
+    if form == "list":
+        path.write_text(json.dumps(entries, indent=1))
+    else:
+        path.write_text("\r\n".join(map(json.dumps, entries)))
+    sentences, targets, dropped = lang_cls.load_texts(path, data.COCO_LABELS)
+    kept = {" ".join(text.split()): what for _, text, what in TEXTS if isinstance(what, set)}
+    assert sentences == list(kept)
+    for row, present in zip(targets.tolist(), kept.values()):
+        assert row == [1 if label in present else -1 for label in data.COCO_LABELS]
+    assert dropped == Counter(what for *_, what in TEXTS if isinstance(what, str))
+
+
+GOOD = b'{"labels": ["dog"], "description": "dog"}\n'
+
+
+@pytest.mark.parametrize("content, message", [
+    (GOOD + b'\n{"labels": ["do', "texts.json, line 3: not JSON"),
+    (b"[" + GOOD + b', {"labels"', "texts.json: not JSON: .*line 2"),
+    (GOOD + b"7", 'texts.json, line 2: not {"labels"'),
+    (b'{"labels": [3], "description": "dog"}', 'texts.json, line 1: not {"labels"'),
+    (b'{"labels": "\xff"}', "texts.json: not UTF-8"),
+    (b'{"labels": ["cow"], "description": "cow"}', "no sentence of use.*unknown label': 1")])
+def test_load_texts_names_file_and_line(tmp_path, content, message):
+    path = tmp_path / "texts.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        lang_cls.load_texts(path, ["dog"])
 
 
 # ---- embeddings of texts
+
+ARGS = SimpleNamespace(device="cpu", no_bars=True, quiet=True)
+
 
 @pytest.fixture(scope="module")
 def toy_resnet():
     return clip_model.load("toy-RN")
 
 
-@pytest.fixture
-def text_calls(toy_resnet, monkeypatch, tmp_path):
-    """An empty cache, and the number of texts of every call of the text tower."""
-    calls, original = [], clip_model.CLIP.encode_text
-
-    def encode_text(self, tokens):
-        calls.append(len(tokens))
-        return original(self, tokens)
-
-    monkeypatch.setattr(clip_model.CLIP, "encode_text", encode_text)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return calls
-
-
-def test_embeddings_equal_one_text_at_a_time_and_are_cached(toy_resnet, text_calls, tmp_path):
+def test_texts_are_embedded_one_by_one_in_any_order(toy_resnet):
     clip = toy_resnet[0]
-    texts = ["A star and a fish.", "a tree", "A star and a fish.", "Two boats near a large house."]
-    embeddings = lang_cls.embed_texts(clip, texts, quiet=True)
-    assert sum(text_calls) == 3  # a repeated text is embedded once
+    texts = ["a star and a fish", "a tree", 99 * "two boats, ", "a star and a fish", "a big house"]
+    embeddings = lang_cls.embed_texts(clip, texts, ARGS)
     with torch.no_grad():
-        one_by_one = torch.cat([clip.encode_text(clip.tokenize(text)) for text in texts])
-    torch.testing.assert_close(embeddings, F.normalize(one_by_one, dim=-1), rtol=1e-4, atol=1e-5)
-    text_calls.clear()
-    assert torch.equal(lang_cls.embed_texts(clip, texts, quiet=True), embeddings)
-    assert text_calls == []
-    file, = (tmp_path / "cache" / "clip_multilabel").iterdir()  # and no temporary one
-    content = file.read_bytes()
-    for damaged in (content[:len(content) // 2], b"", content.replace(
-            embeddings[0].numpy().tobytes(), embeddings[1].numpy().tobytes())):
-        assert damaged != content
-        file.write_bytes(damaged)
-        assert torch.equal(lang_cls.embed_texts(clip, texts, quiet=True), embeddings)
-        assert sum(text_calls) == 3
-        text_calls.clear()
+        expected = torch.cat([clip.encode_text(clip.tokenize(x, truncate=True)) for x in texts])
+    torch.testing.assert_close(embeddings, F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
+    shuffled = lang_cls.embed_texts(clip, texts[::-1], ARGS).flip(0)
+    torch.testing.assert_close(shuffled, embeddings, rtol=1e-4, atol=1e-5)
 
 
-def test_the_cache_belongs_to_these_texts_and_weights(toy_resnet, text_calls):
-    clip, other = toy_resnet[0], clip_model.load("toy-RN")[0]
-    other.text_projection.data *= -1
-    first = lang_cls.embed_texts(clip, ["a star", "a tree"], quiet=True)
-    lang_cls.embed_texts(clip, ["a star", "a house"], quiet=True)
-    swapped = lang_cls.embed_texts(clip, ["a tree", "a star"], quiet=True)
-    opposite = lang_cls.embed_texts(other, ["a star", "a tree"], quiet=True)
-    assert text_calls == [2, 2, 2, 2]
-    torch.testing.assert_close(swapped, first.flip(0))
-    torch.testing.assert_close(opposite, -first, rtol=1e-4, atol=1e-5)
+def test_embeddings_are_kept_on_disk_for_these_texts_and_weights():
+    clip, other = clip_model.load("toy-RN")[0], clip_model.load("toy-ViT")[0]
+    texts = ["a star", "a tree", "a star"]
+    embeddings = lang_cls.embed_texts(clip, texts, ARGS)
+
+    def refuse(tokens):
+        raise AssertionError("embedded again")
+
+    clip.encode_text = other.encode_text = refuse
+    assert torch.equal(lang_cls.embed_texts(clip, texts, ARGS), embeddings)
+    for another, changed in ((clip, ["a star", "a house"]), (other, texts)):
+        with pytest.raises(AssertionError, match="embedded again"):
+            lang_cls.embed_texts(another, changed, ARGS)
 
 
-def test_a_cache_that_cannot_be_written_is_only_noted(toy_resnet, monkeypatch, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert lang_cls.embed_texts(toy_resnet[0], ["a star"]).shape == (1, 128)
-    assert "cannot be written" in capsys.readouterr().err
+# ---- a language model that misbehaves
+
+class ChatServer(ThreadingHTTPServer):
+    """An OpenAI-compatible server. troubles: {number of a request, from 0: what happens instead of
+    an answer, the bytes to send or a function of the handler}."""
+
+    daemon_threads = True
+    request_queue_size = 32
+
+    def __init__(self, troubles=None):
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        self.troubles = troubles or {}
+        self.prompts, self.times, self.headers = [], [], []
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
 
 
-def test_label_embeddings_are_the_mean_over_templates(toy_resnet, text_calls):
-    clip, options = toy_resnet[0], lang_cls.parse_arguments(["--device", "cpu", "--quiet"])
-    memory = lang_cls.label_embeddings(clip, ["apple", "star"], ["a {}.", "two {}"], options)
-    for row, prompts in zip(memory, (["an apple.", "two apple"], ["a star.", "two star"])):
-        with torch.no_grad():
-            mean = F.normalize(clip.encode_text(clip.tokenize(prompts)), dim=-1).mean(dim=0)
-        torch.testing.assert_close(row, mean / mean.norm(), rtol=1e-4, atol=1e-5)
+class ChatHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        assert self.path == "/v1/chat/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        with self.server.lock:
+            trouble = self.server.troubles.get(len(self.server.prompts))
+            self.server.prompts.append(prompt)
+            self.server.times.append(time.monotonic())
+            self.server.headers.append(str(self.headers))
+        if callable(trouble):
+            trouble = trouble(self)
+        if trouble is None:
+            message = {"content": f"<think>a cat\nperhaps</think>\n\"{body['model']}: {prompt}\""}
+            trouble = OK + json.dumps({"choices": [{"message": message}]}).encode()
+        self.wfile.write(trouble)
+
+    def do_GET(self):  # where a redirect leads
+        self.server.headers.append(str(self.headers))
+        self.wfile.write(b"HTTP/1.0 404 Not Found\r\n\r\n")
+
+
+OK = b"HTTP/1.0 200 OK\r\n\r\n"
+FAILED = b"HTTP/1.0 500 Internal Server Error\r\n\r\n"
+TROUBLES = {
+    "too many": b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 0\r\n\r\n",
+    "failed": FAILED,
+    "failed and cut": FAILED[:-2] + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+    "garbage": OK + b'{"choices": [{"mess',
+    "an error": OK + b'{"error": "overloaded"}',
+    "cut": b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n{",
+    "closed": b"",
+    "slow": lambda handler: time.sleep(0.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Retries at once, and a time-out of a fraction of a second."""
+    urlopen = urllib.request.urlopen
+    monkeypatch.setattr(lang_cls, "ask", functools.partial(lang_cls.ask, delay=0.001))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: urlopen(
+        request, timeout=0.3))
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_every_trouble_is_survived(impatient, trouble):
+    with ChatServer({0: TROUBLES[trouble], 1: TROUBLES[trouble]}) as server:
+        answer = lang_cls.ask(server.url, "toy-llm", ["red owl", "ice cream"])
+        assert answer == f"toy-llm: {server.prompts[0]}"  # without reasoning and quotation marks
+        assert len(server.prompts) == 3 and len(set(server.prompts)) == 1
+        assert "red owl, ice cream" in server.prompts[0]
+
+
+def test_retry_after_is_kept_and_attempts_end():
+    later = b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 1\r\n\r\n"
+    with ChatServer({0: later, **dict.fromkeys(range(1, 9), FAILED)}) as server:
+        with pytest.raises(UserError, match=f"{server.url}: HTTP Error 500.*same command goes on"):
+            lang_cls.ask(server.url, "toy-llm", ["dog"], attempts=4, delay=0.05)
+        first, second, third = [b - a for a, b in zip(server.times, server.times[1:])]
+        assert first >= 1 and second >= 0.1 and third >= 0.2
+
+
+@pytest.mark.parametrize("long", [0, 280])  # the key lies where a long message may be cut
+def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capfd, long):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    refusal = f"HTTP/1.0 401 Unauthorized\r\n\r\n{long * '.'} no such key: sk-secret".encode()
+    path = tmp_path / "out.jsonl"
+    with ChatServer(dict.fromkeys(range(3, 99), refusal)) as server:
+        with pytest.raises(UserError, match="HTTP Error 401") as error:
+            generate(path, server.url, 50, "--llm-requests", "1")
+        assert len(set(server.prompts)) == len(server.prompts) < 50  # none is tried again
+        assert all("Authorization: Bearer sk-secret" in headers for headers in server.headers)
+    shown = capfd.readouterr()
+    assert len(lines(path)) == 3
+    assert "sk-" not in path.read_text() + shown.out + shown.err + str(error.value)
+
+
+def test_the_key_does_not_follow_a_redirect(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with ChatServer() as server:
+        elsewhere = f"http://localhost:{server.server_port}/"
+        server.troubles[0] = f"HTTP/1.0 302 Found\r\nLocation: {elsewhere}\r\n\r\n".encode()
+        with pytest.raises(UserError, match="404"):
+            lang_cls.ask(server.url, "toy-llm", ["dog"])
+        assert "sk-secret" in server.headers[0] and "sk-" not in server.headers[1]
+
+
+THINGS = [f"thing{i}" for i in range(300)]  # so many that no two requests are the same
+
+
+def generate(path, url, sentences, *arguments):
+    lang_cls.main(["--labels", ",".join(THINGS), "--generate", str(path), "--llm-url", url,
+                   "--llm-model", "toy-llm", "--sentences", str(sentences), "--quiet", *arguments])
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_answers_are_kept_at_once_and_when_another_request_fails(tmp_path):
+    path = tmp_path / "out.jsonl"
+    everyone = threading.Barrier(3)  # three requests at a time
+
+    def wait_for_the_file(handler):
+        everyone.wait(20)
+        for _ in range(500):
+            if len(lines(path)) >= 5:
+                return b"HTTP/1.0 400 Bad Request\r\n\r\n"
+            time.sleep(0.01)
+
+    def answer_late(handler):
+        everyone.wait(20)
+        time.sleep(0.5)
+
+    with ChatServer({5: wait_for_the_file, 6: answer_late, 7: answer_late}) as server:
+        with pytest.raises(UserError, match="HTTP Error 400"):
+            generate(path, server.url, 8, "--llm-requests", "3")
+    assert len(lines(path)) == 7
+
+
+@pytest.mark.parametrize("end", [-1, 5])
+def test_a_killed_calls_cut_line_is_asked_for_again(tmp_path, end):
+    path = tmp_path / "out.jsonl"
+    with ChatServer() as server:
+        generate(path, server.url, 6)
+        *others, last = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(others) + last[:end])
+        generate(path, server.url, 8)
+    (again, count), *once = Counter(server.prompts).most_common()
+    assert count == 2 and len(once) == 7 and {count for _, count in once} == {1}
+    assert f": {again}" in json.loads(last)["description"]
+    assert path.read_text().startswith("".join(others))
+    sentences, targets, _ = lang_cls.load_texts(path, THINGS)
+    assert len(sentences) == 8 and all(1 <= count <= 5 for count in (targets == 1).sum(dim=1))
 
 
 # ---- the program
 
-QUICK = ["--limit", "48", "--sentences", "300", "--epochs", "3", "--batch-size", "64", "--device",
-         "cpu", "--quiet"]
+@torch.no_grad()
+def embed(clip, images):
+    return [F.normalize(x, dim=-1) for x in clip.encode_image_dense(images, global_position=False)]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A quick run on the toy world."""
-    output = tmp_path_factory.mktemp("lang_cls") / "run"
+def quick(tmp_path_factory):
+    """Arguments of a run of few seconds."""
+    path = tmp_path_factory.mktemp("quick") / "templates.txt"
+    path.write_text("a photo of a {}.\na scene with a {}.\n")
+    return ["--sentences", "300", "--epochs", "4", "--batch-size", "64", "--device", "cpu",
+            "--quiet", "--lr", "0.005", "--templates", str(path)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, quick):
+    """The folder of a quick run on the toy world."""
+    folder = tmp_path_factory.mktemp("lang_cls")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(output.parent / "cache"))
-        lang_cls.main([*QUICK, "--output", str(output)])
-    return output
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        lang_cls.main([*quick, "--limit", "32", "--output", str(folder / "run")])
+    return folder / "run"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+def results(folder):
+    found = json.loads((folder / "results.json").read_text())
+    assert found.pop("seconds") >= 0
+    return found
 
 
-def rows_of(folder):
-    return json.loads((Path(folder) / "results.json").read_text())["rows"]
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
 
 
-def test_a_run_writes_its_files(trained):
-    results = json.loads((trained / "results.json").read_text())
-    assert results["method"] == "lang_cls" and results["data"] == "toy"
-    assert results["clip"] == "toy-RN" and results["seed"] == 0
-    rows = results["rows"]
-    assert [row["kind"] for row in rows[-1:]] == ["method"] and rows[-1]["name"] == "CoMC"
-    assert sum(row["kind"] == "zero-shot" for row in rows) == 6
-    assert {row["name"] for row in rows if row["kind"] == "ablation"} == {
-        "CoMC without mapping", "CoMC, global alone", "CoMC, local alone"}
-    for row in rows:
-        assert {"mAP", "P@3", "R@3", "F1@3"} <= row.keys()
-        assert all(0 <= value <= 1 for key, value in row.items() if key not in ("name", "kind"))
-    log = lines(trained / "log.jsonl")
-    assert [line["epoch"] for line in log] == [1, 2, 3] and log[0]["lr"] == 1e-5
-    assert log[2]["loss"] < log[0]["loss"]
+def test_a_run_writes_its_files_and_rows(trained, toy_resnet):
+    assert [line["epoch"] for line in lines(trained / "log.jsonl")] == [1, 2, 3, 4]
     assert json.loads((trained / "args.json").read_text())["sentences"] == 300
-    state = torch.load(trained / "best.pt", weights_only=True)
-    assert state["method"] == "lang_cls" and state["labels"] == data.TOY_LABELS
-    assert state["model"]["weight"].shape == state["model"]["memory"].shape == (56, 128)
-
-
-def test_the_rows_are_what_the_pieces_give(trained, toy_resnet):
+    assert Image.open(trained / "curves.png").width > 0
+    found = results(trained)
+    assert [found[key] for key in ("method", "data", "clip")] == ["lang_cls", "toy", "toy-RN"]
+    rows = {row["name"]: row for row in found["rows"] if row["kind"] != "zero-shot"}
+    assert len(rows) == 4 and len(found["rows"]) == 7 and rows["CoMC"]["kind"] == "method"
     clip, preprocess = toy_resnet
-    test = data.load_dataset("toy", split="test", transform=preprocess)
-    images = torch.stack([test[i][0] for i in range(48)])
-    state = torch.load(trained / "best.pt", weights_only=True)["model"]
-    with torch.no_grad():
-        global_, local = (F.normalize(x, dim=-1) for x in clip.encode_image_dense(images, False))
-        own = F.normalize(clip.encode_image(images), dim=-1)
-        fused = [0.7 * e + 0.3 * lang_cls.map_to_text(e, state["memory"])
-                 for e in (global_, local)]
-        scores = {"CoMC": (fused[0] @ state["weight"].T
-                           + (fused[1] @ state["weight"].T).amax(dim=1)) / 2,
-                  "CoMC without mapping": global_ @ state["weight"].T
-                  + (local @ state["weight"].T).amax(dim=1),
-                  "zero-shot, global, mean of templates": own @ state["memory"].T,
-                  "zero-shot, local, mean of templates": (local @ state["memory"].T).amax(dim=1)}
-    rows = {row["name"]: row for row in rows_of(trained)}
-    for name, values in scores.items():
-        expected = metrics.mean_average_precision(values, test.targets[:48])
-        assert rows[name]["mAP"] == pytest.approx(expected, abs=1e-3), name
+    test = data.load_dataset("toy", None, "test", preprocess, limit=32)
+    embeddings = embed(clip, torch.stack([image for image, _ in test]))
+    model = lang_cls.CoMC(**checkpoint(trained / "best.pt")["model"])
+    for name, *setting in (("CoMC", 0.3, "both"), ("CoMC without mapping", 0.0, "both"),
+                           ("CoMC, global alone", 0.3, "global"),
+                           ("CoMC, local alone", 0.3, "local")):
+        scores = model.scores(*embeddings, *setting).detach()
+        mAP = metrics.mean_average_precision(scores, test.targets)
+        assert rows[name]["mAP"] == pytest.approx(mAP, abs=1e-3), name
 
 
-def test_evaluating_the_checkpoint_repeats_the_rows(trained, tmp_path):
-    lang_cls.main(["--limit", "48", "--quiet", "--device", "cpu", "--eval",
-                   str(trained / "best.pt"), "--output", str(tmp_path)])
-    assert rows_of(tmp_path) == rows_of(trained)
-    tmp_path = tmp_path / "other"  # results are not written over
-    lang_cls.main(["--limit", "48", "--quiet", "--device", "cpu", "--eval",
-                   str(trained / "best.pt"), "--output", str(tmp_path), "--mapping-weight", "0",
-                   "--streams", "local"])
-    assert [row["kind"] for row in rows_of(tmp_path)][-2:] == ["zero-shot", "method"]
-    assert rows_of(tmp_path)[-1]["mAP"] != rows_of(trained)[-1]["mAP"]
+def test_eval_repeats_the_rows_and_heeds_what_is_typed(trained, tmp_path):
+    arguments = ["--eval", str(trained / "best.pt"), "--device", "cpu", "--output"]
+    lang_cls.main([*arguments, str(tmp_path)])
+    assert results(tmp_path) == results(trained)
+    *zero_shot, row = lang_cls.main([*arguments, str(tmp_path / "other"), "--streams", "local"])
+    assert row["mAP"] == results(tmp_path)["rows"][-2]["mAP"]  # of "CoMC, local alone"
 
 
-def test_an_interrupted_run_resumes_to_the_same_numbers(trained, tmp_path, monkeypatch):
-    original = data.finish_epoch
+# a run that is killed in the middle of saving its last epoch
+KILLED = """
+import os, signal, sys
+import data, lang_cls
+write_file, checkpoints = data.write_file, []
 
-    def interrupted(output, state, line, quiet):
-        original(output, state, line, quiet)
-        if state["epoch"] == 2:
-            raise KeyboardInterrupt
+def write_or_die(path, content):
+    write_file(path, content)
+    if path.endswith(".pt"):
+        checkpoints.append(path)
+        if len(checkpoints) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(data, "finish_epoch", interrupted)
-    with pytest.raises(SystemExit) as error:
-        lang_cls.main([*QUICK, "--output", str(tmp_path)])
-    assert error.value.code == 130 and not (tmp_path / "results.json").exists()
-    monkeypatch.setattr(data, "finish_epoch", original)
+data.write_file = write_or_die
+lang_cls.main(sys.argv[1:])
+"""
+
+
+def test_a_run_resumes_after_kill_9_to_the_same_numbers(trained, quick, tmp_path):
+    command = [sys.executable, "-c", KILLED, *quick, "--limit", "32", "--output", str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "results.json").exists()
     torch.manual_seed(99)
-    lang_cls.main([*QUICK, "--output", str(tmp_path), "--resume"])
-    assert rows_of(tmp_path) == rows_of(trained)
-    whole, resumed = (torch.load(folder / "last.pt", weights_only=True)["model"]["weight"]
-                      for folder in (trained, tmp_path))
-    assert torch.equal(whole, resumed)
+    lang_cls.main(["--resume", "--output", str(tmp_path), "--device", "cpu"])
+    assert results(tmp_path) == results(trained)
+    for name in ("best.pt", "last.pt"):
+        whole, resumed = checkpoint(trained / name), checkpoint(tmp_path / name)
+        assert torch.equal(whole["model"]["weight"], resumed["model"]["weight"])
+    losses, same = [[line["loss"] for line in lines(folder / "log.jsonl")]
+                    for folder in (trained, tmp_path)]
+    assert losses == same
 
 
-def test_a_resumed_run_needs_the_same_options_and_texts(tmp_path, capsys):
-    texts, output = tmp_path / "texts.json", tmp_path / "run"
-    entries = [{"labels": ["star"], "description": "A star."},
-               {"labels": ["moon", "tree"], "description": "The moon over a tree."}]
-    texts.write_text(json.dumps(entries))
-    arguments = [*QUICK[:2], *QUICK[4:], "--texts", str(texts), "--output", str(output)]
-    lang_cls.main(arguments)
-    with pytest.raises(SystemExit):
-        lang_cls.main([*arguments, "--resume", "--noise", "0.2"])
-    assert "--noise 0.1, not 0.2" in capsys.readouterr().err
-    texts.write_text(json.dumps(entries[:1]))
-    with pytest.raises(SystemExit):
-        lang_cls.main([*arguments, "--resume"])
-    assert "other texts" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("sources, count", [("both", 340), ("sentences", 300), ("templates", 40)])
-def test_sources(sources, count, tmp_path):
-    (tmp_path / "templates.txt").write_text("one {}\n")
-    options = lang_cls.parse_arguments(["--sources", sources, "--sentences", "300", "--templates",
-                                        str(tmp_path / "templates.txt")])
-    sentences, targets = lang_cls.training_texts(["star", "moon", "fish", "tree"], options)
-    assert len(sentences) == len(targets) == count
-    assert ("one star" in sentences) == (sources != "sentences")
-
-
-def test_held_out_sentences_select_the_best_epoch(tmp_path):
-    lang_cls.main([*QUICK, "--val-fraction", "0.2", "--output", str(tmp_path)])
-    scores = [line["val_mAP"] for line in lines(tmp_path / "log.jsonl")]
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert len(best["log"]) == max(i for i, s in enumerate(scores) if s == max(scores)) + 1
-
-
-def test_labels_without_a_dataset_and_predict(tmp_path, capsys, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a dataset was loaded")
-
-    monkeypatch.setattr(data, "load_dataset", refuse)
-    lang_cls.main([*QUICK[2:], "--labels", "star, moon,fish,house", "--clip", "toy-RN",
-                   "--output", str(tmp_path / "mine")])
-    best = tmp_path / "mine" / "best.pt"
-    assert rows_of(best.parent) == []
-    for i in range(2):
-        data.toy_scene("benchmark", 7, i).save(tmp_path / f"{i}.png")
+def predictions(capsys, *arguments):
     capsys.readouterr()
-    lang_cls.main(["--predict", f"{tmp_path}/*.png", "--checkpoint", str(best), "--quiet",
-                   "--device", "cpu"])
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [Path(line["path"]).name for line in printed] == ["0.png", "1.png"]
-    clip, preprocess = clip_model.load("toy-RN")
-    state = torch.load(best, weights_only=True)["model"]
-    for i, line in enumerate(printed):
-        assert {entry["label"] for entry in line["labels"]} == {"star", "moon", "fish", "house"}
-        image = preprocess(data.open_image(tmp_path / f"{i}.png"))[None]
-        with torch.no_grad():
-            embeddings = [F.normalize(x, dim=-1) for x in clip.encode_image_dense(image, False)]
-            scores = lang_cls.CoMC(state["weight"], state["memory"]).scores(*embeddings)[0]
-        found = [entry["score"] for entry in line["labels"]]
-        assert found == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-3)
-    with pytest.raises(SystemExit):
-        lang_cls.main(["--eval", str(best)])
-    assert "--data" in capsys.readouterr().err
+    lang_cls.main(["--predict", *arguments, "--device", "cpu"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_published_classifier_loads(tmp_path, capsys, monkeypatch):
-    toy = clip_model.load("toy-RN")[0]
+def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy_resnet):
+    clip, preprocess = toy_resnet
+    run, maps = tmp_path / "run", tmp_path / "maps"
+    lang_cls.main([*quick, "--labels", "star, moon,fish,house", "--clip", "toy-RN", "--output",
+                   str(run), "--val-fraction", "0.2"])
+    scores = [line["val_mAP"] for line in lines(run / "log.jsonl")]
+    best = checkpoint(run / "best.pt")
+    assert results(run)["rows"] == [] and scores[len(best["log"]) - 1] == max(scores)
+    photos = [tmp_path / "photos" / "a" / "1.png", tmp_path / "photos" / "b" / "1.png"]
+    for i, photo in enumerate(photos):
+        data.write_file(photo, world.scene("benchmark", 7, i))
+    arguments = [str(tmp_path / "photos"), "--checkpoint", str(run / "best.pt")]
+    found = predictions(capsys, *arguments, "--heatmap", str(maps))
+    assert [line["path"] for line in found] == list(map(str, photos))
+    assert len(list(maps.glob("*.png"))) == 2
+    model = lang_cls.CoMC(**best["model"])
+    for photo, line in zip(photos, found):
+        expected = model.scores(*embed(clip, preprocess(data.open_image(photo))[None]))[0]
+        shown = {entry["label"]: entry["score"] for entry in line["labels"]}
+        assert list(shown.values()) == sorted(shown.values(), reverse=True)
+        assert [shown[label] for label in ("star", "moon", "fish", "house")] == pytest.approx(
+            expected.tolist(), abs=1e-3)
+    labels = found[0]["labels"]
+    assert predictions(capsys, *arguments, "--top", "2")[0]["labels"] == labels[:2]
+    least = str(labels[1]["score"] - 1e-4)
+    chosen = predictions(capsys, *arguments, "--threshold", least)[0]["labels"]
+    assert chosen == [entry for entry in labels if entry["score"] >= float(least)]
+
+
+# ---- the authors' release
+
+def write_release(path, weight, **more):
+    """A file like theirs: with the state of an optimiser and a pickled scheduler."""
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    torch.save({"state_dict": {"adapter.0.weight": weight}, "epoch": 20, "val_result": None,
+                "optimizer": optimizer.state_dict(), "scheduler": scheduler, **more}, path)
+
+
+def test_the_authors_release_works_as_published(tmp_path, capsys, toy_resnet, quick):
+    clip, preprocess = toy_resnet
     torch.manual_seed(0)
-    clip = clip_model.CLIP(1024, 64, (1, 1, 1, 1), 16, None, 77, len(toy.tokenizer), 64, 1, 1)
-    clip.initialize_parameters().eval().tokenizer = toy.tokenizer
-    asked = []
-    monkeypatch.setattr(clip_model, "load", lambda name, device: asked.append(name) or (
-        clip, clip_model.preprocess_transform(64)))
-    weight = torch.randn(80, 1024, dtype=torch.float16)
-    torch.save({"adapter.0.weight": weight}, tmp_path / "published.pth")
-    data.toy_scene("benchmark", 7, 0).save(tmp_path / "photo.png")
-    arguments = ["--quiet", "--device", "cpu", "--checkpoint", str(tmp_path / "published.pth")]
-    lang_cls.main(["--predict", str(tmp_path / "photo.png"), *arguments])
-    line = json.loads(capsys.readouterr().out)
-    assert asked == ["RN50"]
-    assert sorted(entry["label"] for entry in line["labels"]) == sorted(data.COCO_LABELS)
-    options = lang_cls.parse_arguments(arguments[:3])
-    _, model, _, state = lang_cls.load_checkpoint(tmp_path / "published.pth", options)
-    assert torch.equal(model.weight, weight.float()) and state["labels"] == data.COCO_LABELS
-    torch.save({"adapter.0.weight": weight[:, :512]}, tmp_path / "published.pth")
-    with pytest.raises(SystemExit):
-        lang_cls.main(["--predict", str(tmp_path / "photo.png"), *arguments])
-    assert "[80, 512]" in capsys.readouterr().err
+    weight, memory = torch.randn(80, 128), unit(80, 128).half()
+    write_release(tmp_path / "model-best.pth.tar", weight)
+    torch.save(memory, tmp_path / "memory.pt")
+    photo = world.scene("benchmark", 7, 0)
+    data.write_file(tmp_path / "photo.png", photo)
+    with torch.no_grad():  # without --memory: the mean over the two templates
+        prompts = [fill_template(template, label) for label in data.COCO_LABELS
+                   for template in ("a photo of a {}.", "a scene with a {}.")]
+        embeddings = F.normalize(clip.encode_text(clip.tokenize(prompts)), dim=-1)
+        ours = embeddings.view(80, 2, 128).mean(dim=1)
+    arguments = [str(tmp_path / "photo.png"), "--clip", "toy-RN", "--top", "80", "--checkpoint",
+                 str(tmp_path / "model-best.pth.tar"), *quick[-2:]]
+    for more, labels in ([], ours), (["--memory", str(tmp_path / "memory.pt")], memory.float()):
+        model = lang_cls.CoMC(weight, F.normalize(labels, dim=-1))
+        expected = model.scores(*embed(clip, preprocess(photo)[None]))[0]
+        line, = predictions(capsys, *arguments, *more)
+        shown = {entry["label"]: entry["score"] for entry in line["labels"]}
+        assert [shown[label] for label in data.COCO_LABELS] == pytest.approx(
+            expected.tolist(), abs=2e-3)
 
 
-def test_generate_writes_a_file_that_texts_reads(tmp_path, capsys):
-    path = tmp_path / "texts.jsonl"
-    with ChatServer() as server:
-        lang_cls.main(["--labels", "star,moon,fish", "--generate", str(path), "--llm-url",
-                       server.url, "--llm-model", "toy-llm", "--sentences", "7", "--quiet"])
-        assert len(server.asked) > 0
-    assert len(lines(path)) == 7 and f"--texts {path}" in capsys.readouterr().out
-    sentences, _, _ = data.load_texts(path, ["star", "moon", "fish"])
-    assert sentences
+class Malicious(functools.partial):
+    """Pickled as the call of a function."""
 
+    def __reduce__(self):
+        return self.func, self.args
+
+
+@pytest.mark.parametrize("attack", ["os.system", "eval", "method", "our own"])
+def test_nothing_that_is_pickled_in_a_release_is_executed(tmp_path, attack):
+    path, harm = tmp_path / "model-best.pth.tar", tmp_path / "harm"
+    attacks = {"os.system": Malicious(os.system, f"touch {harm}"),
+               "eval": Malicious(eval, f"open({str(harm)!r}, 'w').close()"),
+               "method": Malicious(operator.methodcaller("touch"), harm),
+               "our own": Malicious(data.write_file, str(harm), "")}
+    write_release(path, torch.randn(80, 128), extra=attacks[attack])
+    torch.load(path, weights_only=False)
+    assert harm.exists()  # what the file does to whoever is careless
+    harm.unlink()
+    try:
+        lang_cls.read_checkpoint(SimpleNamespace(checkpoint=str(path), resume=False))
+    except UserError as error:
+        assert "not the authors' checkpoint" in str(error)
+    assert not harm.exists()
+
+
+# ---- bad input
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "nosuch"], "nosuch"),
-    (["--data", "nuswide", "--clip", "toy-RN"], "--root"),
-    (["--clip", "ViT-Z/99"], "ViT-Z/99"),
-    (["--epochs", "0"], "--epochs"),
-    (["--mapping-weight", "1.5"], "--mapping-weight"),
-    (["--noise", "-1"], "--noise"),
-    (["--streams", "none"], "--streams"),
-    (["--labels", " , "], "--labels"),
-    (["--labels", ""], "--labels"),
-    (["--labels", "owl,cat,owl"], "owl"),
-    (["--labels", "owl", "--data", "nuswide"], "--data nuswide"),
-    (["--labels", "owl", "--predict", "{image}", "--checkpoint", "{best}"], "--labels"),
-    (["--generate", "out.jsonl"], "--llm-url"),
-    (["--labels", "owl", "--clip", "toy-RN"], "at least two"),
-    (["--labels", "owl,cat", "--data", "toy"], "--data toy"),
-    (["--texts", "{text}"], "text.jpg, line 1: not JSON"),
-    (["--texts", "nosuch.json"], "nosuch.json"),
-    (["--texts", "{text}", "--sources", "templates"], "--texts"),
-    (["--templates", "{text}"], "text.jpg, line 1"),
-    (["--resume"], "last.pt"),
-    (["--eval", "nosuch.pt"], "nosuch.pt"),
-    (["--eval", "{text}"], "not a checkpoint"),
-    (["--eval", "{other}"], "mkt"),
-    (["--eval", "{labels}"], "labels"),
-    (["--eval", "{clip}"], "other weights"),
-    (["--eval", "{best}", "--clip", "RN50"], "toy-RN"),
-    (["--predict", "{image}"], "--checkpoint"),
-    (["--predict", "{text}", "--checkpoint", "{best}"], "text.jpg"),
-    (["--predict", "{nothing}", "--checkpoint", "{best}"], "nothing"),
+    ("--epochs 0", "--epochs"), ("--mapping-weight 1.5", "--mapping-weight"),
+    ("--labels owl,cat,owl", "each once"), ("--labels owl,cat --eval {best}", "--labels"),
+    ("--generate {text} --llm-url localhost --llm-model x", "--llm-url http"),
+    ("--labels a,b --generate {text} --llm-url http://x --llm-model x", "not written by"),
+    ("--labels a,b --generate {lines} --llm-url http://x --llm-model x", "other labels"),
+    ("--output {run}", "--resume"), ("--resume --output nosuch", "last.pt"),
+    ("--eval {text}", "text.pth.tar"), ("--eval {best} --clip toy-ViT", "another CLIP"),
+    ("--predict {image}", "--checkpoint"),
+    ("--predict {image} --checkpoint {release} --clip toy-RN --memory nosuch", "nosuch"),
+    ("--predict {image} --checkpoint {release} --clip toy-RN --memory {text}", "text.pth.tar"),
+    ("--predict {image} --checkpoint {release} --clip toy-RN --memory {memory}", "3, 128"),
 ])
-def test_bad_input_is_one_line_and_overwrites_nothing(trained, tmp_path, capsys, arguments,
-                                                      message):
-    best = torch.load(trained / "best.pt", weights_only=True)
-    files = {name: tmp_path / file for name, file in {
-        "text": "text.jpg", "other": "other.pt", "labels": "labels.pt", "clip": "clip.pt",
-        "image": "image.png"}.items()}
-    files["text"].write_text("no image, no checkpoint")
-    torch.save({**best, "method": "mkt"}, files["other"])
-    torch.save({**best, "labels": best["labels"][:-1] + ["owl"]}, files["labels"])
-    torch.save({**best, "clip_fingerprint": "0" * 8}, files["clip"])
-    data.toy_scene("benchmark", 7, 0).save(files["image"])
-    files.update(best=trained / "best.pt", nothing=tmp_path / "nothing")
-    output = tmp_path / "output"
+def test_bad_input_is_one_clear_error(trained, tmp_path, capsys, monkeypatch, arguments, message):
+    files = {"text": tmp_path / "text.pth.tar", "lines": tmp_path / "lines.jsonl",
+             "image": tmp_path / "image.png", "release": tmp_path / "release.pth.tar",
+             "memory": tmp_path / "memory.pt", "best": trained / "best.pt", "run": trained}
+    files["text"].write_text("neither an image nor a checkpoint")
+    files["lines"].write_text('{"request": 0, "labels": ["dog"], "description": "A dog."}\n')
+    data.write_file(files["image"], world.scene("benchmark", 7, 0))
+    write_release(files["release"], torch.zeros(80, 128))
+    torch.save(torch.zeros(3, 128), files["memory"])
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["lang_cls.py", *arguments.format(**files).split()])
     with pytest.raises(SystemExit) as error:
-        lang_cls.main([*[argument.format(**files) for argument in arguments], "--output",
-                       str(output)])
-    printed = capsys.readouterr().err.strip()
-    assert error.value.code == 2 and message in printed and "Traceback" not in printed
-    assert printed.startswith("lang_cls.py: error: ") and "\n" not in printed
-    assert not output.exists()
+        runpy.run_path(str(ROOT / "lang_cls.py"), run_name="__main__")
+    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,191 @@
+"""toy/grammar.py: English of label names, and sentences that mention their labels alone."""
+import re
+
+import pytest
+import torch
+
+from data import COCO_LABELS
+from toy.grammar import fill_template, plural, sentences_about, with_article
+from toy.world import LABELS as TOY_LABELS
+
+# names that are plural, uncountable, activities, the only one, or words of the grammar itself
+ODD = """birds, boats, buildings, people, police, grass, snow, water, food, dancing, running,
+soccer, nighttime, sky, sun, moon, ocean, leaf, fish, whales, street, table, meadow, party, photo,
+dusk, crowd, farm, skis, wedding, hour, unicorn, x-ray machine, UFO, MRI scanner, cup of tea,
+information, honey, passer-by, Paris, rainy, wooden, the sea, Eiffel Tower, man in suit""".replace(
+    "\n", " ").split(", ")
+
+# vocabularies of words that the grammar would like to use, each with its other forms
+HOSTILE = {
+    "things": """view/views walk/walks/walking rest/rests/resting stand/stands/standing
+        stop/stops/stopping photo/photos picture/pictures image/images scene/scenes light/lights
+        day/days morning/mornings distance/distances side/sides edge/edges place/places""",
+    "forms": """walking/walk/walks sitting/sit/sits parking/park/parked lights/light parties/party
+        crowds/crowd tables/table pictures/picture views/view pairs/pair shows/show dogs/dog""",
+    "small words": """one two three four five few several some many small large pair/pairs
+        left/lefts right/rights front/fronts behind/behinds near/nears cat/cats scissors""",
+    "everything": """photo picture/pictures snapshot view image scene show/shows
+        next beside near close front left right far across foreground back/further top center
+        background behind nearby distance side same see/seen visible lie/lies pose/poses
+        stand/stands sit/sitting wait/waits/waiting park/parked person/people dog/dogs car/cars
+        apple/apples day/days morning/mornings afternoon dusk light/lights place/places
+        everyday cluttered""",
+    "names that meet": "bus/buses bus_stop/bus_stops taxi/taxis taxi_stand/taxi_stands "
+        "salt pepper/peppers salt_and_pepper/salt_and_peppers dog/dogs dog_walk/dog_walks",
+    "one and many": "cat/cats cats dog/dogs dogs bird/birds birds tree/trees trees",
+}
+HOSTILE = {name: [forms.replace("_", " ").split("/") for forms in words.split()]
+           for name, words in HOSTILE.items()}
+
+
+# ---- nouns
+
+@pytest.mark.parametrize("singular, expected", [pair.split("/") for pair in """
+    dog/dogs bus/buses box/boxes bench/benches toothbrush/toothbrushes knife/knives pony/ponies
+    monkey/monkeys person/people snowman/snowmen woman/women human/humans mouse/mice tooth/teeth
+    bookshelf/bookshelves giraffe/giraffes potato/potatoes piano/pianos sheep/sheep leaf/leaves
+    reindeer/reindeer goldfish/goldfish toy/toys vase/vases wine_glass/wine_glasses zebra/zebras
+    teddy_bear/teddy_bears Church/Churches fox/foxes cell_phone/cell_phones volcano/volcanoes
+    cactus/cacti UFO/UFOs MRI_scanner/MRI_scanners cup_of_tea/cups_of_tea passer-by/passers-by
+    mother-in-law/mothers-in-law man_in_suit/men_in_suit pair_of_shoes/pairs_of_shoes
+    can_opener/can_openers German_shepherd/German_shepherds building/buildings
+    honey/honey scissors/scissors people/people dancing/dancing the_sea/the_sea
+    Eiffel_Tower/Eiffel_Tower rainy/rainy economics/economics sofas/sofas""".split()])
+def test_plural(singular, expected):
+    assert plural(singular.replace("_", " ")) == expected.replace("_", " ")
+
+
+@pytest.mark.parametrize("expected", """a dog, an apple, an umbrella, a unicycle, a uniform,
+    an hourglass, a horse, a one-way sign, a tv, a UFO, an MRI scanner, an SUV, an suv, an x-ray,
+    an X-ray, a T-shirt, a US passport, an ATM, an uninhabited island, a cup of tea, a man in suit,
+    a glass of water, a map of Paris, a passer-by, a German shepherd, a New World monkey,
+    a wedding ring, a bus, a glass, a zebra""".replace("\n", " ").split(","))
+def test_with_an_article(expected):
+    article, label = expected.split(maxsplit=1)
+    assert with_article(label) == f"{article} {label}"
+    assert fill_template("a photo of a {}.", label) == f"a photo of {article} {label}."
+
+
+@pytest.mark.parametrize("label", """skis, snow, birds, dancing, orange juice, information, honey,
+    people, rainy, wooden, economics, the sea, a dog, Paris, Eiffel Tower, Statue of Liberty,
+    Fauna, Flora, Exercise, Dirt track racing, The Beatles, zebras""".replace("\n", " ").split(","))
+def test_without_an_article(label):
+    label = label.strip()
+    assert with_article(label) == label
+    assert fill_template("A photo of a {}.", label) == f"A photo of {label}."
+
+
+@pytest.mark.parametrize("template, label, expected", [
+    ("a photo of a {}.", "sky", "a photo of the sky."),
+    ("a photo of the {}.", "dog", "a photo of the dog."),
+    ("a photo of the {}.", "snow", "a photo of the snow."),
+    ("a photo of the {}.", "the sea", "a photo of the sea."),
+    ("a photo of the {}.", "Eiffel Tower", "a photo of Eiffel Tower."),
+    ("a photo of a large {}.", "the sea", "a photo of the sea."),
+    ("a photo of a large {}.", "apple", "a photo of a large apple."),
+    ("a photo of a large {}.", "skis", "a photo of large skis."),
+    ("a photo of an old {}.", "dog", "a photo of an old dog."),
+    ("two photos: {}, {}", "dog", "two photos: dog, dog"),
+    ("An {} or {{}}: {}", "dog", "a dog or {dog}: dog"),
+    ("a {} here", r"back\1slash", r"a back\1slash here")])
+def test_fill_template(template, label, expected):
+    assert fill_template(template, label) == expected
+
+
+# ---- sentences
+
+def mentions(sentence, forms):
+    return re.search(rf"\b({'|'.join(forms)})\b", sentence, re.I)
+
+
+@pytest.mark.parametrize("vocabulary", HOSTILE)
+def test_no_other_label_is_mentioned(vocabulary):
+    labels = [forms[0] for forms in HOSTILE[vocabulary]]
+    # part of another's name, as table is of dining table
+    nested = [{i for i, forms in enumerate(HOSTILE[vocabulary]) if mentions(label, forms)}
+              for label in labels]
+    sentences, targets = sentences_about(labels, 3000, seed=1)
+    for sentence, target in zip(sentences, (targets > 0).tolist()):
+        allowed = set().union(*(nested[i] for i, present in enumerate(target) if present))
+        for i, forms in enumerate(HOSTILE[vocabulary]):
+            if target[i]:
+                assert mentions(sentence, [labels[i], plural(labels[i])]), sentence
+            elif i not in allowed:
+                assert not mentions(sentence, forms), (forms, sentence)
+    assert len(set(sentences)) > 1000
+    assert not re.search(r"  | [.,]|,,|\.\.|^\W", "\n".join(sentences))
+
+
+def test_targets_are_the_labels_mentioned():
+    # no label is a part of another one here, so that searching for the names is enough
+    labels = [label for label in COCO_LABELS + ODD if label not in (
+        "dog", "bear", "table", "cup", "person", "boat", "bird", "skis")]
+    sentences, targets = sentences_about(labels, 3000, seed=1)
+    assert targets.dtype == torch.int8 and targets.shape == (3000, len(labels))
+    assert targets.unique().tolist() == [-1, 1]
+    present = (targets > 0).sum(1)
+    assert present.unique().tolist() == [1, 2, 3, 4, 5]
+    assert (targets > 0).sum(0).min() > 0.4 * present.sum() / len(labels)
+    patterns = [re.compile(rf"\b({re.escape(label)}|{re.escape(plural(label))})\b", re.I)
+                for label in labels]
+    for sentence, target in zip(sentences, targets):
+        mentioned = [bool(pattern.search(sentence)) for pattern in patterns]
+        assert mentioned == (target > 0).tolist(), sentence
+
+
+@pytest.mark.parametrize("labels", [TOY_LABELS, COCO_LABELS, ODD], ids=["toy", "coco", "odd"])
+def test_sentences_are_english(labels):
+    sentences, _ = sentences_about(labels, 10_000, seed=2)
+    text = "\n".join(sentences)
+    singular = "dog|person|knife|wine glass|teddy bear|cup|leaf|unicorn|hour"
+    many = r"people|dogs|knives|mice|wine glasses|teddy bears|leaves|birds|scissors|skis|boats"
+    numbers = "two|three|four|five|several|a few|many"
+    uncounted = ("sky|sun|moon|ocean|dancing|running|soccer|nighttime|information|honey|rainy|"
+                 "wooden|Paris|the sea|Eiffel Tower")
+    for mistake in (
+            rf"\ban? ({many})\b", rf"\b({numbers}|some) ({singular})\b(?! of)", rf"^({singular})\b",
+            r"\ban (?!(hour|x-ray|MRI))[^aeiou]", r"\ba (?!(unicorn|one|UFO))[aeiou]",
+            rf"\bthere (is|'s) ({numbers})\b", r"\bthere are (a|an|one) (?!few)",
+            r"\ba( pair of)? (grass|snow|broccoli|water|dancing|sky)\b",
+            rf"\b(one|two|three|an?|small|large) ({uncounted})\b", r"\bsome (sky|Paris|rainy|the )",
+            r"\b(two|three|four|five) (scissors|police)\b", r"\bthe the\b",
+            r"\bthere is (the|dancing|soccer)\b",
+            r"\b(next to|beside|close to) (the sky|dancing)\b",
+            r"\b(sky|moon|ocean|dancing)( is)? (next to|beside|close to)\b",
+            r"sheeps|peoples|mouses|knifes|fishs|leafs|rainies|honeys|passer-bys|cup of teas",
+            r"  | [.,]|,,|\.\.|{|}|_|/", r"[^.]$", r"^[^A-Z]"):
+        found = re.search(mistake, text, re.M | (re.I if mistake[0] == "\\" else 0))
+        assert not found, (mistake, text[max(0, found.start() - 60):found.end() + 60])
+    # subject and verb: a list of several, or a plural, is followed by "are", one thing by "is"
+    for sentence in sentences:
+        if match := re.match(r"(An?|One) ([a-z-]+ ){1,3}?(is|are) ", sentence):
+            one_subject = " and " not in match[0] and "," not in match[0] and "few" not in match[0]
+            assert match[3] == ("is" if one_subject else "are"), sentence
+        if match := re.match(rf"({numbers}) [a-z ]+? (is|are) ", sentence, re.I):
+            assert match[2] == "are", sentence
+
+
+def test_a_capital_is_a_name_where_other_labels_have_none():
+    text = "\n".join(sentences_about(["dog", "cat", "Nessie", "MRI scanner"], 500)[0])
+    assert not re.search(r"(a|an|one|small|large|some) Nessie|Nessies", text, re.I)
+    assert re.search("an MRI scanner", text) and re.search("two MRI scanners", text)
+    labels = ["Dog", "Tree", "Dirt track racing", "Teddy bear", "Wine glass", "Stop sign"]
+    text = "\n".join(sentences_about(labels, 500)[0])
+    assert re.search("a small Dog", text) and re.search("two Trees", text)
+    assert not re.search("(a|one|small|large|some) Dirt", text, re.I)
+
+
+def test_seeded_and_varied():
+    sentences, targets = sentences_about(COCO_LABELS, 5000, seed=3)
+    again, same_targets = sentences_about(COCO_LABELS, 5000, seed=3)
+    assert sentences == again and torch.equal(targets, same_targets)
+    assert sentences_about(COCO_LABELS, 10, seed=3)[0] == sentences[:10]
+    assert sentences_about(COCO_LABELS, 10, seed=4)[0] != sentences[:10]
+    assert len(set(sentences)) > 4500
+    assert len({sentence.split(" ")[0] for sentence in sentences}) > 20
+
+
+def test_few_labels_and_no_sentences():
+    sentences, targets = sentences_about(["sky"], 50)
+    assert (targets == 1).all() and all("he sky" in sentence for sentence in sentences)
+    assert sentences_about(["sky", "dog"], 0)[1].shape == (0, 2)
