@@ -285,11 +285,13 @@ def contrastive_loss(features, present, prototypes):
 
     Cross-entropy of every present (b, c) among the prototypes of a modality, at temperature t: the
     mean over present labels and M modalities, 0 if nothing is present."""
-    image, label = present.nonzero(as_tuple=True)  # [P]
-    similarity = features[image, label] @ prototypes.transpose(1, 2) / TEMPERATURE  # [M, P, C]
-    total = F.cross_entropy(similarity.flatten(0, 1), label.repeat(len(prototypes)),
-                            reduction="sum")
-    return total / max(1, len(label) * len(prototypes))
+    missed = 0
+    for modality in prototypes:
+        own = (features * modality).sum(dim=-1) / TEMPERATURE
+        among_all = (features @ modality.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
+        missed = missed + among_all - own  # [B, C]
+    # of all labels, masked: a list of those that are present would be waited for on a GPU
+    return (missed * present).sum() / (len(prototypes) * present.sum()).clamp(min=1)
 
 
 def batch_loss(model, x, known, args, warm_up=False):

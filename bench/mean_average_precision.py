@@ -41,10 +41,7 @@ def main():
     side_by_side.start()
     np.testing.assert_allclose(ours(), theirs(), rtol=1e-10)
     side_by_side.compare(f"mAP, {args.images:,} x {args.labels:,}", "loop over scikit-learn",
-                         theirs, ours, args.repeats, ">= 10", warm_up=False,
-                         note="Half of our time is NumPy's sort of a label's scores, which has to move no "
-                         "indices along, a third the transposition of the matrix.")
-    side_by_side.print_notes()
+                         theirs, ours, args.repeats, ">= 10", warm_up=False)
 
 
 if __name__ == "__main__":

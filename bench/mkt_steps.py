@@ -1,22 +1,21 @@
-"""MKT's training steps and ranking loss against their straightforward forms, time and memory.
+"""MKT's training steps and ranking loss against straightforward forms, time and memory.
 
-    python bench/mkt_steps.py     # ViT-B/16 sizes with random weights; five minutes on two cores
-    python bench/mkt_steps.py --device cuda --batch-size 64 --labels 925 --repeats 10
+    python bench/mkt_steps.py            # ten minutes on two cores
+    python bench/mkt_steps.py --quick
 
-Alternating runs, medians, equality asserted; memory: the peak of a step beyond what was there
-before it. Straightforward means: the whole student and the whole teacher run on every image; every
-ranking pair is formed, [B, C, C]; prompts have 77 tokens.
+Straightforward means: the whole student and the whole teacher run on every image; every ranking
+pair is formed, [B, C, C]; prompts have 77 tokens. ViT-B/16 with random weights; losses and
+gradients are asserted to be equal. Memory: the peak beyond what was there before.
 """
 import copy
-from argparse import Namespace
 
 import side_by_side
 import torch
 import torch.nn.functional as F
-from side_by_side import compare, compare_memory
 
-import data
 import mkt
+
+TOPK = 16
 
 
 def ranking_loss_of_all_pairs(scores, targets):
@@ -27,131 +26,124 @@ def ranking_loss_of_all_pairs(scores, targets):
     return (margins.sum((1, 2)) / (violated + 1e-8)).mean()
 
 
-def seen_targets(images, labels, device):
-    """Six tags an image, as on NUS-WIDE's average; the others absent."""
+def six_labels(images, labels):
+    """Targets with six tags an image, as on NUS-WIDE's average; the others are absent."""
     targets = torch.full((images, labels), -1, dtype=torch.int8)
-    targets.scatter_(1, torch.rand(images, labels).topk(min(6, labels // 2)).indices, 1)
-    return targets.to(device)
+    return targets.scatter_(1, torch.rand(images, labels).topk(6).indices, 1)
 
 
-def random_clip(args, text_layers):
-    sizes = dict(layers=3, width=128, text_width=128) if args.quick else {}
-    model = side_by_side.random_clip(text_layers=text_layers, **sizes)
-    return model.to(args.device)
-
-
-# Each of these gives the two forms of a step, functions -> (loss, gradient).
-
-def ranking_loss_forms(args):
-    scores = torch.randn(64, args.seen, device=args.device)
-    targets = seen_targets(64, args.seen, args.device)
-
-    def form(function):
-        def step():
-            leaf = scores.clone().requires_grad_()
-            loss = function(leaf, targets)
-            loss.backward()
-            return loss.item(), leaf.grad
-        return step
-
-    return form(ranking_loss_of_all_pairs), form(mkt.ranking_loss)
-
-
-def stage_1_forms(args):
-    clip = random_clip(args, text_layers=1)
-    model = mkt.MKT(clip, topk=16)
-    images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
-    z, targets = (torch.randn(args.seen, 512, device=args.device),
-                  seen_targets(args.batch_size, args.seen, args.device))
-    student, options = copy.deepcopy(clip.visual), Namespace(distillation=1.0)
+def random_model(args, **sizes):
+    if args.quick:
+        sizes = dict(layers=3, width=128, text_width=128, text_layers=2)
+    model = mkt.MKT(side_by_side.random_clip(**sizes), TOPK).to(args.device)
     for block in model.blocks:  # where the student is the teacher, |difference| has no gradient
         torch.nn.init.normal_(block.mlp.c_proj.bias, std=0.1)
-    for block, own in zip(student.transformer.resblocks[-2:], model.blocks):
-        block.load_state_dict(own.state_dict())
-        block.requires_grad_()
-    student.ln_post.requires_grad_()
-    student.proj.requires_grad_()
+    return model.requires_grad_(False)
 
-    def straight():
-        student.zero_grad()
+
+def ranking_loss(args):
+    scores = torch.randn(64, args.seen, device=args.device, requires_grad=True)
+    targets = six_labels(64, args.seen)
+    on_device = targets.to(args.device)
+
+    def step(function, targets):
+        loss = function(scores, targets)
+        return loss.detach(), torch.autograd.grad(loss, scores)[0]
+
+    return (lambda: step(ranking_loss_of_all_pairs, on_device),
+            lambda: step(mkt.ranking_loss, targets))
+
+
+def stage_1(args):
+    model = random_model(args, text_layers=1)
+    visual = model.clip.visual
+    trained = [*model.blocks.parameters(), *model.ln_post.parameters(), model.proj]
+    for parameter in trained:
+        parameter.requires_grad_()
+    student = copy.deepcopy(visual)  # whole, with the weights that are trained
+    student.proj, student.ln_post = model.proj, model.ln_post
+    student.transformer.resblocks[-2] = model.blocks[0]
+    student.transformer.resblocks[-1] = model.blocks[1]
+    images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+    labels = torch.randn(args.seen, 512, device=args.device)
+    targets = six_labels(args.batch_size, args.seen)
+    on_device = targets.to(args.device)
+
+    def step(global_, local, teacher, loss, targets):
+        scores = mkt.two_stream_scores(local, global_, labels, TOPK)
+        loss = loss(scores, targets) + F.l1_loss(global_, teacher)
+        return loss.detach(), torch.autograd.grad(loss, trained)
+
+    def straightforward():
         global_, local = student.dense(images)
-        scores = mkt.two_stream_scores(local, global_, z, 16)
         with torch.no_grad():
-            teacher = clip.visual.dense(images)[0]
-        loss = ranking_loss_of_all_pairs(scores, targets) + F.l1_loss(global_, teacher)
-        loss.backward()
-        return loss.item(), student.proj.grad
+            teacher = visual.dense(images)[0]
+        return step(global_, local, teacher, ranking_loss_of_all_pairs, on_device)
 
     def ours():
-        model.zero_grad()
-        loss = mkt.batch_loss(model, 1, images, targets, z, options)[0]
-        loss.backward()
-        return loss.item(), model.proj.grad
+        tokens = model.trunk(images)
+        return step(*model.student(tokens), model.teacher(tokens), mkt.ranking_loss, targets)
 
-    return straight, ours
+    return straightforward, ours
 
 
-def stage_2_forms(args):
-    clip = random_clip(args, text_layers=2 if args.quick else 12)
-    model = mkt.MKT(clip, topk=16)
-    model.requires_grad_(False)
+def stage_2(args):
+    model = random_model(args)
     model.context.requires_grad_()
-    labels = [f"{a} {b}" for a in data.TOY_LABELS for b in data.TOY_LABELS][:args.labels]
-    prompts = mkt.Prompts(clip, labels)
-    images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
-    targets = seen_targets(args.batch_size, args.labels, args.device)
-    long = copy.copy(prompts)  # the same prompts, padded to the whole context
+    clip, context = model.clip, model.context
+    prompts = mkt.Prompts(clip, [f"label {i}" for i in range(args.labels)])
     padding = (0, 77 - prompts.tokens.shape[1])
-    long.tokens, long.slots = F.pad(prompts.tokens, padding), F.pad(prompts.slots, padding)
+    learned = F.pad(prompts.learned, padding)
+    words = clip.token_embedding(F.pad(prompts.tokens, padding))
+    words = words.masked_fill(learned[..., None] > 0, 0)
+    images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+    targets = six_labels(args.batch_size, args.labels)
+    on_device = targets.to(args.device)
 
-    def straight():
-        model.zero_grad()
+    def step(labels, loss, targets):
         with torch.no_grad():
-            global_, local = clip.visual.dense(images)
-        slots, context = long.slots.to(args.device), model.context
-        x = clip.token_embedding(long.tokens.to(args.device)).masked_fill(slots[..., None] > 0, 0)
-        x = x + torch.cat([torch.zeros_like(context[:1]), context])[slots]
+            global_, local = model(images)
+        loss = loss(mkt.two_stream_scores(local, global_, labels, TOPK), targets)
+        return loss.detach(), torch.autograd.grad(loss, context)[0]
+
+    def straightforward():
+        x = words + torch.cat([torch.zeros_like(context[:1]), context])[learned]
         x = x + clip.positional_embedding
         for block in clip.transformer.resblocks:
             x = block(x, causal=True)
-        x = clip.ln_final(x)[torch.arange(len(x)), long.eot] @ clip.text_projection
-        loss = ranking_loss_of_all_pairs(mkt.two_stream_scores(local, global_, x, 16), targets)
-        loss.backward()
-        return loss.item(), context.grad.clone()
+        labels = clip.ln_final(x)[range(len(x)), prompts.eot] @ clip.text_projection
+        return step(labels, ranking_loss_of_all_pairs, on_device)
 
-    def ours():
-        model.zero_grad()
-        loss = mkt.batch_loss(model, 2, images, targets, prompts, None)[0]
-        loss.backward()
-        return loss.item(), model.context.grad.clone()
+    return straightforward, lambda: step(model.label_embeddings(prompts), mkt.ranking_loss, targets)
 
-    return straight, ours
+
+def bench(work, against, forms, args, faster, smaller):
+    """Two rows, time and memory, of forms: (straightforward, ours), -> (loss, gradients)."""
+    straightforward, ours = forms
+    torch.testing.assert_close(ours(), straightforward(), rtol=1e-3, atol=1e-5)
+    torch.set_float32_matmul_precision("high")  # as the scripts do
+    side_by_side.compare(work, against, straightforward, ours, args.repeats, faster, args.device)
+    side_by_side.compare_memory(work, against, straightforward, ours, smaller, args.device)
+    torch.set_float32_matmul_precision("highest")
+
+
+def bench_stage_1(args):
+    bench(f"MKT stage-1 step, {args.seen} labels, batch {args.batch_size}",
+          "whole student and teacher, all pairs", stage_1(args), args, ">= 1.7", "> 1")
 
 
 def main():
-    parser = side_by_side.parser(__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--labels", type=int, default=100,
-                        help="of stage 2 (925 want 30 GB in the straightforward form)")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    args.seen = 60 if args.quick else 925
+    args = side_by_side.parser(__doc__).parse_args()
+    args.device, args.batch_size, args.seen, args.labels, args.repeats = "cpu", 16, 925, 100, 3
     if args.quick:
-        args.batch_size, args.labels, args.repeats = 2, 12, 1
+        args.batch_size, args.seen, args.labels, args.repeats = 2, 60, 12, 1
     torch.manual_seed(0)
-    side_by_side.start(args.device)
-    for forms, work, against, repeats, faster, smaller in (
-            (ranking_loss_forms, f"MKT ranking loss, forward and backward, 64 x {args.seen}",
-             "all pairs, B x C x C", 3 * args.repeats, ">= 50", ">= 100"),
-            (stage_1_forms, f"MKT stage 1 step, {args.seen} labels, batch {args.batch_size}",
-             "whole student and teacher, all pairs", args.repeats, ">= 1.5", "> 1"),
-            (stage_2_forms, f"MKT stage 2 step, {args.labels} labels, batch {args.batch_size}",
-             "77 tokens, all pairs", args.repeats, ">= 3", "> 1")):
-        straight, ours = forms(args)
-        torch.testing.assert_close(ours(), straight(), rtol=1e-3, atol=1e-5)  # also warms up
-        compare(work, against, straight, ours, repeats, faster, args.device, warm_up=False)
-        compare_memory(work, against, straight, ours, smaller, args.device)
+    side_by_side.start()
+    bench_stage_1(args)
+    bench(f"MKT stage-2 step, {args.labels} labels, batch {args.batch_size}",
+          "77 tokens, all pairs", stage_2(args), args, ">= 3", "> 1")
+    bench(f"MKT ranking loss, forward and backward, 64 x {args.seen}", "all pairs, B x C x C",
+          ranking_loss(args), args, ">= 100", ">= 100")
 
 
 if __name__ == "__main__":

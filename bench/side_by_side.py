@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-NOTES = []  # of the rows so far
 
 
 def parser(description):
@@ -29,23 +28,16 @@ def start(device="cpu"):
           flush=True)
 
 
-def row(work, against, theirs, ours, ratio="", target="", missed=False, note=""):
-    """ratio: how many times ours is better; a number or a text. A number is held against a target
-    "> x" or ">= x"; for others there is missed. note: a sentence for print_notes."""
+def row(work, against, theirs, ours, ratio="", target="", missed=False):
+    """ratio: how many times ours is better, held against a target "> x" or ">= x", or a text; for
+    other targets there is missed."""
     if not isinstance(ratio, str):
-        missed |= target.startswith(">") and round(ratio, 2) < float(target.split()[1])
+        if target.startswith(">"):
+            missed = round(ratio, 2) < float(target.split()[1])
         ratio = f"{ratio:.2f}"
-    if note:
-        NOTES.append(note)
-        work += f" [{len(NOTES)}]"
-    target += ", **missed**" * missed
+    if missed:
+        target += ", **missed**"
     print(f"| {work} | {against} | {theirs} | {ours} | {ratio} | {target} |", flush=True)
-
-
-def print_notes():
-    """The notes of the rows, under their table."""
-    for number, note in enumerate(NOTES, 1):
-        print(f"\n[{number}] {note}", flush=True)
 
 
 def duration(seconds):
@@ -74,11 +66,11 @@ def alternate(functions, repeats, device="cpu", warm_up=True):
     return {name: statistics.median(values[warm_up:]) for name, values in seconds.items()}
 
 
-def compare(work, against, theirs, ours, repeats, target="", device="cpu", warm_up=True, note=""):
+def compare(work, against, theirs, ours, repeats, target="", device="cpu", warm_up=True):
     """A row of the table: two functions, medians of their times."""
     seconds = alternate({"theirs": theirs, "ours": ours}, repeats, device, warm_up)
     row(work, against, duration(seconds["theirs"]), duration(seconds["ours"]),
-        seconds["theirs"] / seconds["ours"], target, note=note)
+        seconds["theirs"] / seconds["ours"], target)
 
 
 def resident(field):

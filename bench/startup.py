@@ -1,126 +1,109 @@
-"""Start-up of the large datasets: seconds and peak memory of load_dataset, labels alone.
+"""Start-up of the large datasets: time and peak memory of load_dataset, labels alone.
 
-    python bench/startup.py        # two minutes; 1.1 GB in the temporary folder, removed again
+    python bench/startup.py           # a few minutes
+    python bench/startup.py --full    # Open Images at its real size: an hour, 50 GB of disk
+    python bench/startup.py --quick
 
-Synthetic label files as large as NUS-WIDE's (269,648 images, 1,000 tags, 81 concepts) and Open
-Images' (1,743,042 training images with 9 million verified labels, 125,436 test images with 1.7
-million; 19,995 classes). Every start is a process of its own: the first one of a split parses the
-files, the second one reads the cache. There are no image files: the search for missing ones is
-left out. Memory is the peak beyond Python with torch and data.py.
+Made-up label files of the training splits, in the temporary folder: NUS-WIDE's 161,789 of 269,648
+images, 1,000 tags and 81 concepts; Open Images' 5,655,108 images, 27,894,289 verified labels and
+7,586 classes, a tenth of the images and labels without --full. There are no image files: the
+search for missing ones is left out. Memory is the peak beyond Python with torch and data.py.
 """
 import os
+import pickle
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import side_by_side
-from side_by_side import duration, memory, row
 
 import data
-
-NUSWIDE = {"train": 161_789, "test": 107_859}
-OPENIMAGES = {"train": (1_743_042, 9_000_000), "test": (125_436, 1_667_000)}
 
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def write_nuswide(root, rng):
-    total, tags = sum(NUSWIDE.values()), [f"tag{i}" for i in range(1000)]
+def write_nuswide(root, rng, total, train):
+    tags = [f"tag{i}" for i in range(1000)]
     concepts = tags[:75] + [f"concept{i}" for i in range(6)]
-    write(root / "ConceptsList/Concepts81.txt", "\r\n".join(concepts))
-    write(root / "NUS_WID_Tags/TagList1k.txt", "\r\n".join(tags))
-    images = [f"actor\\{i:07d}.jpg\r\n" for i in range(total)]
+    write(root / "ConceptsList/Concepts81.txt", "\n".join(concepts))
+    write(root / "NUS_WID_Tags/TagList1k.txt", "\n".join(tags))
+    images = [f"actor\\{i:07d}.jpg\n" for i in range(total)]
     write(root / "ImageList/Imagelist.txt", "".join(images))
-    write(root / "ImageList/TrainImagelist.txt", "".join(images[:NUSWIDE["train"]]))
-    write(root / "ImageList/TestImagelist.txt", "".join(images[NUSWIDE["train"]:]))
+    write(root / "ImageList/TrainImagelist.txt", "".join(images[:train]))
     for concept in concepts:
-        lines = np.full((total, 3), ord("\n"), np.uint8)
-        lines[:, 0], lines[:, 1] = ord("0") + (rng.random(total) < 0.02), ord("\r")
-        write(root / f"Groundtruth/AllLabels/Labels_{concept}.txt", lines.tobytes())
-    (root / "Flickr").mkdir()
+        entries = np.where(rng.random(total) < 0.02, "1", "0")
+        write(root / f"Groundtruth/AllLabels/Labels_{concept}.txt", "\n".join(entries) + "\n")
     with open(root / "NUS_WID_Tags/AllTags1k.txt", "wb") as file:
         for start in range(0, total, 8192):
-            lines = np.full((min(8192, total - start), 2002), ord("\t"), np.uint8)
+            lines = np.full((min(8192, total - start), 2001), ord("\t"), np.uint8)
             lines[:, 0:2000:2] = ord("0") + (rng.random((len(lines), 1000)) < 0.006)
-            lines[:, 2000:] = list(b"\r\n")
+            lines[:, 2000] = ord("\n")
             file.write(lines.tobytes())
+    (root / "Flickr").mkdir()
 
 
-def write_openimages(root, rng):
-    ids = np.array([b"/m/0%05d" % i for i in range(19_995)])
-    seen = np.sort(rng.permutation(len(ids))[:7_186])
-    write(root / "class-descriptions.csv",
-          "".join(f"{name.decode()},thing {i}\r\n" for i, name in enumerate(ids)))
-    write(root / "classes-trainable.txt", b"\n".join(ids[seen]))
-    write(root / "top_400_unseen.csv", "\ufeff" + "\r\n".join(map(str, range(400))))
-    by_frequency = np.concatenate([rng.permutation(seen), np.setdiff1d(np.arange(len(ids)), seen)])
-    for split, (images, rows) in OPENIMAGES.items():
-        (root / split).mkdir()
-        which = np.sort(np.concatenate([np.arange(images),
-                                        rng.integers(0, images, rows - images)]))
-        with open(root / f"{split}-annotations-human-imagelabels.csv", "wb") as file:
-            file.write(b"ImageID,Source,LabelName,Confidence\n")
-            for part in np.array_split(which, 20):
-                # commoner classes first, as in nature
-                label = by_frequency[(len(ids) * rng.random(len(part)) ** 3).astype(int)]
-                lines = np.empty((len(part), 42), np.uint8)
-                digits = part[:, None] >> (4 * np.arange(15, -1, -1)) & 15
-                lines[:, :16] = np.frombuffer(b"0123456789abcdef", np.uint8)[digits]
-                lines[:, 16:30] = list(b",verification,")
-                lines[:, 30:39] = ids[label].view(np.uint8).reshape(-1, 9)
-                lines[:, 39] = ord(",")
-                lines[:, 40] = ord("0") + (rng.random(len(part)) < 0.5)
-                lines[:, 41] = ord("\n")
-                file.write(lines.tobytes())
+def write_openimages(root, rng, images, labels):
+    ids = [f"/m/0{i:05d}" for i in range(7586)]
+    lists = root / "2018_04"
+    write(lists / "class-descriptions.csv",
+          "".join(f"{name},thing {i}\n" for i, name in enumerate(ids)))
+    write(lists / "classes-trainable.txt", "\n".join(ids[:7186]))
+    write(lists / "unseen_labels.pkl", pickle.dumps(np.array(ids[7186:], dtype=object), 2))
+    write(lists / "top_400_unseen.csv", "\n".join(map(str, range(400))))
+    (root / "train").mkdir()
+    extra = rng.integers(0, images, labels - images)
+    counts = 1 + np.bincount(extra, minlength=images)  # verified labels of each image
+    with open(lists / "train-annotations-human-imagelabels.csv", "w") as file:
+        file.write("ImageID,Source,LabelName,Confidence\n")
+        for image, count in enumerate(counts.tolist()):
+            for label in (7186 * rng.random(count) ** 3).astype(int).tolist():  # few common ones
+                file.write(f"{image:016x},verification,{ids[label]},{label % 2}\n")
 
 
-def load(name, split, root):
-    """-> images, labels, seconds, peak memory in bytes."""
+def load(name, root):
+    """-> (images, labels, seconds, peak memory in bytes)."""
     data.MultiLabelDataset._leave_out_missing = lambda *_: None
-    sizes, begin = [], time.perf_counter()
+    sizes, seconds = [], []
 
-    def begin_with_labels():
-        dataset = data.load_dataset(name, root, split, quiet=True)
-        sizes.extend((len(dataset), len(dataset.labels), time.perf_counter() - begin))
-        if split == "train":
-            (dataset.targets[:, dataset.seen] == 1).any(dim=1)  # what mkt.py starts with
+    def start():
+        dataset = data.load_dataset(name, root, "train", quiet=True)
+        sizes.extend((len(dataset), len(dataset.labels)))
 
-    peak = side_by_side.peak_beyond(begin_with_labels)
-    return *sizes, peak
+    peak = side_by_side.peak_beyond(lambda: seconds.append(side_by_side.seconds_of(start)))
+    return *sizes, *seconds, peak
 
 
 def main():
     parser = side_by_side.parser(__doc__)
-    parser.add_argument("--load", nargs=3, metavar=("NAME", "SPLIT", "ROOT"),
-                        help="what the script calls itself with")
+    parser.add_argument("--full", action="store_true", help="Open Images at its real size")
+    parser.add_argument("--load", nargs=2, help="what the script calls itself with")
     args = parser.parse_args()
     if args.load:
         return print(*load(*args.load))
-
-    def in_new_process(*arguments):
-        return side_by_side.in_new_process(__file__, "--load", *arguments)
-
-    start = load if args.quick else in_new_process  # a process takes seconds to begin with
+    nuswide, openimages = (269_648, 161_789), (565_510, 2_789_428)
+    share = "a tenth of the real size (--full: all of it), "
+    if args.full:
+        openimages, share = (5_655_108, 27_894_289), ""
     if args.quick:
-        NUSWIDE.update(train=300, test=200)
-        OPENIMAGES.update(train=(300, 2000), test=(200, 1000))
+        nuswide, openimages = (500, 300), (300, 1000)
     side_by_side.start()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        for name, writer in (("nuswide", write_nuswide), ("openimages", write_openimages)):
-            writer(Path(folder, name), np.random.default_rng(0))
-            for split in ("train", "test"):
-                first, second = (start(name, split, f"{folder}/{name}") for _ in range(2))
-                images, labels, seconds, peak = second
-                work = f"{name} {split}, {images:,.0f} x {labels:,.0f}"
-                row(f"{work}, start", "the first start", duration(first[2]), duration(seconds),
-                    first[2] / seconds)
-                row(f"{work}, peak memory", "the first start", memory(first[3]), memory(peak),
-                    first[3] / max(1, peak))
+        for name, write_files, sizes, size in (("nuswide", write_nuswide, nuswide, ""),
+                                               ("openimages", write_openimages, openimages, share)):
+            write_files(Path(folder, name), np.random.default_rng(0), *sizes)
+            first, second = (side_by_side.in_new_process(__file__, "--load", name,
+                                                         f"{folder}/{name}") for _ in range(2))
+            images, labels, seconds, peak = second
+            work = f"{name} training, {size}{images:,.0f} x {labels:,.0f}: start"
+            side_by_side.row(work, "the first start", side_by_side.duration(first[2]),
+                             side_by_side.duration(seconds), first[2] / seconds)
+            side_by_side.row(f"{work}, peak memory", "the first start",
+                             side_by_side.memory(first[3]), side_by_side.memory(peak),
+                             first[3] / max(1, peak))
 
 
 if __name__ == "__main__":
