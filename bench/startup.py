@@ -88,7 +88,7 @@ def main():
     if args.full:
         openimages, share = (5_655_108, 27_894_289), ""
     if args.quick:
-        nuswide, openimages = (500, 300), (300, 1000)
+        nuswide, openimages, share = (500, 300), (300, 1000), ""
     side_by_side.start()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
