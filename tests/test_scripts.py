@@ -162,9 +162,9 @@ def test_options_mean_the_same_in_all_scripts():
     found = [options_of(script) for script in SCRIPTS.values()]
     shared = set.intersection(*map(set, found))
     assert shared >= set("""--data --root --clip --device --epochs --batch-size --lr --seed
-        --workers --precision --compile --output --resume --eval --val-fraction --predict --checkpoint --top
-        --threshold --heatmap --limit --quiet --allow-missing --annotated-only --drop-crowd
-        --zero-shot --difficult --not-visible""".split())
+        --workers --precision --compile --output --resume --eval --val-fraction --predict
+        --checkpoint --top --threshold --heatmap --limit --quiet --allow-missing --annotated-only
+        --drop-crowd --zero-shot --difficult --not-visible""".split())
     for option in shared:
         for key in ("type", "choices", "action", None):
             assert len({options[option].get(key) for options in found}) == 1, (option, key)
