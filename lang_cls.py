@@ -564,6 +564,10 @@ def arguments(argv=None):
         parser.error("--lr, --noise, --seed: not below 0; --mapping-weight: from 0 to 1")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args, saved
 

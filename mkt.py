@@ -508,8 +508,9 @@ def table(model, test, clip_preprocess, args):
 @torch.no_grad()
 def predict(model, preprocess, labels, args):
     """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
-    if len(labels) < 2:
-        raise UserError("--labels: a score is relative to the other labels, give at least two")
+    if len(set(labels)) < max(2, len(labels)) or "" in labels:
+        raise UserError("--labels: scores are relative to the other labels, give at least two "
+                        "names, each once")
     embeddings = model.label_embeddings(Prompts(model.clip, labels)).float()
     for path, photo in data.open_images(args.predict):
         with autocast(args):
@@ -606,6 +607,10 @@ def arguments(argv=None):
         parser.error("--epochs, --prompt-epochs, --lr, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args, saved
 

@@ -606,6 +606,10 @@ def arguments(argv=None):
         parser.error("--partial: shares above 0 and up to 1")
     if args.single_positive and (args.partial != [1.0] or args.val_fraction):
         parser.error("--single-positive knows no absent label: no --partial, no --val-fraction")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
     args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args
