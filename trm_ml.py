@@ -429,6 +429,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
             best = max(x.get("val_mAP", 0) for x in run.log)
             if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
                 data.write_file(f"{run.output}/best.pt", checkpoint)
+            # in this order: killed in between, a resumed run repeats the epoch and writes both
+            data.write_file(f"{run.output}/last.pt", checkpoint)
             lines = [json.dumps(line) + "\n" for line in run.log]
             data.write_file(f"{run.output}/log.jsonl", "".join(lines))
             data.write_file(f"{run.output}/curves.png", metrics.draw_curves(run.log))
