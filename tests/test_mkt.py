@@ -377,6 +377,23 @@ def test_stage_1_alone_has_no_ablation_and_worker_processes_change_nothing(quick
     assert_same_run(tmp_path / "0", tmp_path / "2")
 
 
+def test_two_processes_end_where_one_does(quick, tmp_path):
+    """With augmentation, and a last batch of 17 images that is smaller than two processes."""
+    options = [*quick, "--epochs", "1", "--prompt-epochs", "1", "--limit", "17"]
+    mkt.main([*options, "--output", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", "mkt.py", *options, "--output", str(tmp_path / "two")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("training images") == 1  # rank 0 alone prints
+    one, two = (checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
+    for row, other in zip(results(tmp_path / "one")["rows"], results(tmp_path / "two")["rows"]):
+        assert row["name"] == other["name"]
+        assert row["gzsl_mAP"] == pytest.approx(other["gzsl_mAP"], abs=0.01)
+
+
 # a run that is killed when a line of its log has been written, before the checkpoint that has it
 KILLED = """
 import os, signal, sys
