@@ -25,7 +25,7 @@ def test_peak_memory_is_that_of_the_function():
         pytest.skip("peak memory on the CPU is measured on Linux alone")
     size = 2 ** 26
     peak = side_by_side.peak_beyond(lambda: torch.ones(size, dtype=torch.uint8))
-    assert size <= peak < 1.3 * size
+    assert 0.98 * size <= peak < 1.3 * size  # the system counts pages in batches
 
 
 def test_the_straightforward_ranking_loss_is_a_loop_over_pairs():
