@@ -373,6 +373,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
         warm_up = epoch + 1 < args.epochs // 2  # no pseudo labels until prototypes mean something
+        names = [[] for _ in behind]
         totals = [0 for _ in behind]
         counts = [0 for _ in behind]
         estimated = [[] for _ in behind]
@@ -389,28 +390,30 @@ def train(runs, clip, dataset, validation, truth, state, args):
                 run.optimizer.zero_grad()
                 loss.backward()
                 run.optimizer.step()
-                run.terms = ["loss", *terms]
+                names[i] = ["loss", *terms]
                 totals[i] = totals[i] + torch.stack([loss, *terms.values()]).detach()
                 if pseudo is not None:
                     counts[i] = counts[i] + pseudo_label_counts(pseudo, known, truth[rows])
                 if estimates is not None and step * args.batch_size < 20_000:  # images enough
                     estimated[i].append((estimates, known))
                 if (step % 50 == 49 or step == len(loader) - 1) and not totals[i][0].isfinite():
-                    means = dict(zip(run.terms, (totals[i] / (step + 1)).tolist()))
+                    means = dict(zip(names[i], (totals[i] / (step + 1)).tolist()))
                     raise UserError(f"{run.name}: the loss is not finite at epoch {epoch + 1}, "
                                     f"step {step + 1}: {means}; {run.output}/last.pt holds the "
                                     f"epoch before: try a smaller --lr or --precision fp32")
         for i, run in enumerate(behind):
             line = {"epoch": epoch + 1}
-            line |= zip(run.terms, (totals[i] / len(loader)).tolist())
+            line |= zip(names[i], (totals[i] / len(loader)).tolist())
             if estimated[i]:
                 estimates, known = (torch.cat(parts) for parts in zip(*estimated[i]))
                 run.model.calibrate(estimates, known, args.expected_positives)
             if torch.is_tensor(counts[i]):
                 right, found, hidden, right_absent, found_absent = counts[i].tolist()
-                line["pseudo_precision"] = right / max(1, found)
-                line["pseudo_recall"] = right / max(1, hidden)
-                line["pseudo_precision_absent"] = right_absent / max(1, found_absent)
+                if found and hidden:
+                    line["pseudo_precision"] = right / found
+                    line["pseudo_recall"] = right / hidden
+                if found_absent:
+                    line["pseudo_precision_absent"] = right_absent / found_absent
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
@@ -538,7 +541,7 @@ def arguments(argv=None):
         help="the share of label entries that is known; several are trained side by side")
     add("--single-positive", action="store_true", help="one present label an image is known")
     add("--expected-positives", type=float, metavar="K", help="labels that an image shows on "
-        "average, for --single-positive (1.5 voc2007, 2.9 coco, 1.9 nuswide81, 31.4 cub)")
+        "average, for --single-positive (voc2007 1.5, coco 2.9, nuswide81 1.9, cub 31.4, else 3)")
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN101", help="CLIP's name for it or a path to weights")
     add("--image-size", type=int, default=448, help="pixels, square; nothing is cropped (448)")
