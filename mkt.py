@@ -29,7 +29,7 @@ Implementation details
  3. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  4. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
  5. Started by torchrun, every process takes its part of each batch and gradients are summed, which
-    gives what one process gives; images are augmented by their own seeds, whoever loads them.
+    but for rounding gives what one process gives; an image's augmentation has a seed of its own.
 Where this differs from the authors' code
  1. CLIP's own pixels (mean, std, crop), not ImageNet's: the frozen blocks were trained on them
     (--preprocess authors for theirs).
@@ -704,7 +704,7 @@ def main(argv=None):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         if RANK > 0:
             sys.stdout, args.no_bars = open(os.devnull, "w"), True
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: 3 to 5 times as fast as float32
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the authors' torch had it
 
     # model
     clip, clip_preprocess = clip_model.load(args.clip, args.device)
