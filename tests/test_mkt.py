@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,7 +326,8 @@ def assert_same_run(folder, other):
     for name in ("last.pt", "best.pt"):
         weights, expected = checkpoint(folder / name)["model"], checkpoint(other / name)["model"]
         assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+        for key in expected:  # threads may add up gradients in another order
+            torch.testing.assert_close(weights[key], expected[key], rtol=0, atol=1e-6)
 
 
 def test_a_run_trains_every_weight_in_two_stages(trained, toy):
@@ -378,17 +380,23 @@ def test_stage_1_alone_has_no_ablation_and_worker_processes_change_nothing(quick
 
 
 def test_two_processes_end_where_one_does(quick, tmp_path):
-    """With augmentation, and a last batch of 17 images that is smaller than two processes."""
-    options = [*quick, "--epochs", "1", "--prompt-epochs", "1", "--limit", "17"]
+    """Resumed after an epoch by one process or by two, with augmentation and a last batch of a
+    single image. The first epoch is shared: it starts where the distillation is |0|, whose
+    gradient's sign is that of rounding."""
+    options = [*quick, "--prompt-epochs", "1", "--limit", "17"]
+    mkt.main([*options, "--epochs", "1", "--prompt-epochs", "0", "--output", str(tmp_path / "one")])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    options += ["--epochs", "2", "--resume"]
     mkt.main([*options, "--output", str(tmp_path / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", "mkt.py", *options, "--output", str(tmp_path / "two")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("training images") == 1  # rank 0 alone prints
-    one, two = (checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
+    one, two = (checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    assert [line["epoch"] for line in two["log"]] == [1, 2, 1]
+    for name, weights in one["model"].items():
+        torch.testing.assert_close(weights, two["model"][name], rtol=0, atol=1e-4)
     for row, other in zip(results(tmp_path / "one")["rows"], results(tmp_path / "two")["rows"]):
         assert row["name"] == other["name"]
         assert row["gzsl_mAP"] == pytest.approx(other["gzsl_mAP"], abs=0.01)

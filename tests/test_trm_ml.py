@@ -443,7 +443,7 @@ def assert_same_weights(output, expected):
     found, expected = (torch.load(file, weights_only=True) for file in (output, expected))
     assert found["model"].keys() == expected["model"].keys()
     for name, value in found["model"].items():
-        assert torch.equal(value, expected["model"][name]), name
+        torch.testing.assert_close(value, expected["model"][name], rtol=0, atol=1e-6, msg=name)
 
 
 def scores_of(checkpoint, images, clip):
