@@ -81,49 +81,18 @@ def local_scores(local, label_embeddings, topk):
 
 def merge_streams(local_scores, global_scores, streams="both"):
     """Scores [B, C] of either stream, each divided by its norm over the C labels -> their mean."""
-    if streams == "global":
-        return F.normalize(global_scores, dim=-1)
-    if streams == "local":
-        return F.normalize(local_scores, dim=-1)
-    return (F.normalize(local_scores, dim=-1) + F.normalize(global_scores, dim=-1)) / 2
+    scores = {"local": [local_scores], "global": [global_scores],
+              "both": [local_scores, global_scores]}[streams]
+    return sum(F.normalize(x, dim=-1) for x in scores) / len(scores)
 
 
 def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
     """MKT's score of every label, the mean of two unit-length score vectors (section 3.2).
 
     local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> float [B, C] within
-    [-1, 1]. streams: "both", or "global" or "local" alone. The scores depend on which labels are
-    in play; those of a single one say nothing."""
+    [-1, 1], relative to the other labels in play. streams: "global" or "local" for one alone."""
     return merge_streams(local_scores(local, label_embeddings, topk),
                          global_ @ label_embeddings.T, streams)
-
-
-class Prompts:
-    """The labels' prompts as token ids, and which of the tokens are learned.
-
-    tokens int64 [C, T] on CLIP's device; learned int64 [C, T] there: 0, or 1 + the index of the
-    learned embedding that takes the token's place; eot int64 [C], the ends of text, on the CPU,
-    as encode_prompts likes it. Raises UserError naming a label that is too long."""
-
-    def __init__(self, clip, labels):
-        tokenizer = clip.tokenizer or clip_model.official_tokenizer()
-        before, after = (tokenizer.encode(part) for part in PROMPT.split("{}"))
-        start, end = tokenizer.ids[tokenizer.start], tokenizer.ids[tokenizer.end]
-        slots = list(range(1, 1 + len(before) + len(after) + 2))
-        tokens, learned = [], []
-        for label in labels:
-            name = tokenizer.encode(label)
-            row = [start] + before + name + after + [end]
-            if len(row) > clip.context_length:
-                raise UserError(f"the label '{label}' makes a prompt of {len(row)} tokens, CLIP "
-                                f"reads {clip.context_length}: shorten it")
-            tokens.append(torch.tensor(row))
-            split = 1 + len(before)  # start and the words before the label, then the others
-            learned.append(torch.tensor(slots[:split] + [0 for _ in name] + slots[split:]))
-        device = clip.text_projection.device
-        self.eot = torch.tensor([len(row) - 1 for row in tokens])
-        self.tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
-        self.learned = nn.utils.rnn.pad_sequence(learned, batch_first=True).to(device)
 
 
 class MKT(nn.Module):
@@ -143,16 +112,14 @@ class MKT(nn.Module):
         self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:])
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
-        self.context = nn.Parameter(self.clip_context())  # [8, W]
-
-    def context_ids(self):
-        """The tokens that are learned: start of text, the prompt's six words, end of text."""
-        prompt = Prompts(self.clip, ["label"])
-        return prompt.tokens[prompt.learned > 0]
+        prompt = clip.tokenize(PROMPT.format("label"))[0]
+        prompt = prompt[:prompt.argmax() + 1].tolist()  # end of text has the highest id
+        self.context_ids = prompt[:4] + prompt[-4:]
+        self.context = nn.Parameter(self.clip_context())
 
     def clip_context(self):
-        """CLIP's own embeddings of these tokens, which the learned ones start from."""
-        return self.clip.token_embedding(self.context_ids()).detach().clone()
+        """CLIP's embeddings of what is learned: start of text, six words, end of text; [8, W]."""
+        return self.clip.token_embedding.weight[self.context_ids].detach().clone()
 
     @torch.no_grad()
     def trunk(self, images):
@@ -181,21 +148,30 @@ class MKT(nn.Module):
         """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
         return self.student(self.trunk(images))
 
+    def prompts(self, labels):
+        """-> (token ids int64 [C, T], index of each end of text int64 [C], on the CPU)."""
+        tokens = self.clip.tokenize([PROMPT.format(label) for label in labels])
+        ends = tokens.argmax(dim=1)
+        return tokens[:, :ends.max() + 1].to(self.context.device), ends
+
     def label_embeddings(self, prompts, context=None, chunk=256):
-        """Prompts -> [C, D], differentiable in the context, by default the learned one.
+        """prompts(labels) -> [C, D], differentiable in the context, by default the learned one.
 
         With gradients, chunks of labels are recomputed in the backward pass: 7,000 labels would
         otherwise keep the activations of 7,000 texts."""
         context = self.context if context is None else context
-        context = torch.cat([torch.zeros_like(context[:1]), context])  # 0: nothing is learned
 
-        def encode(tokens, learned, eot):
-            fixed = self.clip.token_embedding(tokens).masked_fill(learned[..., None] > 0, 0)
-            return self.clip.encode_prompts(fixed + context[learned], eot)  # [c, T, W] -> [c, D]
+        def encode(tokens, ends):
+            x = self.clip.token_embedding(tokens)  # [c, T, W]
+            x = torch.cat([context[:4].expand(len(x), -1, -1), x[:, 4:]], dim=1)
+            last = ends[:, None] + torch.arange(-3, 1)  # [c, 4]: after the label's name
+            last = last[..., None].expand(-1, -1, x.shape[2]).to(x.device, non_blocking=True)
+            x = x.scatter(1, last, context[4:].expand(len(x), -1, -1))
+            return self.clip.encode_prompts(x, ends)  # [c, D]
 
         embeddings = []
-        for part in zip(*(x.split(chunk) for x in (prompts.tokens, prompts.learned, prompts.eot))):
-            if torch.is_grad_enabled() and len(prompts.tokens) > chunk:
+        for part in zip(*(x.split(chunk) for x in prompts)):
+            if torch.is_grad_enabled() and len(prompts[1]) > chunk:
                 embeddings.append(recompute(encode, *part, use_reentrant=False))
             else:
                 embeddings.append(encode(*part))
@@ -206,12 +182,8 @@ class MKT(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
     def load_trained(self, weights):
-        """Take weights as trained() gives them; UserError for others."""
-        expected = {name: value.shape for name, value in self.trained().items()}
-        if {name: value.shape for name, value in weights.items()} != expected:
-            raise UserError("the checkpoint's weights are not this model's: it is damaged or of "
-                            "another version")
-        self.load_state_dict(weights, strict=False)
+        """Take weights as trained() gives them."""
+        self.load_state_dict({**self.state_dict(), **weights})
 
 
 # ---- augmentation
@@ -222,35 +194,34 @@ def rand_augment(image):
 
     Magnitudes are drawn from N(9, 0.5), of 10; every change grows with them. torchvision's
     RandAugment is another policy: it leaves hardly an image as it is, and few change much."""
+    def enhance(kind):
+        return kind(image).enhance(1 + 0.9 * signed)
+
+    def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix,
+                               Image.Resampling.BILINEAR, fillcolor=EMPTY)
+
+    changes = [
+        lambda: ImageOps.autocontrast(image),
+        lambda: ImageOps.equalize(image),
+        lambda: ImageOps.invert(image),
+        lambda: image.rotate(30 * signed, Image.Resampling.BILINEAR, fillcolor=EMPTY),
+        lambda: ImageOps.posterize(image, max(1, 4 - int(4 * amount))),
+        lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
+        lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
+        lambda: enhance(ImageEnhance.Color),
+        lambda: enhance(ImageEnhance.Contrast),
+        lambda: enhance(ImageEnhance.Brightness),
+        lambda: enhance(ImageEnhance.Sharpness),
+        lambda: shift(1, 0.3 * signed, 0, 0, 1, 0),
+        lambda: shift(1, 0, 0, 0.3 * signed, 1, 0),
+        lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
+        lambda: shift(1, 0, 0, 0, 1, 0.45 * signed * image.height)]
     for _ in range(2):
         if torch.rand(()) < 0.5:
             continue
         amount = (torch.normal(9.0, 0.5, (1,)).clamp(0, 10) / 10).item()
         signed = amount if torch.rand(()) < 0.5 else -amount
-
-        def enhance(kind):
-            return kind(image).enhance(1 + 0.9 * signed)
-
-        def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
-            return image.transform(image.size, Image.Transform.AFFINE, matrix,
-                                   Image.Resampling.BILINEAR, fillcolor=EMPTY)
-
-        changes = [
-            lambda: ImageOps.autocontrast(image),
-            lambda: ImageOps.equalize(image),
-            lambda: ImageOps.invert(image),
-            lambda: image.rotate(30 * signed, Image.Resampling.BILINEAR, fillcolor=EMPTY),
-            lambda: ImageOps.posterize(image, max(1, 4 - int(4 * amount))),
-            lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
-            lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
-            lambda: enhance(ImageEnhance.Color),
-            lambda: enhance(ImageEnhance.Contrast),
-            lambda: enhance(ImageEnhance.Brightness),
-            lambda: enhance(ImageEnhance.Sharpness),
-            lambda: shift(1, 0.3 * signed, 0, 0, 1, 0),
-            lambda: shift(1, 0, 0, 0.3 * signed, 1, 0),
-            lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
-            lambda: shift(1, 0, 0, 0, 1, 0.45 * signed * image.height)]
         image = changes[torch.randint(len(changes), ())]()
     return image
 
@@ -296,8 +267,7 @@ def ranking_loss(scores, targets):
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
-    pairs. An image without a present or without an absent label adds 0. Targets may stay on the
-    CPU: how many are present is then known without a wait for the GPU."""
+    pairs. Targets may stay on the CPU, which spares a GPU the wait for how many are present."""
     device = scores.device
     rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P]: one entry a present label
     rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
@@ -322,21 +292,16 @@ def sum_over_processes(tensors):
 
 
 def parameter_groups(model, weight_decay=0.05, layer_decay=0.65):
-    """Stage 1: layer-wise learning-rate decay, scale layer_decay^(layers + 1 - id).
-
-    Block i of CLIP's image encoder has id i + 1, what comes after the blocks layers + 1. No
-    weight decay on one-dimensional tensors (norms, biases)."""
-    layers = len(model.clip.visual.transformer.resblocks)
-    ids = {"blocks.0": layers - 1, "blocks.1": layers}
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("clip.") or name == "context":
-            continue
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        scale = layer_decay ** (layers + 1 - ids.get(name[:8], layers + 1))
-        group = {"params": [], "weight_decay": decay, "scale": scale}
-        groups.setdefault((scale, decay), group)["params"].append(parameter)
-    return list(groups.values())
+    """Stage 1: the learning rate decays by layer_decay with every layer below the projection.
+    No weight decay on one-dimensional tensors (norms, biases)."""
+    layers = [[*model.ln_post.parameters(), model.proj], model.blocks[1].parameters(),
+              model.blocks[0].parameters()]
+    groups = []
+    for depth, parameters in enumerate(layers):
+        for parameter in parameters:
+            groups.append({"params": [parameter], "scale": layer_decay ** depth,
+                           "weight_decay": weight_decay if parameter.ndim > 1 else 0.0})
+    return groups
 
 
 def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
@@ -360,7 +325,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
     seeded = Seeded(dataset)
     shuffle = torch.Generator()
     loader = make_loader(seeded, args, batch_size, shuffle)
-    prompts = Prompts(model.clip, [dataset.labels[i] for i in dataset.seen])
+    prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
     with torch.no_grad():
         labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
     if stage == 1:
@@ -368,12 +333,11 @@ def train(model, stage, epochs, dataset, validation, state, args):
     else:
         groups = [{"params": [model.context], "weight_decay": 0.05, "scale": 1.0}]
         minimum, warmup = 1e-8, 0
-    model.requires_grad_(False)
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_()
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     trained = [parameter for group in groups for parameter in group["params"]]
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
 
@@ -382,40 +346,41 @@ def train(model, stage, epochs, dataset, validation, state, args):
         shuffle.manual_seed(seed)
         seeded.seed.fill_(seed % 2 ** 31 * len(dataset))
         begin, total = time.time(), 0
-        bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False, disable=args.no_bars)
+        bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False,
+                   disable=args.quiet or None)
         for step, (images, targets) in enumerate(bar):
             lr = learning_rate(epoch + step / len(loader), args.lr, minimum, epochs, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            terms = {}
             with autocast(args):
                 tokens = model.trunk(images.to(args.device, non_blocking=True))
                 global_, local = model.student(tokens)
                 if stage == 2:
                     labels = model.label_embeddings(prompts)
-                teacher = model.teacher(tokens) if stage == 1 and args.distillation else None
+                elif args.distillation:
+                    teacher = model.teacher(tokens)
             scores = two_stream_scores(local.float(), global_.float(), labels.float(), args.topk,
                                        args.streams)
-            terms["ranking"] = ranking_loss(scores, targets[:, dataset.seen])
-            if teacher is not None:
+            terms = {"ranking": ranking_loss(scores, targets[:, dataset.seen])}
+            if stage == 1 and args.distillation:
                 distance = F.l1_loss(global_.float(), teacher.float())
                 terms["distillation"] = args.distillation * distance
             # means over this process's images -> its part of the means over the whole batch
             whole = min(batch_size, len(dataset) - step * batch_size)
             share = len(range(RANK, whole, WORLD)) / whole
-            loss = share * sum(terms.values())
+            losses = share * torch.stack([sum(terms.values()), *terms.values()])
             optimizer.zero_grad()
-            loss.backward()
+            losses[0].backward()
             sum_over_processes([parameter.grad for parameter in trained])
             optimizer.step()
-            total = total + torch.stack([loss, *(share * x for x in terms.values())]).detach()
+            total = total + losses.detach()
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
                 mean = total / (step + 1)
                 sum_over_processes([mean])
                 means = dict(zip(["loss", *terms], mean.tolist()))
                 if not math.isfinite(means["loss"]):
-                    raise UserError(f"the loss is not finite at stage {stage}, epoch {epoch + 1}, "
-                                    f"step {step + 1}: {means}; {args.output}/last.pt holds the "
+                    raise UserError(f"stage {stage}, epoch {epoch + 1}, step {step + 1}: the loss "
+                                    f"is not finite, {means}; {args.output}/last.pt holds the "
                                     f"epoch before: try a smaller --lr or --precision fp32")
         line = {"stage": stage, "epoch": epoch + 1, **means, "seconds": time.time() - begin}
         if dataset.replaced:
@@ -440,8 +405,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
     if log and log[-1]["stage"] == stage:  # go on from the best epoch
         if WORLD > 1:
             dist.barrier()  # until it is written
-        best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
-        model.load_trained(best["model"])
+        model.load_trained(data.read_checkpoint(f"{args.output}/best.pt", "mkt")["model"])
 
 
 # ---- evaluate
@@ -451,7 +415,7 @@ def stream_scores(encode, label_embeddings, topk, dataset, args):
     """All images' scores in either stream, of labels [C, D] -> local [N, C], global [N, C]."""
     scores = torch.zeros(2, len(dataset), len(label_embeddings))
     size = args.batch_size * WORLD
-    bar = tqdm(make_loader(dataset, args, size), "scoring", leave=False, disable=args.no_bars)
+    bar = tqdm(make_loader(dataset, args, size), "scoring", leave=False, disable=args.quiet or None)
     for (images, _), rows in zip(bar, torch.arange(len(dataset)).split(size)):
         rows = rows[RANK::WORLD]
         with autocast(args):
@@ -465,7 +429,7 @@ def stream_scores(encode, label_embeddings, topk, dataset, args):
 @torch.no_grad()
 def evaluate(model, dataset, contexts, args):
     """One pass over the images for several prompt contexts -> [(local [N, C], global [N, C])]."""
-    prompts = Prompts(model.clip, dataset.labels)
+    prompts = model.prompts(dataset.labels)
     labels = [model.label_embeddings(prompts, context).float() for context in contexts]
     local, global_ = stream_scores(model, torch.cat(labels), args.topk, dataset, args)
     size = len(dataset.labels)
@@ -511,7 +475,7 @@ def predict(model, preprocess, labels, args):
     if len(set(labels)) < max(2, len(labels)) or "" in labels:
         raise UserError("--labels: scores are relative to the other labels, give at least two "
                         "names, each once")
-    embeddings = model.label_embeddings(Prompts(model.clip, labels)).float()
+    embeddings = model.label_embeddings(model.prompts(labels)).float()
     for path, photo in data.open_images(args.predict):
         with autocast(args):
             global_, local = model(preprocess(photo)[None].to(args.device))
@@ -591,12 +555,13 @@ def arguments(argv=None):
     if not (args.predict or args.eval):
         parser.set_defaults(output=f"runs/mkt-{args.data}")
         args = parser.parse_args(argv)
-    saved = read_checkpoint(args)
-    if saved and "args" in saved:  # what its run was started with ...
-        for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
-            saved["args"].pop(name)
-        parser.set_defaults(**saved["args"])
-    elif args.data == "toy" and not saved:
+    start = (args.checkpoint or args.eval or [args.resume and f"{args.output}/last.pt"])[0]
+    saved = None
+    if start and not start.endswith(".pth"):  # what its run was started with ...
+        saved = data.read_checkpoint(start, "mkt")
+        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in
+                               ("output", "device", "resume", "eval", "predict", "checkpoint")})
+    elif args.data == "toy" and not start:
         parser.set_defaults(**TOY)
     args = parser.parse_args(argv)  # ... and what is typed again wins
     if min(args.batch_size, args.prompt_batch_size, args.top, args.limit or 1) < 1:
@@ -611,54 +576,41 @@ def arguments(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args, saved
 
 
 # ---- main
 
-def read_checkpoint(args):
-    """What --resume, --eval or --checkpoint names: a state of ours, the authors' two state dicts
-    as {"stage 1", "stage 2"}, or None."""
-    paths = args.checkpoint or args.eval or [f"{args.output}/last.pt"]
-    if not (args.checkpoint or args.eval or args.resume):
-        return None
-    if not paths[0].endswith(".pth"):
-        return data.read_checkpoint(paths[0], "mkt")
-    state = {}
-    for stage, path in enumerate(paths[:2], 1):
+def load_release(model, paths):
+    """The authors' released weights into the model: stage 1 is their image encoder, of which all
+    but what MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings
+    count. UserError for files of something else, or of another CLIP."""
+    states = []
+    for path in paths:
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = {key.removeprefix("module."): value for key, value in weights.items()}
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            states.append({key.removeprefix("module."): x.float() for key, x in state.items()})
         except Exception as error:  # whatever is wrong with the file, it is the user's to replace
             raise UserError(f"{path} does not hold released weights: {error}") from None
-        state[f"stage {stage}"] = weights
-    return state
-
-
-def from_release(model, state):
-    """The authors' released weights -> the weights that MKT trains.
-
-    Stage 1 is their image encoder, of which all but these weights must be CLIP's; stage 2 their
-    text encoder, of which eight token embeddings count. UserError for another CLIP's."""
     layers = len(model.clip.visual.transformer.resblocks)
     names = {f"transformer.resblocks.{layers - 2}.": "blocks.0.",
              f"transformer.resblocks.{layers - 1}.": "blocks.1.", "projection_dist": "proj"}
     frozen, trained = model.clip.visual.state_dict(), {}
-    for key, value in state["stage 1"].items():
+    for key, value in states[0].items():
         for theirs, ours in names.items():
             key = key.replace(theirs, ours)
         if key in model.state_dict():
-            trained[key] = value.float()
+            trained[key] = value
         elif key.startswith("projection."):  # never used in their forward pass
             continue
         elif key not in frozen or value.shape != frozen[key].shape or not torch.allclose(
-                value.float(), frozen[key].cpu(), atol=1e-3):
-            raise UserError(f"the released weights' {key} is not that of --clip: another CLIP?")
-    if "stage 2" in state:
-        rows = state["stage 2"]["token_embedding.weight"].float()
-        trained["context"] = rows[model.context_ids().cpu()]
-    return trained
+                value, frozen[key].cpu(), atol=1e-3):
+            raise UserError(f"{paths[0]}: {key} is not that of --clip: another CLIP?")
+    if len(states) > 1:
+        if "token_embedding.weight" not in states[1]:
+            raise UserError(f"{paths[1]} holds no text encoder")
+        trained["context"] = states[1]["token_embedding.weight"][model.context_ids]
+    model.load_trained(trained)
 
 
 def autocast(args):
@@ -703,7 +655,7 @@ def main(argv=None):
         if "cuda" in args.device:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         if RANK > 0:
-            sys.stdout, args.no_bars = open(os.devnull, "w"), True
+            sys.stdout, args.quiet = open(os.devnull, "w"), True
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the authors' torch had it
 
     # model
@@ -711,8 +663,8 @@ def main(argv=None):
     model = MKT(clip, args.topk).to(args.device).eval()
     state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": None if args.predict else test.labels, "log": []}
-    if saved and "stage 1" in saved:
-        saved = {**state, "model": {**model.trained(), **from_release(model, saved)}}
+    if released := not saved and (args.checkpoint or args.eval):
+        load_release(model, released)
     if saved:
         if saved["clip_fingerprint"] != state["clip_fingerprint"]:
             raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
@@ -724,10 +676,10 @@ def main(argv=None):
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
     train_preprocess, preprocess = transforms_of(clip_preprocess, args)
     if args.predict:
-        labels = state["labels"]
+        labels = state["labels"] or []
         if args.labels:
             labels = [label.strip() for label in args.labels.split(",")]
-        return predict(model, preprocess, labels or [], args)
+        return predict(model, preprocess, labels, args)
 
     # train
     test.transform = preprocess

@@ -91,11 +91,8 @@ def stage_2(args):
     model = random_model(args)
     model.context.requires_grad_()
     clip, context = model.clip, model.context
-    prompts = mkt.Prompts(clip, [f"label {i}" for i in range(args.labels)])
-    padding = (0, 77 - prompts.tokens.shape[1])
-    learned = F.pad(prompts.learned, padding)
-    words = clip.token_embedding(F.pad(prompts.tokens, padding))
-    words = words.masked_fill(learned[..., None] > 0, 0)
+    prompts = tokens, ends = model.prompts([f"label {i}" for i in range(args.labels)])
+    words = clip.token_embedding(F.pad(tokens, (0, 77 - tokens.shape[1])))
     images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
     targets = six_labels(args.batch_size, args.labels)
     on_device = targets.to(args.device)
@@ -107,11 +104,14 @@ def stage_2(args):
         return loss.detach(), torch.autograd.grad(loss, context)[0]
 
     def straightforward():
-        x = words + torch.cat([torch.zeros_like(context[:1]), context])[learned]
+        x = words.clone()
+        x[:, :4] = context[:4]
+        for i, end in enumerate(ends):
+            x[i, end - 3:end + 1] = context[4:]
         x = x + clip.positional_embedding
         for block in clip.transformer.resblocks:
             x = block(x, causal=True)
-        labels = clip.ln_final(x)[range(len(x)), prompts.eot] @ clip.text_projection
+        labels = clip.ln_final(x)[range(len(x)), ends] @ clip.text_projection
         return step(labels, ranking_loss_of_all_pairs, on_device)
 
     return straightforward, lambda: step(model.label_embeddings(prompts), mkt.ranking_loss, targets)

@@ -94,10 +94,10 @@ def test_ranking_loss_equals_all_pairs_with_gradient(scale):
 def test_prompts_are_the_sentences_and_eight_embeddings_of_them_are_learned(toy):
     model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
     clip, labels = model.clip, ["star", "a boat in the moon", "zyxwvut"]
-    prompts = mkt.Prompts(clip, labels)
+    prompts = model.prompts(labels)
     tokens = clip.tokenize([PROMPT.format(label) for label in labels])
-    length = prompts.tokens.shape[1]
-    assert torch.equal(prompts.tokens, tokens[:, :length]) and not tokens[:, length:].any()
+    length = prompts[0].shape[1]
+    assert torch.equal(prompts[0], tokens[:, :length]) and not tokens[:, length:].any()
     z = model.label_embeddings(prompts)
     torch.testing.assert_close(z, clip.encode_text(tokens), rtol=1e-4, atol=1e-5)
 
@@ -109,13 +109,13 @@ def test_prompts_are_the_sentences_and_eight_embeddings_of_them_are_learned(toy)
         sentence = torch.cat([model.context[:4], name, model.context[4:]])
         expected = clip.encode_prompts(sentence[None], torch.tensor([len(sentence) - 1]))[0]
         torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(mkt.UserError, match="long long"):
-        mkt.Prompts(clip, ["star", "long " * 80])
+    with pytest.raises(clip_model.ClipError, match="long long"):
+        model.prompts(["star", "long " * 80])
 
 
 def test_chunks_of_labels_that_are_recomputed_change_nothing(toy):
     model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
-    prompts = mkt.Prompts(model.clip, [f"old {label}" for label in world.LABELS[:10]])
+    prompts = model.prompts([f"old {label}" for label in world.LABELS[:10]])
     whole, chunked = model.label_embeddings(prompts), model.label_embeddings(prompts, chunk=3)
     torch.testing.assert_close(chunked, whole)
     gradients = [torch.autograd.grad(z.square().sum(), model.context)[0] for z in (whole, chunked)]
@@ -362,7 +362,7 @@ def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp
     expected = {"zero-shot, global": F.normalize(clip.encode_image(images), dim=-1) @ texts.T}
     global_, local = model(torch.stack([transform(image) for image, _ in test]))
     for name, context in (("MKT without prompt tuning", own_context), ("MKT", model.context)):
-        z = model.label_embeddings(mkt.Prompts(clip, test.labels), context)[test.unseen]
+        z = model.label_embeddings(model.prompts(test.labels), context)[test.unseen]
         expected[name] = torch.zeros(16, len(test.labels))
         expected[name][:, test.unseen] = straightforward_scores(local, global_, z, 4)
     found = {row["name"]: row["zsl_mAP"] for row in rows}
@@ -504,7 +504,7 @@ def write_release(folder, model):
     text = {name: value.clone() for name, value in model.clip.state_dict().items()
             if not name.startswith("visual.")}
     text["token_embedding.weight"] += 1  # of all tokens; those of labels do not count
-    text["token_embedding.weight"][model.context_ids()] = context
+    text["token_embedding.weight"][model.context_ids] = context
     torch.save(theirs, folder / "STAGE1.pth")
     torch.save({f"module.{name}": value for name, value in text.items()}, folder / "STAGE2.pth")
 
@@ -547,7 +547,7 @@ def test_predict_scores_labels_never_seen(trained, toy, tmp_path, capsys):
     assert [line["path"] for line in found] == list(map(str, photos))
     model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
     model.load_trained(checkpoint(trained / "best.pt")["model"])
-    z = model.label_embeddings(mkt.Prompts(model.clip, labels))
+    z = model.label_embeddings(model.prompts(labels))
     for path, line in zip(photos, found):
         global_, local = model(toy[1](data.open_image(path))[None])
         expected = straightforward_scores(local, global_, z, 4)[0].tolist()
