@@ -98,7 +98,6 @@ dining table, diningtable
 potted plant, pottedplant
 donut, doughnut
 hair drier, hair dryer, blow dryer""".split("\n")]
-PUBLISHED = "adapter.0.weight"  # the one key of the authors' classifier for COCO, [80, 1024]
 REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
                      r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
 
@@ -327,7 +326,8 @@ def generate(path, labels, args):
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
         futures = [pool.submit(answer, request) for request in sorted(missing)]
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), disable=args.no_bars):
+            for future in tqdm(as_completed(futures), total=len(futures),
+                               disable=args.quiet or None):
                 future.result()
         except BaseException:  # Ctrl-C too: ask no more
             pool.shutdown(cancel_futures=True)
@@ -348,7 +348,7 @@ def embed_texts(clip, texts, args):
         tokens = clip.tokenize(unique, truncate=True)
         embeddings = torch.empty(len(unique), clip.text_projection.shape[1])
         by_length = tokens.argmax(dim=1).argsort(stable=True).split(256)  # little padding
-        for rows in tqdm(by_length, "embedding texts", leave=False, disable=args.no_bars):
+        for rows in tqdm(by_length, "embedding texts", leave=False, disable=args.quiet or None):
             embedded = clip.encode_text(tokens[rows].to(args.device)).float()
             embeddings[rows] = F.normalize(embedded, dim=-1).cpu()
         return {"embeddings": embeddings.numpy()}
@@ -444,7 +444,8 @@ def table(clip, model, test, args):
     settings["CoMC"] = (args.mapping_weight, args.streams)
     encoder = torch.compile(encode) if args.compile else encode
     whole, best, scores = [], [], {name: [] for name in settings}
-    for images, _ in tqdm(make_loader(test, args), "scoring", leave=False, disable=args.no_bars):
+    bar = tqdm(make_loader(test, args), "scoring", leave=False, disable=args.quiet or None)
+    for images, _ in bar:
         own, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
         whole.append((own @ model.memory.T).cpu())
         best.append((local @ model.memory.T).amax(dim=1).cpu())  # [B, L, C] -> [B, C]
@@ -550,12 +551,13 @@ def arguments(argv=None):
     if not (args.predict or args.eval):
         parser.set_defaults(output=f"runs/lang_cls-{'labels' if args.labels else args.data}")
         args = parser.parse_args(argv)
-    saved = read_checkpoint(args)
-    if saved and "args" in saved:  # what its run was started with ...
-        for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
-            saved["args"].pop(name)
-        parser.set_defaults(**saved["args"])
-    elif args.data == "toy" and not (saved or args.labels):
+    start = args.checkpoint or args.eval or (args.resume and f"{args.output}/last.pt")
+    saved = None
+    if start and not start.endswith(".pth.tar"):  # what its run was started with ...
+        saved = data.read_checkpoint(start, "lang_cls")
+        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in
+                               ("output", "device", "resume", "eval", "predict", "checkpoint")})
+    elif args.data == "toy" and not (start or args.labels):
         parser.set_defaults(**TOY)
     args = parser.parse_args(argv)  # ... and what is typed again wins
     if min(args.batch_size, args.top, args.limit or 1, args.epochs, args.sentences) < 1:
@@ -568,7 +570,6 @@ def arguments(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args, saved
 
 
@@ -581,27 +582,30 @@ class Inert:
         self.args = args
 
 
-def read_checkpoint(args):
-    """What --resume, --eval or --checkpoint names: a state of ours, the authors' dict with
-    "state_dict", or None.
+def load_release(path, clip, templates, args):
+    """The authors' checkpoint for COCO -> CoMC; its labels' embeddings are those of --memory, or
+    of our templates. UserError for another file.
 
-    Theirs holds a pickled scheduler and more of it: whatever is not a tensor or a container
-    becomes an Inert, or an empty dict, so that nothing in the file is executed."""
-    path = args.checkpoint or args.eval
-    if args.resume:
-        path = f"{args.output}/last.pt"
-    if not path or not path.endswith(".pth.tar"):
-        return data.read_checkpoint(path, "lang_cls") if path else None
+    It holds a pickled scheduler and more: whatever is not a tensor or a container becomes an
+    Inert, or an empty dict, so that nothing in the file is executed."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins = [(Inert, name) for name in names if "dict" not in name]
         stand_ins += [(lambda *_: {}, name) for name in names if "dict" in name]
         with torch.serialization.safe_globals(stand_ins):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        return {"state_dict": {PUBLISHED: state["state_dict"][PUBLISHED].float()}}
+        weight = state["state_dict"]["adapter.0.weight"].float()  # [80, 1024]
+        memory = label_embeddings(clip, data.COCO_LABELS, templates, args)
+        if args.memory:
+            path = args.memory
+            memory = torch.load(path, map_location="cpu", weights_only=True).float()
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = repr(error).partition("\\n")[0]
-        raise UserError(f"{path} is not the authors' checkpoint: {reason}") from None
+        raise UserError(f"{path} is not the authors' file: {reason}") from None
+    if not weight.shape == memory.shape == (80, clip.text_projection.shape[1]):
+        raise UserError(f"a classifier {list(weight.shape)} and label embeddings "
+                        f"{list(memory.shape)} do not fit COCO's labels and --clip {args.clip}")
+    return CoMC(weight, memory)
 
 
 def autocast(args):
@@ -639,20 +643,6 @@ def main(argv=None):
     templates = load_templates(args.templates) if args.templates else TEMPLATES
     state = {"method": "lang_cls", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": labels, "log": []}
-    if saved and "state_dict" in saved:
-        weight, names = saved["state_dict"][PUBLISHED], data.COCO_LABELS
-        if args.memory:
-            try:
-                memory = torch.load(args.memory, map_location="cpu", weights_only=True).float()
-            except Exception as error:  # whatever is wrong with the file
-                reason = repr(error).partition("\\n")[0]
-                raise UserError(f"{args.memory} does not hold a tensor: {reason}") from None
-        else:
-            memory = label_embeddings(clip, names, templates, args)
-        if not weight.shape == memory.shape == (len(names), clip.text_projection.shape[1]):
-            raise UserError(f"a classifier {list(weight.shape)} and label embeddings "
-                            f"{list(memory.shape)} do not fit COCO's labels and --clip {args.clip}")
-        saved = {**state, "labels": names, "model": {"weight": weight, "memory": memory}}
     if saved:
         if saved["clip_fingerprint"] != state["clip_fingerprint"]:
             raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
@@ -660,6 +650,11 @@ def main(argv=None):
             raise UserError("the checkpoint was trained for other labels")
         model = CoMC(**saved["model"])
         state = {**saved, "args": vars(args)}
+    elif released := args.checkpoint or args.eval:
+        model = load_release(released, clip, templates, args)
+        state["labels"] = data.COCO_LABELS
+        if labels not in (None, data.COCO_LABELS):
+            raise UserError("the authors' checkpoint is for COCO's labels")
     else:
         torch.manual_seed(args.seed)
         memory = label_embeddings(clip, labels, templates, args)
