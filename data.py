@@ -893,13 +893,14 @@ def _toy_targets(count, seed, things):
     return targets
 
 
-def toy(root, split, *, zero_shot=True):
+def toy(root, split, *, zero_shot=True, first=None):
     """10,000 training and 2,000 test scenes of the toy world, each a function of its index.
 
     zero_shot: a quarter of the labels is unseen; the training scenes show none of these things,
-    and their entries are unknown (0). Otherwise all labels are seen.
+    and their entries are unknown (0). Otherwise all labels are seen. first: only so many scenes.
     """
     count, seed = (10_000, 1) if split == "train" else (2_000, 2)
+    count = min(count, first or count)
     things = tuple(world.SEEN) if zero_shot and split == "train" else None
     targets = _toy_targets(count, seed, things).copy()
     if things:
@@ -945,6 +946,8 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
         if name not in having:
             raise UserError(f"--{option.replace('_', '-')} is not for {name}, but for: "
                             f"{', '.join(having) or 'no dataset'}")
+    if name == "toy":
+        options["first"] = limit  # what nobody looks at need not be drawn
     try:
         parts = DATASETS[name](root, split, **options)
     except OSError as error:
