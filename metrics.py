@@ -158,29 +158,22 @@ def normalize_scores(scores):
 
 # ---- the table
 
-def summary(scores, targets, ks, prefix=""):
-    """{prefix + "mAP", "P@k", "R@k", "F1@k" for every k up to the number of labels}: floats."""
-    result = {prefix + "mAP": mean_average_precision(scores, targets)}
-    for k in ks:
-        if k <= targets.shape[1]:
-            precision, recall, f1 = precision_recall_f1_at_k(scores, targets, k)
-            result[f"{prefix}P@{k}"] = precision
-            result[f"{prefix}R@{k}"] = recall
-            result[f"{prefix}F1@{k}"] = f1
-    return result
-
-
 def table_row(name, kind, scores_of, dataset, ks):
-    """A row of the table: {"name", "kind", metric: value in [0, 1], ...}.
+    """A row of the table: {"name", "kind", "mAP", "P@k", "R@k", "F1@k" of every k}.
 
-    Where a dataset has unseen labels, ZSL (zsl_) ranks these alone and GZSL (gzsl_) all labels.
-    scores_of: label indices int64 [c] -> the scores of these labels [N, c]. ks: of F1@k."""
+    Where a dataset has unseen labels, ZSL ("zsl_mAP", ...) ranks these alone, GZSL ("gzsl_mAP",
+    ...) all labels. scores_of: label indices int64 [c] -> the scores of these labels [N, c]."""
     in_play = {"": torch.arange(len(dataset.labels))}
     if len(dataset.unseen):
         in_play = {"zsl_": dataset.unseen, "gzsl_": in_play[""]}
     row = {"name": name, "kind": kind}
     for prefix, index in in_play.items():
-        row |= summary(scores_of(index), dataset.targets[:, index], ks, prefix)
+        scores, targets = scores_of(index), dataset.targets[:, index]
+        row[f"{prefix}mAP"] = mean_average_precision(scores, targets)
+        for k in ks:
+            if k <= len(index):
+                values = precision_recall_f1_at_k(scores, targets, k)
+                row |= zip((f"{prefix}P@{k}", f"{prefix}R@{k}", f"{prefix}F1@{k}"), values)
     return row
 
 
@@ -288,11 +281,7 @@ def _draw_panel(draw, x, log, title, names, factor):
     values = {name: [factor * line.get(name, math.nan) for line in log] for name in names}
     finite = [value for row in values.values() for value in row if math.isfinite(value)]
     low, high = min(finite, default=0), max(finite, default=0)
-    # round numbers around the values; no microscope for noise
-    spread = max(high - low, 0.05 * abs(high), 1e-6)
-    step = 10.0 ** math.floor(math.log10(spread))
-    while spread < 4 * step:
-        step /= 2
+    step = 10.0 ** math.floor(math.log10(max(high - low, 0.05 * abs(high), 1e-6)))  # round numbers
     ticks = range(math.floor(low / step), math.floor(high / step) + 2)
 
     def place(epoch, value):
@@ -308,12 +297,6 @@ def _draw_panel(draw, x, log, title, names, factor):
     every = math.ceil(len(log) / 10)
     for epoch in range(every, len(log) + 1, every):
         _write(draw, (place(epoch - 1, 0)[0], bottom + 12), str(epoch), 24, "ma")
-    for epoch in range(1, len(log)):
-        stage = log[epoch].get("stage")
-        if stage != log[epoch - 1].get("stage"):
-            edge = place(epoch - 0.5, 0)[0]
-            draw.line((edge, top, edge, bottom), "#6f6f6f", 2)
-            _write(draw, (edge + 8, top - 32), f"stage {stage}", 24)
     x, y = left, 84
     for i, (name, row) in enumerate(values.items()):
         # the first is the widest: a total stays visible under a term that equals it

@@ -487,7 +487,9 @@ def predict(model, preprocess, labels, args):
         found = [{"label": label, "score": score} for label, score in best]
         print(json.dumps({"path": str(path), "labels": found}), flush=True)
         if args.heatmap:
-            maps = (embeddings @ local[0].T).cpu()  # [C, L]
+            maps = embeddings @ local[0].T  # [C, L]
+            # what a patch scores for any label, as background does, says nothing of this one
+            maps = (maps - maps.mean(dim=0)).relu().cpu()
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
             shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
             name = str(path).strip("./").replace(os.sep, "_")

@@ -229,12 +229,8 @@ class TRM(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
     def load_trained(self, weights):
-        """Take weights as trained() gives them; UserError for others."""
-        expected = {name: value.shape for name, value in self.trained().items()}
-        if {name: value.shape for name, value in weights.items()} != expected:
-            raise UserError("the checkpoint's weights are not this model's: it is damaged or of "
-                            "another version")
-        self.load_state_dict(weights, strict=False)
+        """Take weights as trained() gives them."""
+        self.load_state_dict({**self.state_dict(), **weights})
 
 
 @torch.no_grad()
@@ -377,7 +373,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
         totals = [0 for _ in behind]
         counts = [0 for _ in behind]
         estimated = [[] for _ in behind]
-        bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.no_bars)
+        bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
             lr = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
             x = images.to(args.device, non_blocking=True)
@@ -432,8 +428,6 @@ def train(runs, clip, dataset, validation, truth, state, args):
             best = max(x.get("val_mAP", 0) for x in run.log)
             if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
                 data.write_file(f"{run.output}/best.pt", checkpoint)
-            # in this order: killed in between, a resumed run repeats the epoch and writes both
-            data.write_file(f"{run.output}/last.pt", checkpoint)
             lines = [json.dumps(line) + "\n" for line in run.log]
             data.write_file(f"{run.output}/log.jsonl", "".join(lines))
             data.write_file(f"{run.output}/curves.png", metrics.draw_curves(run.log))
@@ -447,7 +441,7 @@ def embed(clip, dataset, args):
     """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
     parts = []
     for images, _ in tqdm(make_loader(dataset, args), "embedding images", leave=False,
-                          disable=args.no_bars):
+                          disable=args.quiet or None):
         parts.append(encode(clip, images.to(args.device, non_blocking=True), args).half().cpu())
     return torch.cat(parts)
 
@@ -458,7 +452,8 @@ def embed(clip, dataset, args):
 def all_scores(score, clip, dataset, args):
     """score: embeddings [B, 1 + L, D] -> [scores [B, C], ...]; of all images: [[N, C], ...]."""
     parts = []
-    for images, _ in tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.no_bars):
+    bar = tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.quiet or None)
+    for images, _ in bar:
         x = encode(clip, images.to(args.device, non_blocking=True), args)
         with autocast(args):
             parts.append([scores.float().cpu() for scores in score(x)])
@@ -592,10 +587,9 @@ def arguments(argv=None):
         parser.set_defaults(output=f"runs/trm_ml-{args.data}")
         args = parser.parse_args(argv)
     if start := checkpoint_path(args):  # what its run was started with ...
-        saved = data.read_checkpoint(start, "trm_ml")["args"]
-        for name in ("output", "device", "resume", "eval", "predict", "checkpoint"):
-            saved.pop(name)
-        parser.set_defaults(**saved)
+        saved = data.read_checkpoint(start, "trm_ml")
+        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in
+                               ("output", "device", "resume", "eval", "predict", "checkpoint")})
     elif args.data == "toy":
         parser.set_defaults(**TOY)
         if args.single_positive:
@@ -616,7 +610,6 @@ def arguments(argv=None):
     except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
-    args.no_bars = args.quiet or None  # None: no bars where there is no terminal
     return args
 
 
