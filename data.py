@@ -200,24 +200,17 @@ class MultiLabelDataset(Dataset):
         self.truncated = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self.unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self.are_files = isinstance(images, list)
-        # a memory-mapped array was checked when it was made: reading it takes minutes
-        self._check(check_values=not isinstance(targets, np.memmap))
-        if self.are_files:
-            self._leave_out_missing(allow_missing, quiet)
-
-    def _check(self, check_values):
         if not len(self.rows):
-            raise UserError(f"{self.name}: there are no images")
+            raise UserError(f"{name}: there are no images")
         twice = [label for label, count in Counter(self.labels).items() if count > 1]
         if twice:
-            raise UserError(f"{self.name}: labels given more than once: {', '.join(twice)}")
-        targets = self.full_targets
-        shape = [len(self.images), len(self.labels)]
-        if targets.dtype != torch.int8 or list(targets.shape) != shape:
-            raise UserError(f"{self.name}: targets must be int8 {shape} (images, labels), "
-                            f"not {targets.dtype} {list(targets.shape)}")
-        if check_values and (targets.min() < -1 or targets.max() > 1):
-            raise UserError(f"{self.name}: targets must be +1 (present), -1 (absent), 0 (unknown)")
+            raise UserError(f"{name}: labels given more than once: {', '.join(twice)}")
+        shape, found = [len(images), len(self.labels)], self.full_targets
+        if found.dtype != torch.int8 or list(found.shape) != shape:
+            raise UserError(f"{name}: targets must be int8 {shape} (images, labels), not "
+                            f"{found.dtype} {list(found.shape)}")
+        if self.are_files:
+            self._leave_out_missing(allow_missing, quiet)
 
     def _leave_out_missing(self, allow_missing, quiet):
         # one listing per directory: a look-up per file takes minutes on a network disk

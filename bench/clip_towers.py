@@ -4,7 +4,8 @@
     python bench/clip_towers.py --quick    # shallow towers: does it run?
 
 Forward only, float32, random weights, which cost the same. Texts are random ids, as many as in
-"There is a {label} in the scene", padded to 77 tokens as everyone's tokenizer does.
+"There is a {label} in the scene", padded to 77 tokens as everyone's tokenizer does. Both libraries
+must be installed.
 """
 import side_by_side
 import torch
@@ -12,7 +13,7 @@ from side_by_side import duration, row
 
 
 def as_open_clip(model):
-    """The same CLIP in open_clip, float32; ImportError where it is not installed."""
+    """The same CLIP in open_clip, float32."""
     from open_clip.model import build_model_from_openai_state_dict
     state_dict = model.state_dict()
     theirs = build_model_from_openai_state_dict(dict(state_dict), cast_dtype=torch.float32).float()
@@ -43,7 +44,7 @@ TRANSFORMERS_NAMES = {
 
 
 def as_transformers(model):
-    """The same CLIP, a ViT, in transformers; ImportError where it is not installed."""
+    """The same CLIP, a ViT, in transformers."""
     from transformers import CLIPConfig, CLIPModel
 
     def tower(transformer, width):
@@ -117,22 +118,13 @@ def main():
         batch = texts = args.repeats = 2
     vit = side_by_side.random_clip(**vit)
     resnet = side_by_side.random_clip(**resnet)
-    vit_image = {"ours": vit.encode_image}
-    resnet_image = {"ours": resnet.encode_image}
-    text = {"ours": vit.encode_text}
-    try:
-        theirs = as_open_clip(vit)
-        vit_image["open_clip"] = theirs.encode_image
-        text["open_clip, 77 tokens"] = theirs.encode_text
-        resnet_image["open_clip"] = as_open_clip(resnet).encode_image
-    except ImportError:
-        print("open_clip is not installed: left out")
-    try:
-        hf = as_transformers(vit)
-        vit_image["transformers"] = lambda x: hf.get_image_features(x).pooler_output
-        text["transformers, 77 tokens"] = lambda x: hf.get_text_features(x).pooler_output
-    except ImportError:
-        print("transformers is not installed: left out")
+    theirs, hf = as_open_clip(vit), as_transformers(vit)
+    vit_image = {"ours": vit.encode_image, "open_clip": theirs.encode_image,
+                 "transformers": lambda x: hf.get_image_features(x).pooler_output}
+    text = {"ours": vit.encode_text, "open_clip, 77 tokens": theirs.encode_text,
+            "transformers, 77 tokens": lambda x: hf.get_text_features(x).pooler_output}
+    resnet_image = {"ours": resnet.encode_image,
+                    "open_clip": as_open_clip(resnet).encode_image}
     images = torch.randn(batch, 3, 224, 224)
     compare(f"ViT-B/16 encode_image, batch {batch}", vit_image, images, args.repeats, ">= 1")
     compare(f"RN50 encode_image, batch {batch}", resnet_image, images, args.repeats, ">= 1")

@@ -42,7 +42,7 @@ def main():
         seconds = side_by_side.seconds_of(train)
     assert state["log"][-1]["loss"] < state["log"][0]["loss"], "it does not learn"
     side_by_side.row(f"CoMC training, {sentences:,} sentences, {epochs} epochs, {labels} labels",
-                     "", "", side_by_side.duration(seconds), "", "< 30 s", missed=seconds >= 30)
+                     "the target", "30 s", side_by_side.duration(seconds), 30 / seconds, ">= 1")
 
 
 if __name__ == "__main__":

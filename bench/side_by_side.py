@@ -28,16 +28,11 @@ def start(device="cpu"):
           flush=True)
 
 
-def row(work, against, theirs, ours, ratio="", target="", missed=False):
-    """ratio: how many times ours is better, held against a target "> x" or ">= x", or a text; for
-    other targets there is missed."""
-    if not isinstance(ratio, str):
-        if target.startswith(">"):
-            missed = round(ratio, 2) < float(target.split()[1])
-        ratio = f"{ratio:.2f}"
-    if missed:
+def row(work, against, theirs, ours, ratio, target=""):
+    """ratio: how many times ours is better, held against a target "> x" or ">= x", if any."""
+    if target and round(ratio, 2) < float(target.split()[1]):
         target += ", **missed**"
-    print(f"| {work} | {against} | {theirs} | {ours} | {ratio} | {target} |", flush=True)
+    print(f"| {work} | {against} | {theirs} | {ours} | {ratio:.2f} | {target} |", flush=True)
 
 
 def duration(seconds):
