@@ -618,7 +618,11 @@ def load(name, device="cpu", download_root=None):
                             f"whose BPE merges were looked for in {merges}")
         model.tokenizer = Tokenizer(merges)
     model.loaded_fingerprint = model.fingerprint()  # here, not on a GPU: a wait for every tensor
-    return model.to(device), preprocess_transform(model.visual.input_resolution)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
+        raise ClipError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return model, preprocess_transform(model.visual.input_resolution)
 
 
 def download(url, sha256, folder):

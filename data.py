@@ -956,6 +956,6 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
                                 allow_missing=allow_missing, quiet=quiet)
     if name in ("nuswide", "nuswide81") and not quiet:
         _note_placeholders(dataset)
-    if limit:
+    if limit is not None:
         dataset = dataset.subset(range(min(limit, len(dataset))))
     return dataset

@@ -68,36 +68,24 @@ from toy.grammar import fill_template, sentences_about
 
 # what the toy world's small CLIP asks for; all other defaults are the paper's (the learning rate
 # was chosen on scenes of their own, not on the test scenes)
-TOY = {"clip": "toy-RN", "lr": 5e-3, "workers": 0, "zero_shot": False}
+TOY = "--clip toy-RN --lr 5e-3 --workers 0 --no-zero-shot"
 
 TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a photo with a {}.", "a scene with a {}."]
-for kind in ("picture", "snapshot", "close-up", "drawing", "painting", "sketch", "rendering",
-             "cartoon"):
-    TEMPLATES.append(f"a {kind} of a {{}}.")
-for quality in ("good", "bad", "blurred", "sharp", "dark", "bright", "grainy", "cropped", "faded",
-                "colorful", "tilted", "low-resolution", "black-and-white"):
-    TEMPLATES.append(f"a {quality} photo of a {{}}.")
-for place in ("at night", "by day", "indoors", "outdoors", "in the background",
-              "in the foreground", "among other things", "seen from above", "seen from afar",
-              "at the edge", "half hidden"):
-    TEMPLATES.append(f"a photo of a {{}} {place}.")
+TEMPLATES += [f"a {kind} of a {{}}." for kind in (
+    "picture snapshot close-up drawing painting sketch rendering cartoon").split()]
+TEMPLATES += [f"a {quality} photo of a {{}}." for quality in (
+    "good bad blurred sharp dark bright grainy cropped faded colorful tilted low-resolution "
+    "black-and-white").split()]
+TEMPLATES += [f"a photo of a {{}} {place}." for place in (
+    "at night, by day, indoors, outdoors, in the background, in the foreground, "
+    "among other things, seen from above, seen from afar, at the edge, half hidden").split(", ")]
 
-# names that texts use for the same label, a group a line
-SYNONYMS = [group.split(", ") for group in """person, man, woman, boy, girl, child, player, rider
-airplane, aeroplane, plane, jet
-boat, ship
-bicycle, bike
-motorcycle, motorbike, motor bike
-car, automobile
-couch, sofa
-refrigerator, fridge
-ocean, sea
-tv, television, tv monitor, tvmonitor
-cell phone, mobile phone, smartphone, phone
-dining table, diningtable
-potted plant, pottedplant
-donut, doughnut
-hair drier, hair dryer, blow dryer""".split("\n")]
+SYNONYMS = [group.split(", ") for group in (  # names that texts use for the same label
+    "person, man, woman, boy, girl, child, player, rider; airplane, aeroplane, plane, jet; "
+    "boat, ship; bicycle, bike; motorcycle, motorbike, motor bike; car, automobile; couch, sofa; "
+    "refrigerator, fridge; ocean, sea; tv, television, tv monitor, tvmonitor; cell phone, "
+    "mobile phone, smartphone, phone; dining table, diningtable; potted plant, pottedplant; "
+    "donut, doughnut; hair drier, hair dryer, blow dryer").split("; ")]
 REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
                      r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
 
@@ -123,24 +111,21 @@ class CoMC(nn.Module):
         self.weight = nn.Parameter(weight)
         self.register_buffer("memory", memory)
 
-    def forward(self, embeddings):
-        return embeddings @ self.weight.T
-
-    def logits(self, embeddings, mapping_weight):
-        """Unit-length embeddings of images [..., D] -> [..., C]."""
+    def forward(self, embeddings, mapping_weight=0):
+        """Embeddings [..., D], those of images of unit length and mapped -> logits [..., C]."""
         if mapping_weight:
             mapped = map_to_text(embeddings, self.memory)
             embeddings = (1 - mapping_weight) * embeddings + mapping_weight * mapped
-        return self(embeddings)
+        return embeddings @ self.weight.T
 
     def scores(self, global_, local, mapping_weight=0.3, streams="both"):
         """Unit-length embeddings [B, D] and [B, L, D] -> logits [B, C], of any size: the mean of
         the whole image's and the best location's; streams: "both", "global" or "local" alone."""
         scores = []
         if streams != "local":
-            scores.append(self.logits(global_, mapping_weight))
+            scores.append(self(global_, mapping_weight))
         if streams != "global":
-            scores.append(self.logits(local, mapping_weight).amax(dim=1))  # [B, L, C] -> [B, C]
+            scores.append(self(local, mapping_weight).amax(dim=1))  # [B, L, C] -> [B, C]
         return sum(scores) / len(scores)
 
 
@@ -198,9 +183,8 @@ def load_texts(path, labels):
     column_of = {label.lower(): column for column, label in enumerate(labels)}
     for group in SYNONYMS:
         columns = [column_of[name] for name in group if name in column_of]
-        for name in group:
-            if len(columns) == 1:
-                column_of.setdefault(name, columns[0])
+        if len(columns) == 1:
+            column_of |= dict.fromkeys(group, columns[0])
     sentences, rows, dropped, known = [], [], Counter(), set()
     for where, entry in data.read_json(path):
         try:
@@ -244,9 +228,7 @@ def training_texts(labels, templates, args):
 def load_templates(path):
     """Prompt templates of a file, one a line with {} where the label goes; else UserError."""
     templates = [line.strip() for line in data.read_text(path).split("\n") if line.strip()]
-    if not templates:
-        raise UserError(f"{path}: there are no templates")
-    for template in templates:
+    for template in templates or [""]:
         if "{}" not in template:
             raise UserError(f"{path}: there is no {{}} for the label in '{template}'")
     return templates
@@ -420,7 +402,7 @@ def train(model, embeddings, targets, state, args):
         log.append(line)
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
         best = max(x.get("val_mAP", 0) for x in log)
-        if line.get("val_mAP", 0) == best:  # without held-out sentences: the last epoch
+        if not line.get("val_mAP", 0) < best:  # without held-out sentences: the last epoch
             data.write_file(f"{args.output}/best.pt", state)
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
@@ -444,8 +426,9 @@ def table(clip, model, test, args):
     settings["CoMC"] = (args.mapping_weight, args.streams)
     encoder = torch.compile(encode) if args.compile else encode
     whole, best, scores = [], [], {name: [] for name in settings}
-    bar = tqdm(make_loader(test, args), "scoring", leave=False, disable=args.quiet or None)
-    for images, _ in bar:
+    loader = DataLoader(test, 64, num_workers=args.workers,
+                        pin_memory=args.device.startswith("cuda"))
+    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
         own, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
         whole.append((own @ model.memory.T).cpu())
         best.append((local @ model.memory.T).amax(dim=1).cpu())  # [B, L, C] -> [B, C]
@@ -465,16 +448,15 @@ def predict(clip, model, preprocess, labels, args):
     """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
     for path, photo in data.open_images(args.predict):
         _, global_, local = encode(clip, preprocess(photo)[None].to(args.device), args)
-        scores = model.scores(global_, local, args.mapping_weight, args.streams)[0]
-        values, order = scores.sort(descending=True)
-        best = [(labels[i], round(score, 4)) for i, score in zip(order.tolist(), values.tolist())
-                if args.threshold is None or score >= args.threshold][:args.top]
-        found = [{"label": label, "score": score} for label, score in best]
+        scores = model.scores(global_, local, args.mapping_weight, args.streams)[0].tolist()
+        best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
+        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                 if args.threshold is None or scores[i] >= args.threshold]
         print(json.dumps({"path": str(path), "labels": found}), flush=True)
         if args.heatmap:
-            maps = model.logits(local, args.mapping_weight)[0].T.cpu()  # [C, L]
+            maps = model(local, args.mapping_weight)[0].T.cpu()  # [C, L]
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
 
@@ -483,10 +465,9 @@ def predict(clip, model, preprocess, labels, args):
 
 def arguments(argv=None):
     """-> what was asked for, and the state of the checkpoint to start from or None."""
-    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
     parser = argparse.ArgumentParser(
         usage="lang_cls.py [options]", description=__doc__.split("\n\nB images")[0],
-        epilog=f"Defaults are the paper's; --data toy has {toy}.",
+        epilog=f"Defaults are the paper's; --data toy has {TOY}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN50", help="CLIP's name for it or a path to weights")
@@ -515,7 +496,7 @@ def arguments(argv=None):
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
     add("--val-fraction", type=float, default=0.0, help="of sentences, to select the epoch")
     add("--limit", type=int, help="only so many images: a quick look")
-    flag = {"action": "store_true", "default": None}
+    flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
     add("--allow-missing", **flag, help="go on without over 5%% of the images")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
@@ -542,8 +523,8 @@ def arguments(argv=None):
     add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
 
     args = parser.parse_args(argv)
-    if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint FILE")
+    if bool(args.predict) != bool(args.checkpoint):
+        parser.error("--predict and --checkpoint FILE go together")
     if args.generate and not ((args.llm_url or "").startswith("http") and args.llm_model):
         parser.error("--generate needs --llm-url http://... and --llm-model NAME")
     if args.labels and (args.predict or args.eval):
@@ -555,21 +536,17 @@ def arguments(argv=None):
     saved = None
     if start and not start.endswith(".pth.tar"):  # what its run was started with ...
         saved = data.read_checkpoint(start, "lang_cls")
-        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in
-                               ("output", "device", "resume", "eval", "predict", "checkpoint")})
+        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
+        parser.set_defaults(**saved["args"])
     elif args.data == "toy" and not (start or args.labels):
-        parser.set_defaults(**TOY)
+        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
     args = parser.parse_args(argv)  # ... and what is typed again wins
-    if min(args.batch_size, args.top, args.limit or 1, args.epochs, args.sentences) < 1:
-        parser.error("--batch-size, --top, --limit, --epochs, --sentences must be at least 1")
+    if min(args.batch_size, args.top, args.epochs, args.sentences) < 1:
+        parser.error("--batch-size, --top, --epochs, --sentences: at least 1")
     if min(args.lr, args.noise, args.seed) < 0 or not 0 <= args.mapping_weight <= 1:
         parser.error("--lr, --noise, --seed: not below 0; --mapping-weight: from 0 to 1")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args, saved
 
 
@@ -595,13 +572,14 @@ def load_release(path, clip, templates, args):
         with torch.serialization.safe_globals(stand_ins):
             state = torch.load(path, map_location="cpu", weights_only=True)
         weight = state["state_dict"]["adapter.0.weight"].float()  # [80, 1024]
-        memory = label_embeddings(clip, data.COCO_LABELS, templates, args)
         if args.memory:
             path = args.memory
             memory = torch.load(path, map_location="cpu", weights_only=True).float()
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = repr(error).partition("\\n")[0]
         raise UserError(f"{path} is not the authors' file: {reason}") from None
+    if not args.memory:
+        memory = label_embeddings(clip, data.COCO_LABELS, templates, args)
     if not weight.shape == memory.shape == (80, clip.text_projection.shape[1]):
         raise UserError(f"a classifier {list(weight.shape)} and label embeddings "
                         f"{list(memory.shape)} do not fit COCO's labels and --clip {args.clip}")
@@ -609,15 +587,9 @@ def load_release(path, clip, templates, args):
 
 
 def autocast(args):
-    """Where CLIP computes in --precision."""
+    """What is computed in --precision."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def make_loader(dataset, args):
-    """Batches of (images [B, 3, H, W], targets int8 [B, C]); --batch-size counts sentences."""
-    return DataLoader(dataset, 64, num_workers=args.workers,
-                      pin_memory=args.device.startswith("cuda"))
 
 
 def main(argv=None):
@@ -636,7 +608,7 @@ def main(argv=None):
     if os.path.exists(f"{args.output}/last.pt") and not (args.resume or args.eval or args.predict):
         raise UserError(f"{args.output} holds a run: --resume it or name another --output")
 
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the authors' torch had it
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
 
     # model
     clip, preprocess = clip_model.load(args.clip, args.device)
@@ -646,19 +618,17 @@ def main(argv=None):
     if saved:
         if saved["clip_fingerprint"] != state["clip_fingerprint"]:
             raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
-        if saved["labels"] != labels and not args.predict:
-            raise UserError("the checkpoint was trained for other labels")
         model = CoMC(**saved["model"])
         state = {**saved, "args": vars(args)}
     elif released := args.checkpoint or args.eval:
         model = load_release(released, clip, templates, args)
         state["labels"] = data.COCO_LABELS
-        if labels not in (None, data.COCO_LABELS):
-            raise UserError("the authors' checkpoint is for COCO's labels")
     else:
         torch.manual_seed(args.seed)
         memory = label_embeddings(clip, labels, templates, args)
         model = CoMC(nn.Linear(memory.shape[1], len(labels), bias=False).weight.detach(), memory)
+    if state["labels"] != labels and not args.predict:
+        raise UserError("the checkpoint was trained for other labels")
     model.to(args.device)
     if args.predict:
         return predict(clip, model, preprocess, state["labels"], args)
@@ -695,4 +665,4 @@ if __name__ == "__main__":
         print(f"lang_cls.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: --resume goes on after the last finished epoch")
+        sys.exit("\ninterrupted; a training run goes on with --resume")

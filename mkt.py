@@ -63,8 +63,8 @@ from data import UserError
 
 PROMPT = "There is a {} in the scene"
 # what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are the paper's
-TOY = {"clip": "toy-ViT", "epochs": 4, "prompt_epochs": 1, "warmup_epochs": 1,
-       "distillation": 0.1, "topk": 4, "augment": "no", "workers": 0}
+TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
+       "--augment no --workers 0")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMPTY = (124, 116, 104)  # colour of corners that augmentation leaves empty: ImageNet's mean
 
@@ -115,11 +115,10 @@ class MKT(nn.Module):
         prompt = clip.tokenize(PROMPT.format("label"))[0]
         prompt = prompt[:prompt.argmax() + 1].tolist()  # end of text has the highest id
         self.context_ids = prompt[:4] + prompt[-4:]
-        self.context = nn.Parameter(self.clip_context())
-
-    def clip_context(self):
-        """CLIP's embeddings of what is learned: start of text, six words, end of text; [8, W]."""
-        return self.clip.token_embedding.weight[self.context_ids].detach().clone()
+        # CLIP's embeddings of what is learned: start of text, six words, end of text; [8, W]
+        context = clip.token_embedding.weight[self.context_ids].detach()
+        self.register_buffer("clip_context", context, persistent=False)
+        self.context = nn.Parameter(context.clone())
 
     @torch.no_grad()
     def trunk(self, images):
@@ -169,13 +168,10 @@ class MKT(nn.Module):
             x = x.scatter(1, last, context[4:].expand(len(x), -1, -1))
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
-        embeddings = []
-        for part in zip(*(x.split(chunk) for x in prompts)):
-            if torch.is_grad_enabled() and len(prompts[1]) > chunk:
-                embeddings.append(recompute(encode, *part, use_reentrant=False))
-            else:
-                embeddings.append(encode(*part))
-        return torch.cat(embeddings)
+        pieces = list(zip(*(x.split(chunk) for x in prompts)))
+        if len(pieces) == 1 or not torch.is_grad_enabled():
+            return torch.cat([encode(*piece) for piece in pieces])
+        return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
 
     def trained(self):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
@@ -194,9 +190,6 @@ def rand_augment(image):
 
     Magnitudes are drawn from N(9, 0.5), of 10; every change grows with them. torchvision's
     RandAugment is another policy: it leaves hardly an image as it is, and few change much."""
-    def enhance(kind):
-        return kind(image).enhance(1 + 0.9 * signed)
-
     def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
         return image.transform(image.size, Image.Transform.AFFINE, matrix,
                                Image.Resampling.BILINEAR, fillcolor=EMPTY)
@@ -209,10 +202,9 @@ def rand_augment(image):
         lambda: ImageOps.posterize(image, max(1, 4 - int(4 * amount))),
         lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
         lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
-        lambda: enhance(ImageEnhance.Color),
-        lambda: enhance(ImageEnhance.Contrast),
-        lambda: enhance(ImageEnhance.Brightness),
-        lambda: enhance(ImageEnhance.Sharpness),
+        *(lambda kind=kind: kind(image).enhance(1 + 0.9 * signed) for kind in (
+            ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness,
+            ImageEnhance.Sharpness)),
         lambda: shift(1, 0.3 * signed, 0, 0, 1, 0),
         lambda: shift(1, 0, 0, 0.3 * signed, 1, 0),
         lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
@@ -296,12 +288,9 @@ def parameter_groups(model, weight_decay=0.05, layer_decay=0.65):
     No weight decay on one-dimensional tensors (norms, biases)."""
     layers = [[*model.ln_post.parameters(), model.proj], model.blocks[1].parameters(),
               model.blocks[0].parameters()]
-    groups = []
-    for depth, parameters in enumerate(layers):
-        for parameter in parameters:
-            groups.append({"params": [parameter], "scale": layer_decay ** depth,
-                           "weight_decay": weight_decay if parameter.ndim > 1 else 0.0})
-    return groups
+    return [{"params": [parameter], "scale": layer_decay ** depth,
+             "weight_decay": weight_decay if parameter.ndim > 1 else 0.0}
+            for depth, parameters in enumerate(layers) for parameter in parameters]
 
 
 def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
@@ -397,7 +386,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         state.update(model=model.trained(), optimizer=optimizer.state_dict())
         best = max(x.get("val_mAP", 0) for x in log if x["stage"] == stage)
-        if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
+        if not line.get("val_mAP", 0) < best:  # without validation images: the last epoch
             data.write_file(f"{args.output}/best.pt", state)
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
@@ -458,7 +447,7 @@ def table(model, test, clip_preprocess, args):
     contexts = {"MKT": model.context}
     if args.epochs and args.prompt_epochs:
         # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
-        contexts = {"MKT without prompt tuning": model.clip_context(), **contexts}
+        contexts = {"MKT without prompt tuning": model.clip_context, **contexts}
     for name, (local, global_) in zip(contexts, evaluate(model, test, contexts.values(), args)):
         kind = "method" if name == "MKT" else "ablation"
         rows.append(metrics.table_row(
@@ -478,20 +467,18 @@ def predict(model, preprocess, labels, args):
     embeddings = model.label_embeddings(model.prompts(labels)).float()
     for path, photo in data.open_images(args.predict):
         with autocast(args):
-            global_, local = model(preprocess(photo)[None].to(args.device))
-        global_, local = global_.float(), local.float()
-        scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0]
-        values, order = scores.sort(descending=True)
-        best = [(labels[i], round(score, 4)) for i, score in zip(order.tolist(), values.tolist())
-                if args.threshold is None or score >= args.threshold][:args.top]
-        found = [{"label": label, "score": score} for label, score in best]
+            global_, local = (x.float() for x in model(preprocess(photo)[None].to(args.device)))
+        scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0].tolist()
+        best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
+        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                 if args.threshold is None or scores[i] >= args.threshold]
         print(json.dumps({"path": str(path), "labels": found}), flush=True)
         if args.heatmap:
             maps = embeddings @ local[0].T  # [C, L]
             # what a patch scores for any label, as background does, says nothing of this one
             maps = (maps - maps.mean(dim=0)).relu().cpu()
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
 
@@ -500,10 +487,9 @@ def predict(model, preprocess, labels, args):
 
 def arguments(argv=None):
     """-> what was asked for, and the state of the checkpoint to start from or None."""
-    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
     parser = argparse.ArgumentParser(
         usage="mkt.py [options]", description=__doc__.split("\n\nB images")[0],
-        epilog=f"Defaults are the paper's; --data toy has {toy}.",
+        epilog=f"Defaults are the paper's; --data toy has {TOY}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="ViT-B/16", help="a ViT: CLIP's name for it or a path to weights")
@@ -525,7 +511,7 @@ def arguments(argv=None):
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
     add("--val-fraction", type=float, default=0.0, help="of training images, to select the epoch")
     add("--limit", type=int, help="only so many images of each split: a quick look")
-    flag = {"action": "store_true", "default": None}
+    flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
     add("--allow-missing", **flag, help="go on without over 5%% of the images")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
@@ -552,8 +538,8 @@ def arguments(argv=None):
     add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
 
     args = parser.parse_args(argv)
-    if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint FILE")
+    if bool(args.predict) != bool(args.checkpoint):
+        parser.error("--predict and --checkpoint FILE go together")
     if not (args.predict or args.eval):
         parser.set_defaults(output=f"runs/mkt-{args.data}")
         args = parser.parse_args(argv)
@@ -561,23 +547,19 @@ def arguments(argv=None):
     saved = None
     if start and not start.endswith(".pth"):  # what its run was started with ...
         saved = data.read_checkpoint(start, "mkt")
-        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in
-                               ("output", "device", "resume", "eval", "predict", "checkpoint")})
+        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
+        parser.set_defaults(**saved["args"])
     elif args.data == "toy" and not start:
-        parser.set_defaults(**TOY)
+        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
     args = parser.parse_args(argv)  # ... and what is typed again wins
-    if min(args.batch_size, args.prompt_batch_size, args.top, args.limit or 1) < 1:
-        parser.error("--batch-size, --prompt-batch-size, --top and --limit must be at least 1")
+    if min(args.batch_size, args.prompt_batch_size, args.top) < 1:
+        parser.error("--batch-size, --prompt-batch-size, --top: at least 1")
     if args.epochs + args.prompt_epochs == 0:
         parser.error("--epochs 0 and --prompt-epochs 0 leave nothing to train")
     if min(args.epochs, args.prompt_epochs, args.lr, args.distillation, args.seed) < 0:
         parser.error("--epochs, --prompt-epochs, --lr, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args, saved
 
 
@@ -616,7 +598,7 @@ def load_release(model, paths):
 
 
 def autocast(args):
-    """Where CLIP and the model compute in --precision."""
+    """What is computed in --precision."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -656,9 +638,10 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
         if "cuda" in args.device:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
         if RANK > 0:
             sys.stdout, args.quiet = open(os.devnull, "w"), True
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the authors' torch had it
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
 
     # model
     clip, clip_preprocess = clip_model.load(args.clip, args.device)
@@ -715,4 +698,4 @@ if __name__ == "__main__":
         print(f"mkt.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: --resume goes on after the last finished epoch")
+        sys.exit("\ninterrupted; a training run goes on with --resume")

@@ -4,15 +4,13 @@ Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing 
 2024 (arXiv 2407.18520). Of every training image a part of the labels is known to be present or
 absent; nobody looked for the others. Both encoders of CLIP stay as they are.
 
-No code was published with the paper. What is known of the method, from its abstract, from the
-caption of its figure 2 (both encoders frozen; category queries, one cross-attention and a simple
-MLP are trained) and from the abstract of the patent application of the same title (CN119399505A,
-2025): learned prompts; texts matched one to one with category-aware regions; cross-attention gives
-a region-level saliency map, which pools the visual features to REGION-LEVEL features; an MLP gives
-QUERY-LEVEL features; distillation moves what the former know into the latter; visual and text
-prototypes estimate unknown labels by relations within and between categories, and serve a
-contrastive loss. Every formula is our reading of that, marked (ours) where no source has a word on
-it:
+No code was published with the paper. Its abstract, the caption of its figure 2 and the abstract of
+the patent application of the same title (CN119399505A, 2025) say: prompts, category queries, one
+cross-attention and a simple MLP are trained; texts are matched one to one with category-aware
+regions; the attention's saliency map pools the visual features to REGION-LEVEL features, the MLP
+gives QUERY-LEVEL ones, and distillation moves what the former know into the latter; visual and
+text prototypes estimate unknown labels by relations within and between categories, and serve a
+contrastive loss. Every formula is our reading, (ours) where no source has a word on it:
 
  1. regions: label c asks the image's embeddings x_1..x_L with its query q_c, by cross-attention,
         S_c = softmax(q_c K^T),   a_c = S_c V,   Q_c = normalise(a_c + MLP(LN(a_c))):
@@ -49,7 +47,6 @@ Implementation details
     of work; every method and every --seed gets the same.
  4. The encoders are frozen, so several shares or matchings train side by side on embeddings that
     are computed once; without augmentation these are kept, in float16.
- 5. One GPU is enough for the same reason: an image is encoded once for a whole sweep.
 """
 import argparse
 import dataclasses
@@ -74,9 +71,8 @@ import metrics
 from data import UserError
 
 # what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are usual ones
-TOY = {"clip": "toy-RN", "image_size": 128, "matching": ["image", "pixel", "region"],
-       "partial": [0.3], "epochs": 8, "batch_size": 128, "lr": 1e-3, "augment": "no",
-       "workers": 0, "zero_shot": False}
+TOY = ("--clip toy-RN --image-size 128 --matching image pixel region --partial 0.3 --epochs 8 "
+       "--batch-size 128 --lr 1e-3 --augment no --workers 0 --no-zero-shot")
 TITLES = {"image": "text-image matching", "pixel": "text-pixel matching", "region": "TRM-ML"}
 TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a scene with a {}.",
              "there is a {} in the scene.", "a photo of a small {}.", "a photo of a large {}."]
@@ -90,14 +86,6 @@ PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et
 
 
 # ---- model
-
-def identity(size):
-    """A linear layer that changes nothing before it is trained."""
-    layer = nn.Linear(size, size)
-    nn.init.eye_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
 
 class TRM(nn.Module):
     """CLIP, frozen, beside what is trained: the prompt's context, queries, attention, MLP, scale
@@ -129,7 +117,10 @@ class TRM(nn.Module):
         if matching == "region":
             start = zero_shot_embeddings(clip, labels, TEMPLATES) if start is None else start
             self.queries = nn.Parameter(start.clone())
-            self.query, self.key, self.value, self.out = (identity(size) for _ in range(4))
+            self.query, self.key, self.value, self.out = (nn.Linear(size, size) for _ in range(4))
+            for layer in (self.query, self.key, self.value, self.out):  # change nothing at first
+                nn.init.eye_(layer.weight)
+                nn.init.zeros_(layer.bias)
             self.register_buffer("visual", start.clone())
             self.register_buffer("sure_present", torch.full((len(labels),), torch.inf))
             self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
@@ -230,7 +221,10 @@ class TRM(nn.Module):
 
     def load_trained(self, weights):
         """Take weights as trained() gives them."""
-        self.load_state_dict({**self.state_dict(), **weights})
+        try:
+            self.load_state_dict({**self.state_dict(), **weights})
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint is of another kind of model: {error}") from None
 
 
 @torch.no_grad()
@@ -328,13 +322,12 @@ def learning_rate(progress, peak):
 
 
 def pseudo_label_counts(pseudo, known, truth):
-    """What a log can tell of pseudo labels: int64 [5], right and given positives, hidden
-    positives, right and given negatives; entries whose truth nobody knows are left out."""
+    """What a log can tell of pseudo labels: int64 [3], right and given positives, and hidden
+    positives; entries whose truth nobody knows are left out."""
     hidden = truth * (known == 0)
     given = pseudo * (hidden != 0)
     return torch.stack([x.sum() for x in (
-        (given == 1) & (hidden == 1), given == 1, hidden == 1,
-        (given == -1) & (hidden == -1), given == -1)])
+        (given == 1) & (hidden == 1), given == 1, hidden == 1)])
 
 
 @dataclasses.dataclass
@@ -343,7 +336,6 @@ class Run:
     name: str  # of its row in the table
     kind: str  # "method" or "ablation"
     output: str  # its folder
-    matching: str
     known: torch.Tensor  # int8 [N, C], the training labels that it knows
     model: TRM
     optimizer: torch.optim.Optimizer
@@ -358,28 +350,27 @@ def train(runs, clip, dataset, validation, truth, state, args):
     repeats the epoch it was killed in exactly."""
     truth = truth.to(args.device)
     loader = make_loader(dataset, args, shuffle=True)
-    if args.augment == "no":  # embeddings stay what they are: compute them once
+    if args.augment == "no" and any(len(run.log) < args.epochs for run in runs):
+        # embeddings stay what they are: compute them once
         kept = TensorDataset(embed(clip, dataset, args), dataset.targets)
         batches = BatchSampler(RandomSampler(kept), args.batch_size, drop_last=False)
         loader = DataLoader(kept, sampler=batches, batch_size=None)
     for epoch in range(args.epochs):
-        behind = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
-        if not behind:
+        unfinished = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
+        if not unfinished:
             continue
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
         warm_up = epoch + 1 < args.epochs // 2  # no pseudo labels until prototypes mean something
-        names = [[] for _ in behind]
-        totals = [0 for _ in behind]
-        counts = [0 for _ in behind]
-        estimated = [[] for _ in behind]
+        totals, counts = [0 for _ in unfinished], [0 for _ in unfinished]
+        names, estimated = [[] for _ in unfinished], [[] for _ in unfinished]
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
             lr = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
             x = images.to(args.device, non_blocking=True)
             x = x.float() if args.augment == "no" else encode(clip, x, args)
             rows = rows.to(args.device, non_blocking=True)
-            for i, run in enumerate(behind):
+            for i, run in enumerate(unfinished):
                 known = run.known[rows]
                 loss, terms, pseudo, estimates = batch_loss(run.model, x, known, args, warm_up)
                 run.optimizer.param_groups[0]["lr"] = lr
@@ -397,19 +388,16 @@ def train(runs, clip, dataset, validation, truth, state, args):
                     raise UserError(f"{run.name}: the loss is not finite at epoch {epoch + 1}, "
                                     f"step {step + 1}: {means}; {run.output}/last.pt holds the "
                                     f"epoch before: try a smaller --lr or --precision fp32")
-        for i, run in enumerate(behind):
-            line = {"epoch": epoch + 1}
-            line |= zip(names[i], (totals[i] / len(loader)).tolist())
+        for i, run in enumerate(unfinished):
+            line = {"epoch": epoch + 1, **dict(zip(names[i], (totals[i] / len(loader)).tolist()))}
             if estimated[i]:
                 estimates, known = (torch.cat(parts) for parts in zip(*estimated[i]))
                 run.model.calibrate(estimates, known, args.expected_positives)
             if torch.is_tensor(counts[i]):
-                right, found, hidden, right_absent, found_absent = counts[i].tolist()
+                right, found, hidden = counts[i].tolist()
                 if found and hidden:
                     line["pseudo_precision"] = right / found
                     line["pseudo_recall"] = right / hidden
-                if found_absent:
-                    line["pseudo_precision_absent"] = right_absent / found_absent
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
@@ -423,10 +411,10 @@ def train(runs, clip, dataset, validation, truth, state, args):
             print(title + "  ".join(f"{name} {value:.4g}" for name, value in line.items()),
                   flush=True)
             run.log.append(line)
-            checkpoint = {**state, "matching": run.matching, "model": run.model.trained(),
+            checkpoint = {**state, "matching": run.model.matching, "model": run.model.trained(),
                           "optimizer": run.optimizer.state_dict(), "log": run.log}
             best = max(x.get("val_mAP", 0) for x in run.log)
-            if line.get("val_mAP", 0) == best:  # without validation images: the last epoch
+            if not line.get("val_mAP", 0) < best:  # without validation images: the last epoch
                 data.write_file(f"{run.output}/best.pt", checkpoint)
             lines = [json.dumps(line) + "\n" for line in run.log]
             data.write_file(f"{run.output}/log.jsonl", "".join(lines))
@@ -509,15 +497,15 @@ def predict(clip, model, preprocess, labels, args):
         x = encode(clip, preprocess(photo)[None].to(args.device), args)
         with autocast(args):
             logits, _, saliency = model(x, texts)
-        values, order = logits[0].float().sigmoid().sort(descending=True)
-        best = [(labels[i], round(score, 4)) for i, score in zip(order.tolist(), values.tolist())
-                if args.threshold is None or score >= args.threshold][:args.top]
-        found = [{"label": label, "score": score} for label, score in best]
+        scores = logits[0].float().sigmoid().tolist()
+        best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
+        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                 if args.threshold is None or scores[i] >= args.threshold]
         print(json.dumps({"path": str(path), "labels": found}), flush=True)
         if args.heatmap:
             maps = saliency[0, :, 1:].cpu()  # [C, L], without the whole image
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(label, score, maps[labels.index(label)]) for label, score in best[:3]]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             picture = metrics.draw_heatmaps(photo, shown, whole=True)
             data.write_file(f"{args.heatmap}/{name}.png", picture)
@@ -526,10 +514,9 @@ def predict(clip, model, preprocess, labels, args):
 # ---- arguments
 
 def arguments(argv=None):
-    toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
     parser = argparse.ArgumentParser(
         usage="trm_ml.py [options]", description=__doc__.split("\n\nB images")[0],
-        epilog=f"Defaults are usual in this line of work; --data toy has {toy}.",
+        epilog=f"Defaults are usual in this line of work; --data toy has {TOY}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("known labels").add_argument
     add("--partial", type=float, nargs="+", default=[1.0], metavar="P",
@@ -556,7 +543,7 @@ def arguments(argv=None):
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
     add("--val-fraction", type=float, default=0.0, help="of training images, to select the epoch")
     add("--limit", type=int, help="only so many images of each split: a quick look")
-    flag = {"action": "store_true", "default": None}
+    flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
     add("--allow-missing", **flag, help="go on without over 5%% of the images")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
@@ -581,22 +568,26 @@ def arguments(argv=None):
     add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
 
     args = parser.parse_args(argv)
-    if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint FILE")
+    if bool(args.predict) != bool(args.checkpoint):
+        parser.error("--predict and --checkpoint FILE go together")
     if not (args.predict or args.eval):
         parser.set_defaults(output=f"runs/trm_ml-{args.data}")
         args = parser.parse_args(argv)
-    if start := checkpoint_path(args):  # what its run was started with ...
+    start, saved = args.checkpoint or args.eval, None
+    if args.resume and not start:  # of a sweep the newest, which has the sweep's last arguments
+        found = sorted(Path(args.output).rglob("last.pt"), key=os.path.getmtime)
+        start = found[-1] if found else f"{args.output}/last.pt"
+    if start:  # what its run was started with ...
         saved = data.read_checkpoint(start, "trm_ml")
-        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in
-                               ("output", "device", "resume", "eval", "predict", "checkpoint")})
+        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
+        parser.set_defaults(**saved["args"])
     elif args.data == "toy":
-        parser.set_defaults(**TOY)
+        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
         if args.single_positive:
             parser.set_defaults(partial=[1.0])
     args = parser.parse_args(argv)  # ... and what is typed again wins
-    if min(args.batch_size, args.top, args.limit or 1, args.epochs) < 1 or args.image_size < 32:
-        parser.error("--batch-size, --top, --limit, --epochs: at least 1; --image-size: 32")
+    if min(args.batch_size, args.top, args.epochs) < 1 or args.image_size < 32:
+        parser.error("--batch-size, --top, --epochs: at least 1; --image-size: 32")
     if min(args.lr, args.pseudo, args.contrastive, args.distillation, args.seed) < 0:
         parser.error("--lr, --pseudo, --contrastive, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
@@ -605,26 +596,14 @@ def arguments(argv=None):
         parser.error("--partial: shares above 0 and up to 1")
     if args.single_positive and (args.partial != [1.0] or args.val_fraction):
         parser.error("--single-positive knows no absent label: no --partial, no --val-fraction")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
-    return args
+    return args, saved
 
 
 # ---- main
 
-def checkpoint_path(args):
-    """The file that a call starts from, or None."""
-    if args.resume:  # of a sweep any one will do: all of them have the sweep's arguments
-        found = sorted(Path(args.output).rglob("last.pt"))
-        return found[0] if found else f"{args.output}/last.pt"
-    return args.checkpoint or args.eval
-
-
 def autocast(args):
-    """Where CLIP and the model compute in --precision."""
+    """What is computed in --precision."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -635,7 +614,7 @@ def make_loader(dataset, args, shuffle=False):
                       pin_memory=args.device.startswith("cuda"))
 
 
-def plan(clip, dataset, args):
+def make_runs(clip, dataset, args):
     """-> the Runs that the arguments ask for: one for every share of known labels and matching."""
     runs = []
     start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
@@ -657,7 +636,7 @@ def plan(clip, dataset, args):
             model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
-            run = Run(name, kind, output, matching, known.to(args.device), model, optimizer, [])
+            run = Run(name, kind, output, known.to(args.device), model, optimizer, [])
             if args.resume and os.path.exists(f"{output}/last.pt"):
                 saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
                 model.load_trained(saved["model"])
@@ -670,7 +649,7 @@ def plan(clip, dataset, args):
 
 
 def main(argv=None):
-    args, begin = arguments(argv), time.time()
+    (args, saved), begin = arguments(argv), time.time()
     if not args.predict:  # data first: files may be missing
         options = {name: getattr(args, name) for name in data.OPTIONS}
         test = data.load_dataset(args.data, args.root, "test", **options)
@@ -679,7 +658,7 @@ def main(argv=None):
         if any(Path(args.output).rglob("last.pt")) and not args.resume:
             raise UserError(f"{args.output} holds a run: --resume it or name another --output")
 
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the authors' torch had it
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
 
     # model
     clip, preprocess = clip_model.load(args.clip, args.device)
@@ -688,29 +667,31 @@ def main(argv=None):
     preprocess = transforms.Compose([resize, *preprocess.transforms[2:]])
     state = {"method": "trm_ml", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": None if args.predict else test.labels}
-    if start := checkpoint_path(args):
-        saved = data.read_checkpoint(start, "trm_ml")
+    if saved:
         if saved["clip_fingerprint"] != state["clip_fingerprint"]:
-            raise UserError(f"{start} belongs to another CLIP than --clip {args.clip}")
+            raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
         if saved["labels"] != state["labels"] and not args.predict:
-            raise UserError(f"{start} was trained for other labels than {args.data} has")
+            raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
     if args.predict or args.eval:
         labels, matching = saved["labels"], saved["matching"]
         model = TRM(clip, labels, matching, args.per_label_context, saved["model"].get("visual"))
         model.load_trained(saved["model"])
+        if args.compile:
+            model.regions = torch.compile(model.regions)
         if args.predict:
             return predict(clip, model, preprocess, labels, args)
-        runs = [Run(TITLES[matching], "method", None, matching, None, model, None, None)]
+        runs = [Run(TITLES[matching], "method", None, None, model, None, None)]
 
     # train
     test.transform = preprocess
     if not args.eval:
-        runs = plan(clip, dataset, args)
+        runs = make_runs(clip, dataset, args)
         truth = dataset.full_targets
+        shares = dict.fromkeys(f"{100 * (run.known != 0).float().mean():.2g}%" for run in runs)
         print(f"{args.data}: {len(dataset):,} training images, {len(dataset.labels)} labels, "
-              f"{100 * sum((run.known != 0).float().mean() for run in runs) / len(runs):.1f}% of "
-              f"the entries known; {len(test):,} test images", flush=True)
-        dataset.full_targets = torch.arange(len(truth))  # [i] gives an image and its row in known
+              f"{', '.join(shares)} of the entries known; {len(test):,} test images", flush=True)
+        # dataset[i] is (image, full_targets[rows[i]]): from here on the row's number in known
+        dataset.full_targets = torch.arange(len(truth))
         dataset.transform = augmentation(preprocess) if args.augment == "yes" else preprocess
         dataset, validation = dataset.hold_out(args.val_fraction, preprocess)
         data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
@@ -746,4 +727,4 @@ if __name__ == "__main__":
         print(f"trm_ml.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: --resume goes on after the last finished epoch")
+        sys.exit("\ninterrupted; a training run goes on with --resume")

@@ -96,7 +96,7 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, help="only so many images of each split")
     parser.add_argument("--output", help="write the rows to this JSON file")
     args = parser.parse_args(argv)
-    options = trm_ml.arguments(["--data", "toy", "--quiet"])
+    options, _ = trm_ml.arguments(["--data", "toy", "--quiet"])
     clip, preprocess = clip_model.load("toy-RN")
     train = data.load_dataset("toy", None, "train", preprocess, zero_shot=False, limit=args.limit)
     test = data.load_dataset("toy", None, "test", preprocess, zero_shot=False, limit=args.limit)

@@ -34,11 +34,11 @@ def main():
     dataset = data.MultiLabelDataset(names, truth, torch.randn(images, 3, size, size))
 
     def plan(folder):
-        options = trm_ml.arguments(["--data", "coco", "--partial", *SHARES, "--epochs", "1",
-                                    "--workers", "0", "--device", "cpu", "--quiet", "--output",
-                                    folder])
+        options, _ = trm_ml.arguments([
+            "--data", "coco", "--partial", *SHARES, "--epochs", "1", "--workers", "0", "--device",
+            "cpu", "--quiet", "--output", folder])
         dataset.full_targets = truth
-        return trm_ml.plan(clip, dataset, options), options
+        return trm_ml.make_runs(clip, dataset, options), options
 
     def train(runs, options):
         dataset.full_targets = torch.arange(images)  # [i] gives an image and its row

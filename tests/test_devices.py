@@ -105,12 +105,12 @@ def train_lang_cls(device, steps, output):
 
 
 def train_trm_ml(device, steps, output):
-    args = trm_ml.arguments([*DEVICE, "--epochs", "1", "--augment", "yes", "--partial", "1",
+    args, _ = trm_ml.arguments([*DEVICE, "--epochs", "1", "--augment", "yes", "--partial", "1",
                              "--matching", "region", "--output", output])
     clip = clip_model.load("toy-RN")[0]
     device.put(clip.state_dict())
     dataset = images(clip, 2 * steps)
-    runs, truth = trm_ml.plan(clip, dataset, args), dataset.full_targets
+    runs, truth = trm_ml.make_runs(clip, dataset, args), dataset.full_targets
     device.put(runs[0].model.state_dict())
     dataset.full_targets = torch.arange(len(truth))
     trm_ml.train(runs, clip, dataset, None, truth, {"method": "trm_ml"}, args)
