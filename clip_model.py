@@ -593,12 +593,9 @@ def load(name, device="cpu", download_root=None):
     """-> (CLIP in eval mode and float32 on the device, preprocess).
 
     name: one of available_models(), "toy" (the same as "toy-ViT"), or a path to a TorchScript
-    archive as OpenAI publishes them or to a saved state dict. download_root: the folder of
-    downloaded weights, ~/.cache/clip by default.
-    Raises ClipError for an unknown name, a file that is no CLIP, or a failed download."""
-    name = os.fspath(name)
-    if name == "toy":
-        name = "toy-ViT"
+    archive as OpenAI publishes them or to a saved state dict. download_root: for weights, by
+    default ~/.cache/clip. ClipError: no such CLIP or device, or a download that failed."""
+    name = "toy-ViT" if name == "toy" else os.fspath(name)
     if name in WEIGHTS:
         file = name.replace("/", "-").replace("@", "-") + ".pt"
         url = f"{WEIGHTS_URL}/{WEIGHTS[name]}/{file}"
@@ -649,6 +646,5 @@ def download(url, sha256, folder):
         raise ClipError(f"cannot fetch {path.name}: {error}. Download {url} (SHA-256 {sha256}) "
                         f"elsewhere and put it at {path}.") from None
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return path
