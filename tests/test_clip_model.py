@@ -1,11 +1,6 @@
-"""clip_model.py against other implementations, plain references and properties.
-
-open_clip and transformers are compared with where they are installed. Everything runs on random
-weights, and nothing is downloaded.
-"""
+"""clip_model.py against open_clip, transformers and plain references; nothing is downloaded."""
 import gzip
 import hashlib
-import io
 import os
 import pickle
 import random
@@ -19,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 import clip_model
 from clip_model import ClipError
@@ -97,7 +91,7 @@ def test_towers_equal_transformers(vit):
     theirs = as_transformers(vit)
     tokens = random_tokens()
     with torch.no_grad():
-        for size in ((32, 32), (48, 48), (40, 64), (24, 16)):  # others than 32: interpolation
+        for size in ((40, 64), (24, 16)):  # other than 32: interpolation
             images = random_images(vit, size=size)
             expected = theirs.get_image_features(images, interpolate_pos_encoding=True)
             assert_equal(vit.encode_image(images), expected.pooler_output)
@@ -122,10 +116,6 @@ PUBLISHED = {
 }
 
 
-def shapes(model):
-    return {key: value.shape for key, value in model.state_dict().items()}
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_architectures_are_inferred(name):
     *sizes, text_width, text_layers, total = PUBLISHED[name]
@@ -133,13 +123,11 @@ def test_published_architectures_are_inferred(name):
         model = clip_model.CLIP(*sizes, 77, 49408, text_width, text_width // 64, text_layers)
     assert sum(parameter.numel() for parameter in model.parameters()) == total
     inferred = clip_model.build_model(model.state_dict())
-    assert shapes(inferred) == shapes(model)
-    assert inferred.visual.input_resolution == sizes[1]
-    assert inferred.transformer.resblocks[0].attn.heads == text_width // 64
-    if name.startswith("ViT"):
-        assert inferred.visual.transformer.resblocks[0].attn.heads == sizes[3] // 64
-    else:
-        assert inferred.visual.attnpool.heads == sizes[3] // 2
+    found, expected = ({key: value.shape for key, value in each.state_dict().items()}
+                       for each in (inferred, model))
+    assert found == expected and inferred.visual.input_resolution == sizes[1]
+    heads = [module.heads for module in inferred.modules() if hasattr(module, "heads")]
+    assert set(heads) == {text_width // 64, sizes[3] // (64 if name.startswith("ViT") else 2)}
 
 
 # ---- tokenizer
@@ -198,11 +186,9 @@ def test_tokens_equal_open_clip(official):
     assert torch.equal(clip_model.tokenize(plain, truncate=True), theirs(plain))
 
 
-def test_official_tokenizer_properties(official):
-    assert len(official) == 49408
+def test_tokens_of_openais_readme(official):
     tokens = clip_model.tokenize("a diagram")
     assert tokens.dtype == torch.int64 and tokens.shape == (1, 77)
-    # the ids of OpenAI's README example: <start> a diagram <end>
     assert tokens[0, :5].tolist() == [49406, 320, 22697, 49407, 0]
     assert official.decode([49406, 320, 22697, 49407]) == "<|startoftext|>a diagram <|endoftext|>"
     model = clip_model.CLIP(8, 32, 1, 64, 8, 20, 49408, 64, 1, 1)  # no vocabulary of its own
@@ -296,6 +282,15 @@ def output_and_gradients(model, function, x):
     return [output.detach(), *gradients]
 
 
+def test_layer_norm_in_half_precision():
+    torch.manual_seed(5)
+    norm = clip_model.LayerNorm(64).half()
+    x = (torch.randn(8, 64) * 0.01 + 4).half()  # a small variance around a large mean
+    centred = x.double() - x.double().mean(1, keepdim=True)
+    exact = centred / (centred.pow(2).mean(1, keepdim=True) + norm.eps).sqrt()
+    torch.testing.assert_close(norm(x).double(), exact, atol=4e-3, rtol=4e-3)
+
+
 @pytest.mark.parametrize("longest", [12, 77])
 def test_cut_text_equals_all_77_tokens(vit, longest):
     tokens = random_tokens(5, longest)
@@ -314,34 +309,9 @@ def test_cut_text_equals_all_77_tokens(vit, longest):
     assert ours[1].abs().max() > 1e-2  # the prompts do get a gradient
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
-def test_layer_norm_in_half_precision(dtype, tolerance):
-    torch.manual_seed(5)
-    norm = clip_model.LayerNorm(64).to(dtype)
-    nn.init.normal_(norm.weight)
-    x = (torch.randn(8, 64) * 0.01 + 4).to(dtype)  # a small variance around a large mean
-    centred = x.double() - x.double().mean(1, keepdim=True)
-    exact = centred / (centred.pow(2).mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight
-    for y in (norm(x), norm.float()(x)):  # weights in half, in float32
-        assert y.dtype == dtype
-        torch.testing.assert_close(y.double(), exact, atol=tolerance, rtol=tolerance)
-
-
-def test_bfloat16_autocast_is_close(model):
-    def outputs():
-        global_, local = model.encode_image_dense(random_images(model))
-        return torch.cat([global_, *local, model.encode_text(random_tokens())])
-
-    expected = outputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = outputs().float()
-    assert F.cosine_similarity(ours, expected).min() > 0.995
-    assert not torch.equal(ours, expected)  # it was in effect
-
-
 # ---- dense embeddings and other image sizes
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (2, 4), (4, 3)])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (2, 4)])
 def test_global_embeddings_equal_encode_image(model, rows, columns):
     stride = model.visual.patch_size if hasattr(model.visual, "patch_size") else 32
     images = random_images(model, 2, (rows * stride, columns * stride))
@@ -389,25 +359,10 @@ def test_resnet_global_without_position(resnet):
     assert torch.equal(local, resnet.encode_image_dense(images)[1])
 
 
-# ---- first weights and preprocessing
+# ---- preprocessing and weights
 
-def test_first_weights_are_scaled_as_in_the_papers_code():
-    torch.manual_seed(0)
-    model = clip_model.CLIP(64, 64, (1, 1, 1, 1), 16, None, 77, 300, 128, 2, 2)
-    block = model.transformer.resblocks[1]
-    for parameter, expected in ((model.token_embedding.weight, 0.02),
-                                (model.text_projection, 128 ** -0.5),
-                                (block.attn.in_proj_weight, 128 ** -0.5),
-                                (block.attn.out_proj.weight, 512 ** -0.5),
-                                (block.mlp.c_fc.weight, 256 ** -0.5),
-                                (model.visual.attnpool.c_proj.weight, 512 ** -0.5)):
-        assert abs(parameter.std() / expected - 1) < 0.05
-    torch.testing.assert_close(model.logit_scale.exp().item(), 1 / 0.07)
-
-
-@pytest.mark.parametrize("size, mode", [
-    ((37, 101), "RGB"), ((101, 37), "L"), ((64, 64), "RGBA"), ((200, 3), "CMYK"), ((33, 70), "P"),
-    ((70, 33), "LA"), ((50, 40), "1")])
+@pytest.mark.parametrize("size, mode", [((37, 101), "RGB"), ((101, 37), "L"), ((64, 64), "RGBA"),
+                                        ((200, 3), "CMYK")])
 def test_preprocessing_equals_arithmetic(size, mode):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -425,18 +380,6 @@ def test_preprocessing_equals_arithmetic(size, mode):
     std = np.array([0.26862954, 0.26130258, 0.27577711])
     expected = torch.tensor((pixels - mean) / std).permute(2, 0, 1)
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=0)
-
-
-# ---- weights
-
-def test_build_model_copies(model):
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    built = clip_model.build_model(model.state_dict())
-    assert not built.training and all(value.requires_grad for value in built.parameters())
-    for value in built.state_dict().values():
-        value.zero_()
-    for key, value in model.state_dict().items():
-        assert torch.equal(before[key], value), key
 
 
 @pytest.mark.parametrize("key", ["text_projection", "ln_final.bias", "visual.conv1.weight"])
@@ -469,7 +412,7 @@ def test_load_reads_archives_and_state_dicts(model, merges_path):
         archive.save(str(folder / "archive.pt"))
     for path in (folder / "archive.pt", str(folder / "saved.pt")):
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # TorchScript's deprecation is not the user's concern
+            warnings.simplefilter("error")  # which is not the user's concern
             loaded, preprocess = clip_model.load(path)
         assert not loaded.training and loaded.dtype == torch.float32
         assert torch.equal(loaded.encode_image(images), expected.encode_image(images))
@@ -482,24 +425,12 @@ def test_load_reads_archives_and_state_dicts(model, merges_path):
         clip_model.load(path)
 
 
-@pytest.mark.parametrize("name", ["toy-RN", "toy-ViT"])
-def test_toy_clips_load_with_their_own_vocabulary(name):
-    model, preprocess = clip_model.load(name)
-    tokens = model.tokenize(["a red star", "a blue boat"])
-    assert tokens.shape == (2, model.context_length)
-    assert tokens.max() == len(model.tokenizer) - 1
-    logits, _ = model(preprocess(Image.new("RGB", (60, 50)))[None], tokens)
-    assert logits.shape == (1, 2) and logits.isfinite().all()
-
-
 def test_fingerprints_are_taken_before_the_weights_move():
     toy = clip_model.load("toy")[0]
     content = b"".join(value.numpy().tobytes() for value in toy.state_dict().values())
     assert toy.fingerprint() == hashlib.sha256(content).hexdigest()[:8]
     # on this device there would be nothing to read
     assert clip_model.load("toy-ViT", device="meta")[0].fingerprint() == toy.fingerprint()
-    assert clip_model.build_model(toy.half().state_dict()).fingerprint() == toy.fingerprint()
-    assert clip_model.load("toy-RN")[0].fingerprint() != toy.fingerprint()
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
@@ -528,61 +459,47 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, monkeypatch):
     assert Path("trap").exists()  # the trap works
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"<!DOCTYPE html>\n<html>404</html>\n", b"version https://git-lfs.github.com/spec/v1\n",
-    b"PK\x03\x04", pickle.dumps([1, 2, 3], protocol=2), pickle.dumps({"a": 1}, protocol=2),
-    "truncated"], ids=repr)
-def test_other_files_are_no_weights(vit, tmp_path, content):
+def test_other_files_are_no_weights(vit, tmp_path):
     path = tmp_path / "weights.pt"
-    if content == "truncated":
-        torch.save(half_state_dict(vit), path)
-        content = path.read_bytes()[:-1000]
-    path.write_bytes(content)
-    with pytest.raises(ClipError, match="weights.pt"):
-        clip_model.load(path)
+    torch.save(half_state_dict(vit), path)
+    truncated = path.read_bytes()[:-1000]
+    for content in (b"", b"<html>404</html>\n", b"PK\x03\x04", truncated,
+                    pickle.dumps([1, 2, 3], protocol=2), pickle.dumps({"a": 1}, protocol=2)):
+        path.write_bytes(content)
+        with pytest.raises(ClipError, match="weights.pt"):
+            clip_model.load(path)
 
 
-# ---- downloads
-
-CONTENT = bytes(range(256)) * 500
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-def test_download(tmp_path):
-    source = tmp_path / "good.pt"
-    source.write_bytes(CONTENT)
-    folder = tmp_path / "new" / "folder"
-    path = clip_model.download(source.as_uri(), SHA256, folder)
-    assert path == folder / "good.pt" and path.read_bytes() == CONTENT
-    path.write_bytes(CONTENT[:-1])
+def test_download(tmp_path, monkeypatch):
+    content = bytes(range(256)) * 500
+    digest = hashlib.sha256(content).hexdigest()
+    source, folder = tmp_path / "good.pt", tmp_path / "new" / "folder"
+    source.write_bytes(content)
+    path = clip_model.download(source.as_uri(), digest, folder)
+    assert path == folder / "good.pt" and path.read_bytes() == content
+    path.write_bytes(content[:-1])
     with pytest.warns(UserWarning, match="good.pt is corrupt"):
-        clip_model.download(source.as_uri(), SHA256, folder)
-    assert path.read_bytes() == CONTENT and os.listdir(folder) == ["good.pt"]
+        clip_model.download(source.as_uri(), digest, folder)
+    assert path.read_bytes() == content
     source.unlink()
-    clip_model.download(source.as_uri(), SHA256, folder)  # it is there: nothing is fetched
-
-
-def test_bad_downloads_are_refused_and_leave_nothing(tmp_path, monkeypatch):
+    clip_model.download(source.as_uri(), digest, folder)  # it is there: nothing is fetched
     monkeypatch.setenv("no_proxy", "*")
-    (tmp_path / "corrupt.pt").write_bytes(CONTENT[:-1])
-    folder = tmp_path / "folder"
-    for url in ((tmp_path / "corrupt.pt").as_uri(), (tmp_path / "missing.pt").as_uri(),
-                "http://127.0.0.1:1/no-network.pt"):  # nobody listens there
+    (tmp_path / "corrupt.pt").write_bytes(content[:-1])
+    for url in ((tmp_path / "corrupt.pt").as_uri(), "http://127.0.0.1:1/no-network.pt"):
         with pytest.raises(ClipError) as error:
-            clip_model.download(url, SHA256, folder)
-        for part in (url, SHA256, str(folder / url.split("/")[-1])):
+            clip_model.download(url, digest, folder)
+        for part in (url, digest, str(folder / url.split("/")[-1])):
             assert part in str(error.value)
-        assert os.listdir(folder) == []
+    assert os.listdir(folder) == ["good.pt"]  # the bad ones leave nothing
 
 
 def test_published_names_are_downloaded(vit, tmp_path, monkeypatch):
     state_dict = half_state_dict(vit)
     state_dict["token_embedding.weight"] = torch.zeros(49408, 128, dtype=torch.float16)
-    content = io.BytesIO()
-    torch.save(state_dict, content)
-    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    torch.save(state_dict, tmp_path / "ViT-B-32.pt")
+    digest = hashlib.sha256((tmp_path / "ViT-B-32.pt").read_bytes()).hexdigest()
     (tmp_path / digest).mkdir()
-    (tmp_path / digest / "ViT-B-32.pt").write_bytes(content.getvalue())
+    (tmp_path / "ViT-B-32.pt").rename(tmp_path / digest / "ViT-B-32.pt")
     monkeypatch.setattr(clip_model, "WEIGHTS_URL", tmp_path.as_uri())
     monkeypatch.setitem(clip_model.WEIGHTS, "ViT-B/32", digest)
     model, _ = clip_model.load("ViT-B/32", download_root=tmp_path / "cache")

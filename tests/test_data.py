@@ -39,27 +39,12 @@ def test_upright_whatever_the_exif_orientation_says(tmp_path):
             assert abs(opened - corners).mean() < 8, (orientation, name)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_hide_the_pixels(tmp_path):
-    path = tmp_path / "a.jpg"
-    Image.new("RGB", (8, 8), (0, 0, 255)).save(path, exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\0")
-    assert open_image(path).getpixel((4, 4))[2] > 250
-
-
 @pytest.mark.parametrize("mode, colour, expected", [
-    ("L", 100, (100, 100, 100)),
-    ("1", 1, (255, 255, 255)),
-    ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ("1", 1, (255, 255, 255)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
     ("LA", (0, 0), (255, 255, 255)),
-    ("LA", (100, 255), (100, 100, 100)),
-    ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-    ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
     ("RGBA", (255, 0, 0, 51), (255, 204, 204)),  # a fifth red on white
-    ("I;16", 65535, (255, 255, 255)),
-    ("I;16", 257 * 100, (100, 100, 100)),
-    ("I;16", 1000, (4, 4, 4)),  # 3.9; not clipped to white
-    ("I", 257 * 100, (100, 100, 100)),
-])
+    ("I;16", 257 * 100, (100, 100, 100)), ("I;16", 1000, (4, 4, 4)),  # not clipped to white
+    ("I", 257 * 100, (100, 100, 100))])
 def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
     Image.new(mode, (4, 3), colour).save(path)
@@ -69,10 +54,6 @@ def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
 
 
 def test_files_of_other_kinds(tmp_path):
-    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
-    red, green, blue = open_image(tmp_path / "cmyk.jpg").getpixel((8, 8))
-    assert red > 240 and green < 15 and blue < 15
-
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
@@ -82,17 +63,9 @@ def test_files_of_other_kinds(tmp_path):
         palette.save(tmp_path / "palette.png", **options)
         image = open_image(tmp_path / "palette.png")
         assert [image.getpixel((x, 0)) for x in (0, 1)] == [first, (0, 0, 255)]
-
-    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "marked.png", transparency=(9, 8, 7))
-    assert open_image(tmp_path / "marked.png").getpixel((0, 0)) == (255, 255, 255)
-
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
-
-    file = io.BytesIO()
-    Image.new("RGB", (3, 2), (1, 2, 3)).save(file, "PNG")
-    assert open_image(file).getpixel((0, 0)) == (1, 2, 3) and not file.closed
 
 
 def save_truncated(path, whole, part=0.5, **options):
@@ -103,7 +76,7 @@ def save_truncated(path, whole, part=0.5, **options):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("a.jpg", {}), ("a.jpg", {"progressive": True}), ("a.png", {}), ("a.gif", {}), ("a.bmp", {})])
+    ("a.jpg", {"progressive": True}), ("a.png", {}), ("a.gif", {})])
 def test_truncated_photos_are_used_as_far_as_they_go(tmp_path, monkeypatch, capsys, name, options):
     noise = np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)
     whole = Image.fromarray(noise).resize((240, 160), Image.Resampling.BICUBIC)
@@ -146,9 +119,7 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, content, reason):
 
 def test_files_that_are_no_images_at_all(tmp_path):
     Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
-    Image.new("I", (2, 2), 70000).save(tmp_path / "integer.tif")
-    for name, reason in (("absent.jpg", "No such file"), (".", "Is a directory"),
-                         ("float.tif", "no defined range"), ("integer.tif", "no defined range")):
+    for name, reason in (("absent.jpg", "No such file"), ("float.tif", "no defined range")):
         with pytest.raises(UserError, match=reason):
             open_image(tmp_path / name)
 
@@ -158,21 +129,18 @@ def test_image_files(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for paths, expected in (
-            ([tmp_path], ["b.JPG", "inner/a.avif", "notes.txt"]),
             ([str(tmp_path / "notes.txt"), tmp_path], ["notes.txt", "b.JPG", "inner/a.avif"]),
             ([str(tmp_path / "*.JPG"), tmp_path / ".hidden.jpg"], ["b.JPG", ".hidden.jpg"]),
             ([str(tmp_path / "**/*.avif")], ["inner/a.avif"])):
         assert data.image_files(paths) == [tmp_path / name for name in expected]
     (tmp_path / "empty").mkdir()
-    for path, reason in (("no/such", "no such"), ("*.gif", "no such"), ("empty", "no files")):
+    for path, reason in (("no/such", "no such"), ("empty", "no files")):
         with pytest.raises(UserError, match=f"--predict: {reason}.*"):
             data.image_files([str(tmp_path / path)])
 
 
 def test_open_images_in_order_and_what_cannot_be_read_is_named(tmp_path, capsys):
-    paths = [tmp_path / f"{i:03}.png" for i in range(100)]
-    for i, path in enumerate(paths):
-        Image.new("RGB", (2, 2), (i, 0, 0)).save(path)
+    paths = [Path(save(tmp_path / f"{i:03}.png", i)) for i in range(100)]
     paths[3].write_bytes(b"")
     found = []
     with pytest.raises(UserError, match="1 of the files could not be read"):
@@ -208,28 +176,17 @@ def to_number(image):
 
 def test_items_and_label_split(files):
     dataset = dataset_of(files, unseen=[3, 1], transform=to_number)
-    assert len(dataset) == 10 and dataset.missing == dataset.replaced == 0
+    assert len(dataset) == len(list(dataset)) == 10 and dataset.missing == dataset.replaced == 0
     assert dataset.labels == ["0", "1", "2", "3"]
     assert dataset.seen.tolist() == [0, 2] and dataset.unseen.tolist() == [1, 3]
     for i in range(10):
         image, target = dataset[i]
         assert int(image) == i and torch.equal(target, dataset.targets[i])
-    assert int(dataset[-1][0]) == 9
-    with pytest.raises(IndexError):
-        dataset[10]
-    assert len(list(dataset)) == 10
-    assert dataset.targets.data_ptr() == dataset.full_targets.data_ptr()  # no copy
 
 
 def test_images_from_an_object_and_rows():
-    class Scenes:
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, i):
-            return Image.new("RGB", (2, 2), (i, 0, 0))
-
-    dataset = dataset_of(Scenes(), transform=to_number, rows=[0, 2, 3])
+    scenes = tuple(Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(4))
+    dataset = dataset_of(scenes, transform=to_number, rows=[0, 2, 3])
     assert [(int(image), target.tolist()) for image, target in dataset] == [
         (0, [-1, -1, -1, -1]), (2, [-1, 1, -1, -1]), (3, [1, 1, -1, -1])]
     assert dataset.rows.tolist() == [0, 2, 3] and len(dataset.full_targets) == 4
@@ -265,9 +222,9 @@ def test_hold_out(files):
 
 @pytest.mark.parametrize("labels, targets, message", [
     (["cat", " cat", "dog"], torch.zeros(2, 3, dtype=torch.int8), "more than once: cat"),
-    (["cat", "dog"], torch.zeros(2, 3, dtype=torch.int8), r"\[2, 2\].*\[2, 3\]"),
     (["cat", "dog"], torch.zeros(3, 2, dtype=torch.int8), r"\[2, 2\].*\[3, 2\]"),
     (["cat", "dog"], torch.zeros(2, 2), "int8"),
+    (["cat", "dog"], torch.tensor([[1, -2], [0, 0]], dtype=torch.int8), r"\+1 \(present\)"),
 ])
 def test_what_does_not_fit_together(files, labels, targets, message):
     with pytest.raises(UserError, match=message):
@@ -298,12 +255,11 @@ def test_missing_files(tmp_path, capsys):
         dataset_of([str(tmp_path / "nowhere" / f"{i}.png") for i in range(10)], allow_missing=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_image_in_evaluation_stops_with_its_name(files, workers):
+def test_unreadable_image_in_evaluation_stops_with_its_name(files):
     Path(files[4]).write_bytes(b"")
     dataset = dataset_of(files, transform=to_number)
     with pytest.raises(UserError) as error:
-        list(DataLoader(dataset, batch_size=2, num_workers=workers))
+        list(DataLoader(dataset, batch_size=2, num_workers=2))
     assert str(error.value) == f"{files[4]}: the file is empty"  # without the worker's traceback
 
 
@@ -344,21 +300,17 @@ def random_targets(images, labels, seed=0):
     return torch.from_numpy(values).to(torch.int8)
 
 
-@pytest.mark.parametrize("images, labels, proportion, seed", [
-    (5000, 7, 0.3, 3), (300, 20, 0.9, 0), (1, 1, 0.5, 1), (0, 3, 0.5, 0), (40, 3, 1.0, 5)])
-def test_keep_partial_is_the_published_convention(images, labels, proportion, seed):
-    targets = random_targets(images, labels)
+@pytest.mark.parametrize("images, proportion, seed", [(5000, 0.3, 3), (0, 0.5, 0), (40, 1.0, 5)])
+def test_keep_partial_is_the_published_convention(images, proportion, seed):
+    targets = random_targets(images, 7)
     before = targets.clone()
     kept = data.keep_partial(targets, proportion, seed)
-    mask = np.random.RandomState(seed).rand(images, labels) < proportion
+    mask = np.random.RandomState(seed).rand(images, 7) < proportion
     assert kept.dtype == torch.int8 and torch.equal(targets, before)
     assert np.array_equal(kept.numpy(), np.where(mask, targets.numpy(), 0))
-
-
-@pytest.mark.parametrize("proportion", [0, -0.1, 1.01, float("nan"), float("inf")])
-def test_keep_partial_refuses(proportion):
-    with pytest.raises(UserError, match="proportion"):
-        data.keep_partial(random_targets(2, 2), proportion, seed=0)
+    for wrong in (0, 1.01, float("nan")):
+        with pytest.raises(UserError, match="proportion"):
+            data.keep_partial(targets, wrong, seed)
 
 
 def test_keep_single_positive_draws_as_cole_et_al_do():
@@ -376,21 +328,6 @@ def test_keep_single_positive_draws_as_cole_et_al_do():
     assert kept.dtype == torch.int8 and torch.equal(targets, before)
     assert np.array_equal(kept.numpy(), expected) and not kept[17].any()
     assert not torch.equal(kept, data.keep_single_positive(targets, seed=1))
-
-
-def test_a_missing_file_leaves_every_other_mask_as_it_is(tmp_path):
-    files = [save(tmp_path / "a" / f"{i}.png", i) for i in range(100)]
-    targets = random_targets(100, 8)
-    labels = list("abcdefgh")
-    draws = [lambda full: data.keep_partial(full, 0.3, 0),
-             lambda full: data.keep_single_positive(full, 1200)]
-    whole = MultiLabelDataset(labels, targets, files)
-    before = [draw(whole.full_targets)[whole.rows] for draw in draws]
-    os.remove(files[3])
-    dataset = MultiLabelDataset(labels, targets, files, quiet=True)
-    rest = [i for i in range(100) if i != 3]
-    for draw, mask in zip(draws, before):
-        assert torch.equal(draw(dataset.full_targets)[dataset.rows], mask[rest])
 
 
 # ---- files

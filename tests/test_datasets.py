@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 import trees
@@ -66,23 +65,6 @@ def test_nuswide_in_the_other_layout(tmp_path):
     table.write_bytes(table.read_bytes().replace(b"\t", b"  ").replace(b"\r", b""))
     after = load_dataset("nuswide", tmp_path, "test")
     assert after.labels == before.labels and torch.equal(after.targets, before.targets)
-
-
-def test_nuswide_counts_placeholders(tmp_path, capsys):
-    write(tmp_path / "ConceptsList/Concepts81.txt", "dog")
-    names = [f"a\\{i:04}.png" for i in range(52)]
-    for name in ("Imagelist", "TrainImagelist", "TestImagelist"):
-        write(tmp_path / f"ImageList/{name}.txt", "\n".join(names))
-    write(tmp_path / "AllLabels/Labels_dog.txt", "1\n" * 52)
-    for i, name in enumerate(names):
-        path = tmp_path / "Flickr" / name.replace("\\", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 6), (0, 0, 0) if i < 22 else (i, i, 99)).save(path)
-    load_dataset("nuswide81", tmp_path)
-    assert "22 of 52 images are copies of one file" in capsys.readouterr().err
-    (tmp_path / "Flickr/a/0000.png").unlink()
-    load_dataset("nuswide81", tmp_path, quiet=True)
-    assert capsys.readouterr().err == ""
 
 
 # ---- COCO
@@ -156,9 +138,8 @@ VOC_PRESENT = {("000012", "car"), ("000017", "person"), ("000023", "dog")}
 VOC_DIFFICULT = {("000017", "pottedplant"), ("000023", "person")}
 
 
-@pytest.mark.parametrize("root", ["", "VOCdevkit", "VOCdevkit/VOC2007"])
-@pytest.mark.parametrize("difficult, value", [(None, -1), ("absent", -1), ("unknown", 0),
-                                              ("present", 1)])
+@pytest.mark.parametrize("root, difficult, value", [
+    ("", None, -1), ("VOCdevkit", "unknown", 0), ("VOCdevkit/VOC2007", "present", 1)])
 def test_voc2007(tmp_path, root, difficult, value):
     make("voc2007", tmp_path)
     expected = [[1 if (image, name) in VOC_PRESENT else value
@@ -217,14 +198,9 @@ def test_cub_in_another_order_with_other_line_ends_and_a_line_missing(tmp_path):
 
 @pytest.mark.parametrize("name, label", [
     ("has_upper_tail_color::iridescent", "bird with an iridescent upper tail"),
-    ("has_upperparts_color::grey", "bird with grey upperparts"),
-    ("has_leg_color::red", "bird with red legs"),
-    ("has_primary_color::blue", "mostly blue bird"),
-    ("has_tail_shape::fan-shaped_tail", "bird with a fan-shaped tail"),
+    ("has_leg_color::red", "bird with red legs"), ("has_primary_color::blue", "mostly blue bird"),
     ("has_wing_shape::long-wings", "bird with long wings"),
-    ("has_bill_shape::all-purpose", "bird with an all-purpose bill"),
     ("has_bill_length::longer_than_head", "bird with a bill longer than its head"),
-    ("has_head_pattern::unique_pattern", "bird with a unique head pattern"),
     ("has_wing_pattern::multi-colored", "bird with a multi-colored wing pattern"),
     ("has_shape::upright-perching_water-like", "upright-perching water-like bird")])
 def test_cub_attributes_become_words(name, label):
@@ -319,13 +295,10 @@ def test_unknown_names_and_options(tmp_path):
     assert "known are: train, test" in message_of("nuswide", tmp_path, "val")
     assert "--root DIR" in message_of("nuswide")
     assert f"'{tmp_path / 'nowhere'}'" in message_of("nuswide", tmp_path / "nowhere")
-    for name, option, known in (
-            ("voc2007", "annotated_only", "nuswide81, coco"), ("toy", "drop_crowd", "coco"),
-            ("folder", "zero_shot", "toy, coco"), ("coco", "difficult", "voc2007"),
-            ("cub", "no_such", "no dataset")):
-        flag = option.replace("_", "-")
+    for name, option, known in (("folder", "zero_shot", "toy, coco"),
+                                ("coco", "difficult", "voc2007"), ("cub", "other", "no dataset")):
         assert message_of(name, tmp_path, **{option: True}) == (
-            f"--{flag} is not for {name}, but for: {known}")
+            f"--{option.replace('_', '-')} is not for {name}, but for: {known}")
     not_given = dict.fromkeys(["annotated_only", "drop_crowd", "zero_shot", "difficult",
                                "not_visible", "allow_missing"])
     make("vg200", tmp_path)
@@ -344,20 +317,13 @@ def test_another_number_of_images_than_published_is_noted(tmp_path, name, publis
 
 
 FILES = {  # what cannot be done without
-    "nuswide": ["ConceptsList/Concepts81.txt", "NUS_WID_Tags/AllTags1k.txt",
-                "Groundtruth/AllLabels/Labels_fire.txt", "ImageList/TestImagelist.txt"],
-    "coco": ["annotations/instances_val2014.json"],
-    "voc2007": ["VOCdevkit/VOC2007/ImageSets/Main/test.txt",
-                "VOCdevkit/VOC2007/Annotations/000023.xml"],
-    "vg200": ["test_list_500.txt", "vg_category_200.txt", "vg_category_200_labels_index.json"],
-    "cub": ["attributes.txt", "CUB_200_2011/images.txt",
-            "CUB_200_2011/attributes/image_attribute_labels.txt"],
-    "openimages": ["2018_04/unseen_labels.pkl", "2018_04/top_400_unseen.csv",
-                   "2018_04/test-annotations-human-imagelabels.csv"],
-    "folder": ["test.jsonl"]}
+    "nuswide": "Groundtruth/AllLabels/Labels_fire.txt", "vg200": "vg_category_200.txt",
+    "coco": "annotations/instances_val2014.json", "openimages": "2018_04/unseen_labels.pkl",
+    "voc2007": "VOCdevkit/VOC2007/Annotations/000023.xml", "folder": "test.jsonl",
+    "cub": "attributes.txt"}
 
 
-@pytest.mark.parametrize("name, file", [(name, file) for name in FILES for file in FILES[name]])
+@pytest.mark.parametrize("name, file", FILES.items())
 def test_a_missing_file_is_named_and_the_layout_shown(tmp_path, name, file):
     (make(name, tmp_path) / file).unlink()
     first_line, _, layout = message_of(name, tmp_path, "test").partition("\n")
@@ -387,54 +353,29 @@ def test_a_missing_image_is_left_out_and_its_row_only(tmp_path, name):
     assert numbers(dataset) == [number for i, number in enumerate(before) if i != row]
 
 
-TEST_LIST = "ImageList/TestImagelist.txt"
-TABLE, LABELS = "NUS_WID_Tags/AllTags1k.txt", "CUB_200_2011/attributes/image_attribute_labels.txt"
+INSTANCES, LABELS = "annotations/instances_val2014.json", "attributes/image_attribute_labels.txt"
 ANNOTATIONS = "2018_04/test-annotations-human-imagelabels.csv"
-INSTANCES, VOC = "annotations/instances_val2014.json", "VOCdevkit/VOC2007/"
-INDEX = "vg_category_200_labels_index.json"
+TEST_LIST = "ImageList/TestImagelist.txt"
 
 
 @pytest.mark.parametrize("name, file, content, message", [
-    ("nuswide", TABLE, "0\t1\t" * 31 + "2", "row 7: an entry is not 0 or 1"),
-    ("nuswide", TABLE, "0\t1\t" * 31, "62 entries for 7 images x 9"),
+    ("nuswide", "NUS_WID_Tags/AllTags1k.txt", "0\t1\t" * 31 + "2", "row 7: an entry is not 0 or"),
     ("nuswide", TEST_LIST, "zoo\\8.jpg", "not in Imagelist.txt"),
     ("nuswide", TEST_LIST, "a/1.jpg\nb/1.jpg", "line 2: 1.jpg is listed twice"),
-    ("nuswide", TEST_LIST, "a/1.jpg\n\nb/2.jpg", "line 2: the line is empty"),
     ("coco", INSTANCES, '{"images": [', "not JSON"),
     ("coco", INSTANCES, b'{"images": "\xff"}', "not UTF-8"),
     ("coco", INSTANCES, {"images": []}, "not a file of COCO instances: KeyError.'categories'"),
-    ("coco", INSTANCES, [1], "not a file of COCO instances"),
-    ("voc2007", VOC + "Annotations/000017.xml", "<annotation>\n<object>", "not an annotation"),
-    ("voc2007", VOC + "Annotations/000017.xml", trees.voc_xml("000017", [("lamp", 0)]), "lamp"),
-    ("voc2007", VOC + "ImageSets/Main/test.txt", "000012\n000012", "line 2: 000012 is listed"),
+    ("voc2007", "VOCdevkit/VOC2007/Annotations/000017.xml",
+     trees.voc_xml("000017", [("lamp", 0)]), "lamp"),
     ("vg200", "vg_category_200.txt", "man\nsky\n", "2386621.jpg must be a list .* below 2"),
-    ("vg200", INDEX, {"2386621.jpg": ["sky"]}, "the labels of 2386621.jpg must"),
-    ("vg200", INDEX, {}, "the labels of 2386621.jpg must"),
-    ("cub", LABELS, "1 1 0 3 2.0\n1 2 0\n", "row 2"),
-    ("cub", LABELS, "1 1 0 3 2.0\n1 2 yes 1 1.0\n", "'yes'"),
-    ("cub", LABELS, "1 1 2 3 2.0\n", "out of bounds"),
-    ("cub", LABELS, "1 4 1 3 2.0\n", "out of bounds"),
-    ("openimages", ANNOTATIONS, "ImageID\n1a,verification,/m/09\n", "line 2: not `ImageID,"),
+    ("cub", f"CUB_200_2011/{LABELS}", "1 1 0 3 2.0\n1 2 yes 1 1.0\n", "'yes'"),
     ("openimages", ANNOTATIONS, "ImageID\n1a,verification,/m/09,0.7\n", "line 2: .*'0.7'"),
     ("openimages", ANNOTATIONS, "ImageID\n1a,a,/m/09,1\n1c,a,/m/09,1\n1a,a,/m/06,1", "together"),
-    ("openimages", ANNOTATIONS, "ImageID\n1b,verification,/m/03,1\n", "no labels"),
-    ("openimages", "2018_04/class-descriptions.csv", "/m/06,Bat\n/m/04", "line 2: "),
-    ("openimages", "2018_04/class-descriptions.csv", "/m/06,Bat", "'/m/04' is not in it"),
-    ("openimages", "2018_04/top_400_unseen.csv", "1\n4", "must count class ids in"),
-    ("openimages", "2018_04/unseen_labels.pkl", "/m/09\n", "top_400_unseen.csv must count"),
-    ("folder", "test.jsonl", '{"image": "2.png", "present": ["dog"]', "line 1: not JSON"),
     ("folder", "test.jsonl", '{"image": "2.png", "presnt": ["dog"]}', "line 1: not {\"image\""),
-    ("folder", "test.jsonl", '{"present": ["dog"]}', "line 1: not {\"image\""),
-    ("folder", "test.jsonl", '{"image": "2.png", "present": "rest"}', "must be a list of labels"),
-    ("folder", "test.jsonl", '{"image": "2.png", "absent": ["dog", 1]}', "\"absent\" must be"),
     ("folder", "test.jsonl", '{"image": "2.png", "present": ["dog "], "absent": [" dog"]}',
      "'dog' is both present and absent"),
-    ("folder", "test.jsonl", '{"image": "1.png"}\n{"image": "a/../1.png"}', "is listed twice"),
     ("folder", "labels.txt", "dog\ncat\nice cream", "'\u732b' is not in .*labels.txt"),
-    ("folder", "labels.txt", "dog\ndog", "line 2: dog is listed twice"),
     ("folder", "unseen.txt", "owl", "must be some, and not all, of the 4 labels"),
-    ("folder", "unseen.txt", "dog\ncat\nice cream\n\u732b", "must be some, and not all"),
-    ("folder", "unseen.txt", "\n", "the file is empty"),
 ])
 def test_files_that_are_wrong(tmp_path, name, file, content, message, cache):
     write(make(name, tmp_path) / file, content)
