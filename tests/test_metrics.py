@@ -35,7 +35,7 @@ def average_precision_by_loop(scores, targets):
     return sum(precisions) / len(precisions) if precisions else NAN
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_average_precision_equals_the_definition(dtype):
     scores, targets = random_problem(60, 25)
     result = average_precision(scores.to(dtype), targets)
@@ -44,8 +44,7 @@ def test_average_precision_equals_the_definition(dtype):
     np.testing.assert_allclose(result, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("steps", [2, 20, 10 ** 6])  # nearly all tied ... hardly any
-@pytest.mark.parametrize("unknown", [0, 0.5])
+@pytest.mark.parametrize("steps, unknown", [(2, 0.5), (10 ** 6, 0)])  # nearly all tied, hardly any
 def test_average_precision_equals_scikit_learns(steps, unknown):
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     scores, targets = (x.numpy() for x in random_problem(700, 12, unknown=unknown, steps=steps))
@@ -75,13 +74,6 @@ def test_a_label_without_positives_is_nan_and_left_out_of_the_mean():
     assert math.isnan(mean_average_precision(scores[:, 1:3], targets[:, 1:3]))
 
 
-def test_sizes_of_one_and_of_none():
-    assert average_precision(torch.ones(1, 1), torch.ones(1, 1).int()).tolist() == [1]
-    np.testing.assert_allclose(average_precision(SCORES[:0], TARGETS[:0]), [NAN] * 4)
-    assert average_precision(SCORES[:, :0], TARGETS[:, :0]).shape == (0,)
-    assert math.isnan(mean_average_precision(SCORES[:, :0], TARGETS[:, :0]))
-
-
 def test_unknown_entries_have_no_influence():
     scores, targets = random_problem(200, 6)
     changed = scores.masked_fill(targets == 0, torch.inf)
@@ -95,37 +87,21 @@ def test_unknown_entries_have_no_influence():
 def test_scores_are_compared_exactly():
     targets = torch.tensor([[1], [-1], [-1], [1]])
     assert average_precision(torch.tensor([[0.0], [-0.0], [-1], [1]]), targets) == (1 + 2 / 3) / 2
-    inf = math.inf
-    assert average_precision(torch.tensor([[-inf], [inf], [2.0], [inf]]), targets) == 1 / 2
     scores = np.array([[1 + 1e-12], [1.0]])  # float64 is not rounded
     assert average_precision(scores, np.array([[1], [-1]])) == 1
     assert average_precision(scores, np.array([[-1], [1]])) == 0.5
 
 
-def test_other_integers_numpy_arrays_and_other_layouts_are_taken():
-    scores, targets = random_problem(50, 4)
-    expected = average_precision(scores, targets)
-    assert torch.equal(average_precision(scores, targets.long()), expected)
-    assert torch.equal(average_precision(scores.numpy(), targets.short().numpy()), expected)
-    by_label = scores.t().contiguous().t().requires_grad_()
-    assert torch.equal(average_precision(by_label, targets), expected)
-
-
 def test_chunks_change_nothing(monkeypatch):
     scores, targets = random_problem(50, 7)
-
-    def results():
-        return (average_precision(scores, targets).tolist(),
-                precision_recall_f1_at_k(scores, targets, 3))
-
-    whole = results()
-    for chunk in (1, 21, 150):  # entries
+    whole = metrics.summary(scores, targets, [3])
+    for chunk in (1, 150):  # entries
         monkeypatch.setattr(metrics, "CHUNK", chunk)
-        assert results() == whole
+        assert metrics.summary(scores, targets, [3]) == whole
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_gpu_gives_the_same(dtype):
     scores, targets = random_problem(3000, 40)
     scores = scores.masked_fill(scores == -1, -torch.inf).to(dtype)
@@ -147,14 +123,12 @@ def f1_at_k_by_loop(scores, targets, k):
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
-@pytest.mark.parametrize("k", [1, 3, 9, 10])
-@pytest.mark.parametrize("unknown", [0, 0.7])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_f1_at_k_equals_a_loop(k, unknown, dtype):
-    scores, targets = random_problem(200, 10, unknown=unknown, steps=3)
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_f1_at_k_equals_a_loop(k):
+    scores, targets = random_problem(200, 10, steps=3)
     scores[scores == -1] = -torch.inf
     expected = f1_at_k_by_loop(scores, targets, k)
-    assert precision_recall_f1_at_k(scores.to(dtype), targets, k) == pytest.approx(expected, 1e-12)
+    assert precision_recall_f1_at_k(scores, targets, k) == pytest.approx(expected, 1e-12)
 
 
 def test_f1_at_k_in_closed_form():
@@ -163,18 +137,6 @@ def test_f1_at_k_in_closed_form():
     # labels 0, which is unknown and so a wrong one, and 1; then of three tied ones 0 and 1
     assert precision_recall_f1_at_k(scores, targets, 2) == (2 / 4, 2 / 4, 2 / 4)
     assert precision_recall_f1_at_k(scores, targets, 4) == pytest.approx((4 / 8, 1, 8 / 12))
-
-
-def test_f1_at_k_without_positives_or_images_is_zero():
-    for targets in (-TARGETS, 0 * TARGETS):
-        assert precision_recall_f1_at_k(SCORES, targets, 2) == (0, 0, 0)
-    assert precision_recall_f1_at_k(SCORES[:0], TARGETS[:0], 2) == (0, 0, 0)
-
-
-@pytest.mark.parametrize("k", [0, -1, 5, 2.5])
-def test_f1_at_an_impossible_k_is_refused(k):
-    with pytest.raises(ValueError, match=f"from 1 to 4.*; it is {k}"):
-        precision_recall_f1_at_k(SCORES, TARGETS, k)
 
 
 # ---- precision, recall and F1 at a threshold
@@ -201,13 +163,15 @@ def test_f1_at_threshold_in_closed_form():
         {"CP": 0.25, "CR": 0.5, "CF1": 1 / 3, "OP": 1 / 3, "OR": 0.5, "OF1": 0.4})
 
 
-@pytest.mark.parametrize("scores, targets, threshold", [
-    (SCORES, TARGETS, 2), (SCORES, -TARGETS, 0), (SCORES, 0 * TARGETS, 0),
-    (SCORES[:0], TARGETS[:0], 0), (SCORES[:, :0], TARGETS[:, :0], 0)],
-    ids=["nothing predicted", "no positive", "nothing known", "no images", "no labels"])
-def test_f1_at_threshold_is_never_nan(scores, targets, threshold):
+def test_f1_is_never_nan():
+    for targets in (-TARGETS, 0 * TARGETS):
+        assert precision_recall_f1_at_k(SCORES, targets, 2) == (0, 0, 0)
+    assert precision_recall_f1_at_k(SCORES[:0], TARGETS[:0], 2) == (0, 0, 0)
     zeros = dict.fromkeys(["CP", "CR", "CF1", "OP", "OR", "OF1"], 0)
-    assert f1_at_threshold(scores, targets, threshold) == zeros
+    for scores, targets, threshold in (
+            (SCORES, TARGETS, 2), (SCORES, -TARGETS, 0), (SCORES, 0 * TARGETS, 0),
+            (SCORES[:0], TARGETS[:0], 0), (SCORES[:, :0], TARGETS[:, :0], 0)):
+        assert f1_at_threshold(scores, targets, threshold) == zeros
 
 
 # ---- bad input, normalised scores, the table
@@ -219,12 +183,9 @@ WITH_NAN = torch.tensor([[1, math.inf, 2, 1], [1, -math.inf, NAN, 1], [1, 1, 1, 
     (SCORES, TARGETS.t(), r"\[3, 4\] and \[4, 3\]"),
     (SCORES[0], TARGETS[0], r"\[images, labels\]"),
     (SCORES.long(), TARGETS, "floating point.* torch.int64"),
-    (SCORES, TARGETS.float(), "integers.* torch.float32"),
     (SCORES, TARGETS.bool(), "integers.* torch.bool"),
-    (SCORES, TARGETS * 2, "present"),
     (SCORES, TARGETS.long() * -257, "present"),
-    (WITH_NAN, TARGETS, "NaN"),
-    (WITH_NAN.half(), TARGETS * 0, "NaN"),
+    (WITH_NAN, TARGETS * 0, "NaN"),
 ])
 @pytest.mark.parametrize("function", [
     average_precision, mean_average_precision, lambda s, t: precision_recall_f1_at_k(s, t, 2),
@@ -232,6 +193,9 @@ WITH_NAN = torch.tensor([[1, math.inf, 2, 1], [1, -math.inf, NAN, 1], [1, 1, 1, 
 def test_bad_input_is_refused(function, scores, targets, message):
     with pytest.raises(ValueError, match=message):
         function(scores, targets)
+    for k in (0, 5, 2.5):
+        with pytest.raises(ValueError, match=f"from 1 to 4.*; it is {k}"):
+            precision_recall_f1_at_k(SCORES, TARGETS, k)
 
 
 def test_normalized_scores_equal_a_loop():
@@ -257,18 +221,6 @@ def test_what_does_not_vary_is_normalized_to_zero():
     assert torch.equal((result[:, 3:4] < result).sum(1), (others > others.mean(0)).sum(1))
     assert normalize_scores(torch.full((3, 4), 0.1)).eq(0).all()
     assert normalize_scores(torch.rand(1, 4)).eq(0).all()  # nothing to compare it with
-
-
-def test_standardized_labels_keep_their_average_precision_standardized_images_gain():
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.where(torch.rand(300, 12, generator=generator) < 0.3, 1, -1)
-    scores = targets + torch.randn(300, 12, generator=generator)
-    scores += 3 * torch.randn(12, generator=generator)  # a label's level
-    scores += 3 * torch.randn(300, 1, generator=generator)  # an image's level
-    first_step = (scores - scores.mean(0)) / scores.std(0)
-    before = average_precision(scores, targets)
-    torch.testing.assert_close(average_precision(first_step, targets), before, rtol=1e-3, atol=0)
-    assert mean_average_precision(normalize_scores(scores), targets) > before.mean() + 0.2
 
 
 def test_summary_is_the_single_metrics_under_their_names():
@@ -317,17 +269,8 @@ def hot_spot(sheet, width, height):
     return (x.mean() + 0.5) / width, (y.mean() + 0.5) / height
 
 
-@pytest.mark.parametrize("size, shown", [((64, 64), (360, 360)), ((4000, 2000), (360, 180)),
-                                         ((700, 1400), (180, 360)), ((3000, 2), (360, 1))])
-def test_the_photo_is_shown_as_it_is_beside_its_maps(size, shown):
-    sheet = draw_heatmaps(Image.new("RGB", size, GREY), [("cup", 0.5, np.eye(4))])
-    assert sheet.mode == "RGB"
-    assert sheet.size == (16 + 2 * (max(shown[0], 200) + 16), 16 + shown[1] + 40)
-    assert (np.asarray(sheet)[16:16 + shown[1], 16:16 + shown[0]] == GREY).all()
-
-
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("row, column", [(0, 0), (1, 6), (6, 3)])
+@pytest.mark.parametrize("row, column", [(1, 6), (6, 3)])
 def test_a_hot_cell_is_seen_where_it_is(whole, row, column):
     values = np.zeros((7, 7), np.float16)
     values[row, column] = 1
@@ -348,13 +291,10 @@ def test_heatmaps_are_relative_to_their_own_range_and_flat_ones_show_the_photo()
     shown, one, same, flat = (pixels[16:376, x:x + 360] for x in range(16, 4 * 376, 376))
     assert np.abs(one - same).max() <= 12 and np.abs(one - shown).max() > 50
     assert (flat == shown).all()
-    nothing = np.asarray(draw_heatmaps(photo, [("a", 1, np.full((2, 2), np.nan))]))
-    assert (nothing[16:376, 392:752] == shown).all()
 
 
 def test_tiles_wrap_and_labels_of_any_kind_stay_in_their_tile():
-    labels = ["a very long label that goes on " * 9, "Äpfel, ö", "猫と犬", "two\nlines\x00",
-              "\ud800", "W" * 500, ""]
+    labels = ["a long label " * 20, "Äpfel", "猫と犬", "two\nlines\x00", "\ud800", "W" * 500, ""]
     maps = [(label, -12.3456, np.eye(3)) for label in labels]
     sheet = draw_heatmaps(Image.new("RGB", (80, 60), GREY), maps)
     assert sheet.size == (16 + 4 * 376, 16 + 2 * (270 + 40))
@@ -400,6 +340,3 @@ def test_curves_of_stages_gaps_and_single_epochs():
     one = draw_curves([{"epoch": 1, "loss": 0.5}])
     assert one.width == 520 and line_of(one, (0, 0, 0))
     assert draw_curves([{"epoch": 1, "loss": NAN}]).width == 520
-    many = draw_curves([{"epoch": i, **{f"term_{k}": i + 99 * k for k in range(9)}}
-                        for i in range(1, 500)])
-    assert line_of(many, (86, 180, 233))
