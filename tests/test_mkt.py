@@ -1,13 +1,10 @@
+"""mkt.py: scores, losses, steps of training, pixels, the program, the authors' releases."""
 import copy
 import functools
-import json
 import math
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +17,10 @@ import clip_model
 import data
 import metrics
 import mkt
+import trees
 from toy import world
+from trees import assert_same_weights, checkpoint, predictions, results
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "There is a {} in the scene"
 
 
@@ -125,19 +123,6 @@ def test_chunks_of_labels_that_are_recomputed_change_nothing(toy):
 
 
 # ---- optimisation
-
-def test_layer_wise_learning_rate_decay():
-    model = mkt.MKT(small_clip(layers=12), topk=2)
-    groups = mkt.parameter_groups(model)
-    found = {id(p): group for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(found)  # none twice
-    layer_id = {"blocks.0": 11, "blocks.1": 12, "ln_post.": 13, "proj": 13}  # blocks 10 and 11
-    expected = {name: p for name, p in model.named_parameters() if name[:8] in layer_id}
-    assert found.keys() == {id(p) for p in expected.values()}
-    for name, parameter in expected.items():
-        group = found[id(parameter)]
-        assert group["scale"] == pytest.approx(0.65 ** (13 - layer_id[name[:8]]))
-        assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0)
 
 
 def test_learning_rate_follows_the_formula():
@@ -281,16 +266,8 @@ def test_rand_augment_changes_an_image_as_often_and_as_much_as_the_authors():
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """20 training and 16 test scenes of the toy world as a folder of one's own images."""
-    root = tmp_path_factory.mktemp("scenes")
-    for split, seed, count, things in (("train", 1, 20, tuple(world.SEEN)), ("test", 2, 16, None)):
-        lines = []
-        for i in range(count):
-            world.scene("benchmark", seed, i, things).save(root / f"{split}-{i}.png")
-            objects = world.scene_objects("benchmark", seed, i, things)
-            present = sorted({world.LABELS[thing] for thing, *_ in objects})
-            line = {"image": f"{split}-{i}.png", "present": present, "absent": "rest"}
-            lines.append(json.dumps(line))
-        (root / f"{split}.jsonl").write_text("\n".join(lines))
+    root = trees.scenes(tmp_path_factory.mktemp("scenes"), train=(20, tuple(world.SEEN)),
+                        test=(16, None))
     (root / "labels.txt").write_text("\n".join(world.LABELS))
     (root / "unseen.txt").write_text("\n".join(world.LABELS[c] for c in world.UNSEEN))
     return root
@@ -311,23 +288,10 @@ def trained(tmp_path_factory, quick):
     return output
 
 
-def results(folder):
-    found = json.loads((folder / "results.json").read_text())
-    assert found.pop("seconds") >= 0
-    return found
-
-
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
-
-
 def assert_same_run(folder, other):
     assert results(folder) == results(other)
     for name in ("last.pt", "best.pt"):
-        weights, expected = checkpoint(folder / name)["model"], checkpoint(other / name)["model"]
-        assert weights.keys() == expected.keys()
-        for key in expected:  # threads may add up gradients in another order
-            torch.testing.assert_close(weights[key], expected[key], rtol=0, atol=1e-6)
+        assert_same_weights(folder / name, other / name)
 
 
 def test_a_run_trains_every_weight_in_two_stages(trained, toy):
@@ -390,7 +354,7 @@ def test_two_processes_end_where_one_does(quick, tmp_path):
     mkt.main([*options, "--output", str(tmp_path / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", "mkt.py", *options, "--output", str(tmp_path / "two")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, cwd=trees.ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("training images") == 1  # rank 0 alone prints
     one, two = (checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
@@ -402,40 +366,12 @@ def test_two_processes_end_where_one_does(quick, tmp_path):
         assert row["gzsl_mAP"] == pytest.approx(other["gzsl_mAP"], abs=0.01)
 
 
-# a run that is killed when a line of its log has been written, before the checkpoint that has it
-KILLED = """
-import os, signal, sys
-import data, mkt
-write_file = data.write_file
-
-def write_or_die(path, content):
-    write_file(path, content)
-    if path.endswith("log.jsonl") and content.count("\\n") == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-data.write_file = write_or_die
-mkt.main(sys.argv[1:])
-"""
-
-
-def test_a_run_stopped_in_either_stage_resumes_to_the_same_numbers(trained, quick, tmp_path,
-                                                                   monkeypatch):
-    command = [sys.executable, "-c", KILLED, *quick, "--output", str(tmp_path)]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=300)
-    assert process.returncode == -signal.SIGKILL
-    assert len(checkpoint(tmp_path / "last.pt")["log"]) == 1  # epoch 2 of stage 1 is lost
-
+def test_a_run_killed_in_either_stage_resumes_to_the_same_numbers(trained, quick, tmp_path):
     resume = ["--resume", "--output", str(tmp_path), "--device", "cpu"]
-    write_file = data.write_file
-
-    def interrupt(path, content):
-        write_file(path, content)
-        if path.endswith("last.pt") and len(content["log"]) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "write_file", interrupt)
-        mkt.main(resume)
+    trees.run_killed("mkt", "log.jsonl", 2, [*quick, "--output", tmp_path])
+    assert len(checkpoint(tmp_path / "last.pt")["log"]) == 1  # epoch 2 of stage 1 is lost
+    trees.run_killed("mkt", "last.pt", 2, resume)
+    assert len(checkpoint(tmp_path / "last.pt")["log"]) == 3
     assert not (tmp_path / "results.json").exists()
     mkt.main(resume)
     assert_same_run(tmp_path, trained)
@@ -509,12 +445,6 @@ def write_release(folder, model):
     torch.save({f"module.{name}": value for name, value in text.items()}, folder / "STAGE2.pth")
 
 
-def predictions(capsys, *arguments):
-    capsys.readouterr()
-    mkt.main(["--predict", *map(str, arguments), "--device", "cpu"])
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
 def test_the_authors_releases_load(trained, quick, scenes, toy, tmp_path, capsys):
     model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
     model.load_trained(checkpoint(trained / "best.pt")["model"])
@@ -523,10 +453,10 @@ def test_the_authors_releases_load(trained, quick, scenes, toy, tmp_path, capsys
     assert mkt.main([*quick, "--eval", *files]) == results(trained)["rows"]
     without = mkt.main([*quick, "--eval", files[0]])[-1]
     assert without["gzsl_mAP"] == results(trained)["rows"][-2]["gzsl_mAP"]  # no prompt tuning
-    arguments = [scenes / "test-0.png", "--labels", "star, blue boat,owl"]
+    arguments = [scenes / "test/0.png", "--labels", "star, blue boat,owl"]
     more = ["--clip", "toy-ViT", "--topk", "4", "--checkpoint", *files]
-    ours = predictions(capsys, *arguments, "--checkpoint", trained / "best.pt")
-    assert predictions(capsys, *arguments, *more) == ours
+    ours = predictions(mkt, capsys, *arguments, "--checkpoint", trained / "best.pt")
+    assert predictions(mkt, capsys, *arguments, *more) == ours
     weights = torch.load(files[0], weights_only=True)
     weights["transformer.resblocks.0.ln_1.weight"][3] += 0.1
     torch.save(weights, files[0])
@@ -536,13 +466,12 @@ def test_the_authors_releases_load(trained, quick, scenes, toy, tmp_path, capsys
 
 @torch.no_grad()
 def test_predict_scores_labels_never_seen(trained, toy, tmp_path, capsys):
-    (tmp_path / "photos" / "inner").mkdir(parents=True)
-    photos = [tmp_path / "photos" / "b.png", tmp_path / "photos" / "inner" / "a.jpg"]
+    photos = [tmp_path / "photos" / "b.png", tmp_path / "photos" / "inner" / "a.png"]
     for i, path in enumerate(photos):
-        world.scene("benchmark", 7, i).save(path)
+        data.write_file(path, world.scene("benchmark", 7, i))
     labels = ["blue star", "submarine", "cactus", "ice cream"]
     arguments = [tmp_path / "photos", "--checkpoint", trained / "best.pt"]
-    found = predictions(capsys, *arguments, "--labels", "blue star, submarine,cactus,ice cream",
+    found = predictions(mkt, capsys, *arguments, "--labels", ", ".join(labels),
                         "--heatmap", tmp_path / "maps")
     assert [line["path"] for line in found] == list(map(str, photos))
     model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
@@ -557,22 +486,8 @@ def test_predict_scores_labels_never_seen(trained, toy, tmp_path, capsys):
     maps = sorted((tmp_path / "maps").iterdir())
     assert len(maps) == 2 and all(Image.open(path).format == "PNG" for path in maps)
     second = found[0]["labels"][1]["score"]
-    chosen, _ = predictions(capsys, *arguments, "--labels", ",".join(labels), "--threshold",
+    chosen, _ = predictions(mkt, capsys, *arguments, "--labels", ",".join(labels), "--threshold",
                             second - 1e-4)
     assert chosen["labels"] == found[0]["labels"][:2]
-    line, _ = predictions(capsys, *arguments, "--top", "60")
+    line, _ = predictions(mkt, capsys, *arguments, "--top", "60")
     assert sorted(entry["label"] for entry in line["labels"]) == world.LABELS
-
-
-def test_predict_names_what_it_cannot_read_and_exits_with_2(trained, scenes, tmp_path, capsys,
-                                                             monkeypatch):
-    (tmp_path / "notes.txt").write_text("no image")
-    Image.open(scenes / "test-0.png").save(tmp_path / "scene.png")
-    monkeypatch.setattr(sys, "argv", ["mkt.py", "--predict", str(tmp_path), "--checkpoint",
-                                      str(trained / "best.pt"), "--device", "cpu"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "mkt.py"), run_name="__main__")
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and "notes.txt" in printed.err and "Traceback" not in printed.err
-    line, = printed.out.splitlines()
-    assert json.loads(line)["path"] == str(tmp_path / "scene.png")

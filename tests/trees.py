@@ -1,14 +1,23 @@
-"""Tiny trees of every dataset in its official format; make(name, root) writes one.
+"""Tiny trees of every dataset in its official format, and what the scripts' tests share.
 
-Image number i of a tree, in the order of its lists, is of the colour (20 * i, 0, 0).
+make(name, root) writes a tree; its image number i, in the order of its lists, is of the colour
+(20 * i, 0, 0).
 """
 import json
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import data
+from toy import world
+
+ROOT = Path(data.__file__).parent
 
 
 def write(path, content):
@@ -218,3 +227,69 @@ def make(name, root):
                  "vg200": vg200, "cub": cub, "openimages": openimages, "folder": folder}
     functions[name](root)
     return root
+
+
+# ---- the scripts' runs
+
+def scenes(root, **splits):
+    """A folder of scenes of the toy world; splits: {split: (how many, of which things)}."""
+    for seed, (split, (count, things)) in enumerate(splits.items(), 1):
+        lines = []
+        for i in range(count):
+            data.write_file(root / split / f"{i}.png", world.scene("benchmark", seed, i, things))
+            shown = {thing for thing, *_ in world.scene_objects("benchmark", seed, i, things)}
+            lines.append({"image": f"{split}/{i}.png", "absent": "rest",
+                          "present": [world.LABELS[thing] for thing in shown]})
+        write(root / f"{split}.jsonl", "\n".join(map(json.dumps, lines)))
+    return root
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def results(folder):
+    found = json.loads((folder / "results.json").read_text())
+    assert found.pop("seconds") >= 0
+    return found
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(path, expected):
+    found, expected = checkpoint(path)["model"], checkpoint(expected)["model"]
+    assert found.keys() == expected.keys()
+    for name in expected:  # threads may add up gradients in another order
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def predictions(script, capsys, *arguments):
+    capsys.readouterr()
+    script.main(["--predict", *map(str, arguments), "--device", "cpu"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+KILLED = """
+import os, signal, sys
+import data, {script}
+write_file, written = data.write_file, []
+
+def write_or_die(path, content):
+    write_file(path, content)
+    written.append(os.path.basename(path))
+    if written.count("{file}") == {times}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+data.write_file = write_or_die
+{script}.main(sys.argv[1:])
+"""
+
+
+def run_killed(script, file, times, arguments):
+    """Run a script that is killed, as by kill -9, when it has written a file so many times."""
+    code = KILLED.format(script=script, file=file, times=times)
+    process = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT,
+                             stdout=subprocess.DEVNULL, timeout=300)
+    assert process.returncode == -signal.SIGKILL
