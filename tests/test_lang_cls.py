@@ -1,35 +1,28 @@
 """lang_cls.py: the method's formulas, its texts, a language model's client, and the program."""
 import functools
 import json
-import math
-import operator
 import os
-import runpy
-import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import clip_model
 import data
 import lang_cls
 import metrics
+import trees
 from data import UserError
 from toy import world
 from toy.grammar import fill_template
-
-ROOT = Path(lang_cls.__file__).parent
+from trees import checkpoint, lines, predictions, results
 
 
 def unit(*shape):
@@ -91,19 +84,6 @@ def test_scores_equal_a_loop_over_locations(mapping_weight):
         torch.testing.assert_close(scores, expected)
 
 
-@pytest.mark.parametrize("name", ["toy-RN", "toy-ViT"])
-def test_encode_gives_what_clip_gives(name):
-    clip, preprocess = clip_model.load(name)
-    images = torch.stack([preprocess(world.scene("benchmark", 5, i)) for i in range(2)])
-    args = SimpleNamespace(device="cpu", precision="fp32")
-    own, global_, local = lang_cls.encode(clip, images, args)
-    with torch.no_grad():
-        dense = clip.encode_image_dense(images, global_position=False)
-        expected = [F.normalize(x, dim=-1) for x in (clip.encode_image(images), *dense)]
-    torch.testing.assert_close([own, global_, local], expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(own, global_) == (name == "toy-ViT")
-
-
 # ---- training
 
 def train(model, embeddings, targets, folder, **options):
@@ -125,32 +105,27 @@ def test_training_is_adam_with_weight_decay(tmp_path):
     torch.manual_seed(0)
     embeddings = unit(30, 8).float()
     targets = 2 * torch.randint(0, 2, (30, 5), dtype=torch.int8) - 1
-    weight = 3 * torch.randn(5, 8)
-    model = lang_cls.CoMC(weight.clone(), unit(5, 8).float())
+    expected = (3 * torch.randn(5, 8)).requires_grad_()
+    model = lang_cls.CoMC(expected.detach().clone(), unit(5, 8).float())
     train(model, embeddings, targets, tmp_path, epochs=6, lr=0.1)
-    expected, mean, square = weight.clone(), 0, 0
-    for step in range(1, 7):
-        expected.requires_grad_()
-        loss = lang_cls.ranking_loss(embeddings @ expected.T, targets)
-        gradient = torch.autograd.grad(loss, expected)[0] + 5e-4 * expected.detach()
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.999 * square + 0.001 * gradient ** 2
-        update = (mean / (1 - 0.9 ** step)) / ((square / (1 - 0.999 ** step)).sqrt() + 1e-8)
-        expected = expected.detach() - lang_cls.learning_rate(step - 1, 0.1, 6) * update
-    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-4, atol=1e-4)
+    optimizer = torch.optim.Adam([expected], weight_decay=5e-4)
+    for epoch in range(6):
+        optimizer.param_groups[0]["lr"] = lang_cls.learning_rate(epoch, 0.1, 6)
+        expected.grad, = torch.autograd.grad(
+            lang_cls.ranking_loss(embeddings @ expected.T, targets), expected)
+        optimizer.step()
+    torch.testing.assert_close(model.weight, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_noise_has_its_standard_deviation(tmp_path):
-    # texts at the origin: the margin 1 - (w_p - w_n) x is normal, of mean 1 and deviation s
+    # texts at the origin: the margin 1 - (w_p - w_n) x is normal, of mean 1 and deviation 2
     weight = torch.zeros(2, 16)
     weight[0, :4] = 10.0
-    s = 0.1 * 20
-    cumulative = 0.5 * (1 + math.erf(1 / s / math.sqrt(2)))
-    density = math.exp(-0.5 / s ** 2) / math.sqrt(2 * math.pi)
     targets = torch.tensor([[1, -1]], dtype=torch.int8).repeat(50_000, 1)
     log = train(lang_cls.CoMC(weight, unit(2, 16).float()), torch.zeros(50_000, 16), targets,
                 tmp_path, noise=0.1, epochs=1)
-    assert log[0]["loss"] == pytest.approx(cumulative + s * density, rel=0.02)
+    expected = NormalDist().cdf(0.5) + 2 * NormalDist().pdf(0.5)
+    assert log[0]["loss"] == pytest.approx(expected, rel=0.02)
 
 
 def test_a_text_is_held_out_wherever_it_occurs(tmp_path):
@@ -180,11 +155,8 @@ TEXTS = [  # labels, a description, and what is present or why it is dropped
     (["man"], "A skateboarder in the air.", {"person"}),
     (["motor bike", "motorbike"], "It is parked.", {"motorcycle"}),
     (["aeroplane"], "A jet takes off.", {"airplane"}),
-    ([], "An empty room.", "no or unknown label"),
     (["dog", "dragon"], "A dog and a dragon.", "no or unknown label"),
     (["dog"], " \n", "empty or refusal"),
-    (["dog"], None, "empty or refusal"),
-    (["dog"], "I'm sorry, I cannot describe a dog.", "empty or refusal"),
     (["dog"], "As an AI, I see no dog.", "empty or refusal"),
     (["dog"], "A Skateboarder in the air.", "duplicate"),
 ]
@@ -212,9 +184,7 @@ GOOD = b'{"labels": ["dog"], "description": "dog"}\n'
 @pytest.mark.parametrize("content, message", [
     (GOOD + b'\n{"labels": ["do', "texts.json, line 3: not JSON"),
     (b"[" + GOOD + b', {"labels"', "texts.json: not JSON: .*line 2"),
-    (GOOD + b"7", 'texts.json, line 2: not {"labels"'),
     (b'{"labels": [3], "description": "dog"}', 'texts.json, line 1: not {"labels"'),
-    (b'{"labels": "\xff"}', "texts.json: not UTF-8"),
     (b'{"labels": ["cow"], "description": "cow"}', "no sentence of use.*unknown label': 1")])
 def test_load_texts_names_file_and_line(tmp_path, content, message):
     path = tmp_path / "texts.json"
@@ -248,14 +218,10 @@ def test_embeddings_are_kept_on_disk_for_these_texts_and_weights():
     clip, other = clip_model.load("toy-RN")[0], clip_model.load("toy-ViT")[0]
     texts = ["a star", "a tree", "a star"]
     embeddings = lang_cls.embed_texts(clip, texts, ARGS)
-
-    def refuse(tokens):
-        raise AssertionError("embedded again")
-
-    clip.encode_text = other.encode_text = refuse
+    clip.encode_text = other.encode_text = None  # cannot embed any more
     assert torch.equal(lang_cls.embed_texts(clip, texts, ARGS), embeddings)
     for another, changed in ((clip, ["a star", "a house"]), (other, texts)):
-        with pytest.raises(AssertionError, match="embedded again"):
+        with pytest.raises(TypeError):
             lang_cls.embed_texts(another, changed, ARGS)
 
 
@@ -271,7 +237,7 @@ class ChatServer(ThreadingHTTPServer):
     def __init__(self, troubles=None):
         super().__init__(("127.0.0.1", 0), ChatHandler)
         self.troubles = troubles or {}
-        self.prompts, self.times, self.headers = [], [], []
+        self.prompts, self.headers = [], []
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -292,7 +258,6 @@ class ChatHandler(BaseHTTPRequestHandler):
         with self.server.lock:
             trouble = self.server.troubles.get(len(self.server.prompts))
             self.server.prompts.append(prompt)
-            self.server.times.append(time.monotonic())
             self.server.headers.append(str(self.headers))
         if callable(trouble):
             trouble = trouble(self)
@@ -310,11 +275,9 @@ OK = b"HTTP/1.0 200 OK\r\n\r\n"
 FAILED = b"HTTP/1.0 500 Internal Server Error\r\n\r\n"
 TROUBLES = {
     "too many": b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 0\r\n\r\n",
-    "failed": FAILED,
     "failed and cut": FAILED[:-2] + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
     "garbage": OK + b'{"choices": [{"mess',
     "an error": OK + b'{"error": "overloaded"}',
-    "cut": b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n{",
     "closed": b"",
     "slow": lambda handler: time.sleep(0.5),
 }
@@ -344,19 +307,17 @@ def test_every_trouble_is_survived(impatient, trouble):
         assert "red owl, ice cream" in server.prompts[0]
 
 
-def test_retry_after_is_kept_and_attempts_end():
-    later = b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 1\r\n\r\n"
-    with ChatServer({0: later, **dict.fromkeys(range(1, 9), FAILED)}) as server:
+def test_attempts_end(impatient):
+    with ChatServer(dict.fromkeys(range(9), FAILED)) as server:
         with pytest.raises(UserError, match=f"{server.url}: HTTP Error 500.*same command goes on"):
-            lang_cls.ask(server.url, "toy-llm", ["dog"], attempts=4, delay=0.05)
-        first, second, third = [b - a for a, b in zip(server.times, server.times[1:])]
-        assert first >= 1 and second >= 0.1 and third >= 0.2
+            lang_cls.ask(server.url, "toy-llm", ["dog"], attempts=4)
+        assert len(server.prompts) == 4
 
 
-@pytest.mark.parametrize("long", [0, 280])  # the key lies where a long message may be cut
-def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capfd, long):
+def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
-    refusal = f"HTTP/1.0 401 Unauthorized\r\n\r\n{long * '.'} no such key: sk-secret".encode()
+    # the key lies where a long message may be cut
+    refusal = f"HTTP/1.0 401 Unauthorized\r\n\r\n{280 * '.'} no such key: sk-secret".encode()
     path = tmp_path / "out.jsonl"
     with ChatServer(dict.fromkeys(range(3, 99), refusal)) as server:
         with pytest.raises(UserError, match="HTTP Error 401") as error:
@@ -386,38 +347,30 @@ def generate(path, url, sentences, *arguments):
                    "--llm-model", "toy-llm", "--sentences", str(sentences), "--quiet", *arguments])
 
 
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def test_answers_are_kept_at_once_and_when_another_request_fails(tmp_path):
+def test_answers_are_kept_when_another_request_fails(tmp_path):
     path = tmp_path / "out.jsonl"
     everyone = threading.Barrier(3)  # three requests at a time
 
-    def wait_for_the_file(handler):
+    def refuse(handler):
         everyone.wait(20)
-        for _ in range(500):
-            if len(lines(path)) >= 5:
-                return b"HTTP/1.0 400 Bad Request\r\n\r\n"
-            time.sleep(0.01)
+        return b"HTTP/1.0 400 Bad Request\r\n\r\n"
 
     def answer_late(handler):
         everyone.wait(20)
-        time.sleep(0.5)
+        time.sleep(0.3)
 
-    with ChatServer({5: wait_for_the_file, 6: answer_late, 7: answer_late}) as server:
+    with ChatServer({5: refuse, 6: answer_late, 7: answer_late}) as server:
         with pytest.raises(UserError, match="HTTP Error 400"):
             generate(path, server.url, 8, "--llm-requests", "3")
     assert len(lines(path)) == 7
 
 
-@pytest.mark.parametrize("end", [-1, 5])
-def test_a_killed_calls_cut_line_is_asked_for_again(tmp_path, end):
+def test_a_killed_calls_cut_line_is_asked_for_again(tmp_path):
     path = tmp_path / "out.jsonl"
     with ChatServer() as server:
         generate(path, server.url, 6)
         *others, last = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(others) + last[:end])
+        path.write_text("".join(others) + last[:5])
         generate(path, server.url, 8)
     (again, count), *once = Counter(server.prompts).most_common()
     assert count == 2 and len(once) == 7 and {count for _, count in once} == {1}
@@ -453,24 +406,9 @@ def trained(tmp_path_factory, quick):
     return folder / "run"
 
 
-def results(folder):
-    found = json.loads((folder / "results.json").read_text())
-    assert found.pop("seconds") >= 0
-    return found
-
-
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
-
-
-def test_a_run_writes_its_files_and_rows(trained, toy_resnet):
-    assert [line["epoch"] for line in lines(trained / "log.jsonl")] == [1, 2, 3, 4]
-    assert json.loads((trained / "args.json").read_text())["sentences"] == 300
-    assert Image.open(trained / "curves.png").width > 0
-    found = results(trained)
-    assert [found[key] for key in ("method", "data", "clip")] == ["lang_cls", "toy", "toy-RN"]
-    rows = {row["name"]: row for row in found["rows"] if row["kind"] != "zero-shot"}
-    assert len(rows) == 4 and len(found["rows"]) == 7 and rows["CoMC"]["kind"] == "method"
+def test_the_rows_are_what_the_pieces_give(trained, toy_resnet):
+    rows = {row["name"]: row for row in results(trained)["rows"] if row["kind"] != "zero-shot"}
+    assert len(rows) == 4
     clip, preprocess = toy_resnet
     test = data.load_dataset("toy", None, "test", preprocess, limit=32)
     embeddings = embed(clip, torch.stack([image for image, _ in test]))
@@ -491,44 +429,17 @@ def test_eval_repeats_the_rows_and_heeds_what_is_typed(trained, tmp_path):
     assert row["mAP"] == results(tmp_path)["rows"][-2]["mAP"]  # of "CoMC, local alone"
 
 
-# a run that is killed in the middle of saving its last epoch
-KILLED = """
-import os, signal, sys
-import data, lang_cls
-write_file, checkpoints = data.write_file, []
-
-def write_or_die(path, content):
-    write_file(path, content)
-    if path.endswith(".pt"):
-        checkpoints.append(path)
-        if len(checkpoints) == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-data.write_file = write_or_die
-lang_cls.main(sys.argv[1:])
-"""
-
-
 def test_a_run_resumes_after_kill_9_to_the_same_numbers(trained, quick, tmp_path):
-    command = [sys.executable, "-c", KILLED, *quick, "--limit", "32", "--output", str(tmp_path)]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    trees.run_killed("lang_cls", "best.pt", 4, [*quick, "--limit", "32", "--output", tmp_path])
     assert not (tmp_path / "results.json").exists()
     torch.manual_seed(99)
     lang_cls.main(["--resume", "--output", str(tmp_path), "--device", "cpu"])
     assert results(tmp_path) == results(trained)
     for name in ("best.pt", "last.pt"):
-        whole, resumed = checkpoint(trained / name), checkpoint(tmp_path / name)
-        torch.testing.assert_close(whole["model"]["weight"], resumed["model"]["weight"])
+        trees.assert_same_weights(tmp_path / name, trained / name)
     losses, same = [[line["loss"] for line in lines(folder / "log.jsonl")]
                     for folder in (trained, tmp_path)]
     assert losses == same
-
-
-def predictions(capsys, *arguments):
-    capsys.readouterr()
-    lang_cls.main(["--predict", *arguments, "--device", "cpu"])
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy_resnet):
@@ -542,8 +453,8 @@ def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy_resne
     photos = [tmp_path / "photos" / "a" / "1.png", tmp_path / "photos" / "b" / "1.png"]
     for i, photo in enumerate(photos):
         data.write_file(photo, world.scene("benchmark", 7, i))
-    arguments = [str(tmp_path / "photos"), "--checkpoint", str(run / "best.pt")]
-    found = predictions(capsys, *arguments, "--heatmap", str(maps))
+    arguments = [tmp_path / "photos", "--checkpoint", run / "best.pt"]
+    found = predictions(lang_cls, capsys, *arguments, "--heatmap", maps)
     assert [line["path"] for line in found] == list(map(str, photos))
     assert len(list(maps.glob("*.png"))) == 2
     model = lang_cls.CoMC(**best["model"])
@@ -554,10 +465,10 @@ def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy_resne
         assert [shown[label] for label in ("star", "moon", "fish", "house")] == pytest.approx(
             expected.tolist(), abs=1e-3)
     labels = found[0]["labels"]
-    assert predictions(capsys, *arguments, "--top", "2")[0]["labels"] == labels[:2]
-    least = str(labels[1]["score"] - 1e-4)
-    chosen = predictions(capsys, *arguments, "--threshold", least)[0]["labels"]
-    assert chosen == [entry for entry in labels if entry["score"] >= float(least)]
+    assert predictions(lang_cls, capsys, *arguments, "--top", "2")[0]["labels"] == labels[:2]
+    least = labels[1]["score"] - 1e-4
+    chosen = predictions(lang_cls, capsys, *arguments, "--threshold", least)[0]["labels"]
+    assert chosen == [entry for entry in labels if entry["score"] >= least]
 
 
 # ---- the authors' release
@@ -591,7 +502,7 @@ def test_the_authors_release_works_as_published(tmp_path, capsys, toy_resnet, qu
     for more, labels in ([], ours), (["--memory", str(tmp_path / "memory.pt")], memory.float()):
         model = lang_cls.CoMC(weight, F.normalize(labels, dim=-1))
         expected = model.scores(*embed(clip, preprocess(photo)[None]))[0]
-        line, = predictions(capsys, *arguments, *more)
+        line, = predictions(lang_cls, capsys, *arguments, *more)
         shown = {entry["label"]: entry["score"] for entry in line["labels"]}
         assert [shown[label] for label in data.COCO_LABELS] == pytest.approx(
             expected.tolist(), abs=2e-3)
@@ -604,14 +515,12 @@ class Malicious(functools.partial):
         return self.func, self.args
 
 
-@pytest.mark.parametrize("attack", ["os.system", "eval", "method", "our own"])
-def test_nothing_that_is_pickled_in_a_release_is_executed(tmp_path, attack, toy_resnet):
+@pytest.mark.parametrize("function, arguments", [
+    (os.system, "touch {}"), (eval, "open('{}', 'w').close()")])
+def test_nothing_that_is_pickled_in_a_release_is_executed(tmp_path, function, arguments):
     path, harm = tmp_path / "model-best.pth.tar", tmp_path / "harm"
-    attacks = {"os.system": Malicious(os.system, f"touch {harm}"),
-               "eval": Malicious(eval, f"open({str(harm)!r}, 'w').close()"),
-               "method": Malicious(operator.methodcaller("touch"), harm),
-               "our own": Malicious(data.write_file, str(harm), "")}
-    write_release(path, torch.randn(80, 128), extra=attacks[attack])
+    attack = Malicious(function, arguments.format(harm))
+    write_release(path, torch.randn(80, 128), extra=attack)
     torch.load(path, weights_only=False)
     assert harm.exists()  # what the file does to whoever is careless
     harm.unlink()
@@ -620,36 +529,3 @@ def test_nothing_that_is_pickled_in_a_release_is_executed(tmp_path, attack, toy_
     except UserError as error:
         assert "do not fit" in str(error) or "not the authors' file" in str(error)
     assert not harm.exists()
-
-
-# ---- bad input
-
-@pytest.mark.parametrize("arguments, message", [
-    ("--epochs 0", "--epochs"), ("--mapping-weight 1.5", "--mapping-weight"),
-    ("--labels owl,cat,owl", "each once"), ("--labels owl,cat --eval {best}", "--labels"),
-    ("--generate {text} --llm-url localhost --llm-model x", "--llm-url http"),
-    ("--labels a,b --generate {text} --llm-url http://x --llm-model x", "not written by"),
-    ("--labels a,b --generate {lines} --llm-url http://x --llm-model x", "other labels"),
-    ("--output {run}", "--resume"), ("--resume --output nosuch", "last.pt"),
-    ("--eval {text} --clip toy-RN", "text.pth.tar"), ("--eval {best} --clip toy-ViT", "another CLIP"),
-    ("--predict {image}", "--checkpoint"),
-    ("--predict {image} --checkpoint {release} --clip toy-RN --memory nosuch", "nosuch"),
-    ("--predict {image} --checkpoint {release} --clip toy-RN --memory {text}", "text.pth.tar"),
-    ("--predict {image} --checkpoint {release} --clip toy-RN --memory {memory}", "3, 128"),
-])
-def test_bad_input_is_one_clear_error(trained, tmp_path, capsys, monkeypatch, arguments, message):
-    files = {"text": tmp_path / "text.pth.tar", "lines": tmp_path / "lines.jsonl",
-             "image": tmp_path / "image.png", "release": tmp_path / "release.pth.tar",
-             "memory": tmp_path / "memory.pt", "best": trained / "best.pt", "run": trained}
-    files["text"].write_text("neither an image nor a checkpoint")
-    files["lines"].write_text('{"request": 0, "labels": ["dog"], "description": "A dog."}\n')
-    data.write_file(files["image"], world.scene("benchmark", 7, 0))
-    write_release(files["release"], torch.zeros(80, 128))
-    torch.save(torch.zeros(3, 128), files["memory"])
-    monkeypatch.chdir(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(sys, "argv", ["lang_cls.py", *arguments.format(**files).split()])
-    with pytest.raises(SystemExit) as error:
-        runpy.run_path(str(ROOT / "lang_cls.py"), run_name="__main__")
-    assert error.value.code == 2 and message in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

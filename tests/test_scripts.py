@@ -90,19 +90,22 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
     trees.make("folder", root / "folder")
     trees.make("voc2007", root / "voc")
-    (root / "empty").mkdir()
     for name in ("text.pt", "text.pth"):
         (root / name).write_text("no weights")
+    (root / "lines.jsonl").write_text('{"request": 0, "labels": ["dog"], "description": "A."}\n')
     torch.save({"conv1.weight": torch.zeros(3)}, root / "other.pth")
+    torch.save({"state_dict": {"adapter.0.weight": torch.zeros(80, 128)}}, root / "old.pth.tar")
+    torch.save(torch.zeros(3, 128), root / "memory.pt")
     mkt.main(["--data", "folder", "--root", str(root / "folder"), *SMALL["mkt"], *FEW, "--output",
               str(root / "run")])
+    for key, value in {"method": "trm_ml", "clip_fingerprint": "0"}.items():
+        torch.save({**trees.checkpoint(root / "run/best.pt"), key: value}, root / f"{key}.pt")
     return root
 
 
 @pytest.mark.parametrize("command, message", [
-    ("mkt --data nosuch", "--data"),
     ("mkt --data nuswide", "--root DIR"),
-    ("lang_cls --data coco --root empty", "annotations/instances_val2014.json"),
+    ("lang_cls --data coco --root voc", "annotations/instances_val2014.json"),
     ("trm_ml --data voc2007 --root voc --zero-shot", "--zero-shot is not for voc2007"),
     ("mkt {folder} --clip ViT-Z/99", "ViT-Z/99"),
     ("mkt {folder} --clip toy-RN", "ResNet"),
@@ -110,22 +113,27 @@ def files(tmp_path_factory):
     ("mkt {folder} --clip toy-ViT --topk 4 --workers 0 --lr 1e30 --batch-size 1 --output out",
      "the loss is not finite"),
     ("mkt --epochs 0 --prompt-epochs 0", "nothing to train"),
-    ("trm_ml --epochs 0", "--epochs"),
     ("lang_cls --batch-size 0", "--batch-size"),
-    ("mkt --val-fraction 1.5", "--val-fraction"),
+    ("lang_cls --labels owl,cat,owl", "each once"),
+    ("lang_cls --labels a,b --generate lines.jsonl --llm-url http://x --llm-model x",
+     "other labels"),
     ("trm_ml --partial 0.5 0", "--partial"),
+    ("trm_ml {folder} --clip toy-RN --partial 0.000001 --output none", "--partial"),
     ("trm_ml --single-positive --partial 0.5", "--single-positive"),
-    ("trm_ml --resume --output empty", "empty/last.pt"),
+    ("trm_ml --resume --output voc", "voc/last.pt"),
     ("mkt {folder} --clip toy-ViT --output run", "--resume"),
     ("mkt --resume --output run --epochs 3", "stage 2 has begun"),
-    ("mkt --eval text.pt", "text.pt is not a checkpoint"),
+    ("lang_cls --eval text.pt", "text.pt is not a checkpoint"),
     ("lang_cls --eval run/best.pt", "a checkpoint of mkt.py"),
-    ("mkt --eval run/best.pt --data voc2007 --root voc", "other labels"),
-    ("mkt {folder} --clip toy-ViT --topk 4 --eval text.pth", "text.pth"),
+    ("trm_ml --eval method.pt --data voc2007 --root voc", "other labels"),
+    ("mkt --eval clip_fingerprint.pt", "another CLIP"),
     ("mkt {folder} --clip toy-ViT --topk 4 --eval other.pth", "conv1.weight"),
     ("trm_ml --predict folder/1.png", "--checkpoint"),
     ("mkt --predict nosuch.jpg --checkpoint run/best.pt", "nosuch.jpg"),
+    ("mkt --predict folder/1.png text.pt --checkpoint run/best.pt", "text.pt: not an image"),
     ("mkt --predict folder/1.png --checkpoint run/best.pt --labels owl", "at least two"),
+    ("lang_cls --predict folder/1.png --checkpoint old.pth.tar --clip toy-RN --memory memory.pt",
+     "3, 128"),
 ])
 def test_bad_input_is_one_clear_error(files, capsys, monkeypatch, command, message):
     before = {path: path.read_bytes() for path in files.rglob("*.p*")}  # checkpoints and pictures
