@@ -53,41 +53,31 @@ def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
     assert np.abs(np.subtract(image.getpixel((1, 1)), expected)).max() <= 1
 
 
-def test_files_of_other_kinds(tmp_path):
+def test_palettes_and_frames(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
-    for transparency, first in ((None, (255, 0, 0)), (0, (255, 255, 255)),
-                                (bytes([128, 255]), (255, 127, 127))):
-        options = {} if transparency is None else {"transparency": transparency}
-        palette.save(tmp_path / "palette.png", **options)
-        image = open_image(tmp_path / "palette.png")
-        assert [image.getpixel((x, 0)) for x in (0, 1)] == [first, (0, 0, 255)]
+    palette.save(tmp_path / "a.png", transparency=bytes([128, 255]))
+    image = open_image(tmp_path / "a.png")
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 127, 127), (0, 0, 255)]
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
-
-
-def save_truncated(path, whole, part=0.5, **options):
-    whole.save(path, **options)
-    content = path.read_bytes()
-    path.write_bytes(content[:int(part * len(content))])
-    return path
 
 
 @pytest.mark.parametrize("name, options", [
     ("a.jpg", {"progressive": True}), ("a.png", {}), ("a.gif", {})])
 def test_truncated_photos_are_used_as_far_as_they_go(tmp_path, monkeypatch, capsys, name, options):
     noise = np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)
-    whole = Image.fromarray(noise).resize((240, 160), Image.Resampling.BICUBIC)
-    path = save_truncated(tmp_path / name, whole, **options)
+    path = tmp_path / name
+    Image.fromarray(noise).resize((240, 160), Image.Resampling.BICUBIC).save(path, **options)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
     images = [np.asarray(open_image(path)) for _ in range(2)]
     assert capsys.readouterr().err == f"{path}: truncated, used as far as it goes\n"
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # Pillow's own way
     expected = np.asarray(Image.open(path).convert("RGB"))
     assert np.array_equal(images[0], expected) and np.array_equal(images[1], expected)
-    assert np.abs(expected.astype(int) - np.asarray(whole)).mean(axis=(1, 2)).min() < 40
 
 
 def png_without_pixels(width, height):
@@ -96,32 +86,20 @@ def png_without_pixels(width, height):
     return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 9) + b"IDAT"
 
 
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
-# content of a file that cannot be read, and what is said about it
-UNREADABLE = [
+@pytest.mark.parametrize("content, reason", [
     (b"", "the file is empty"), (b"<html>404 not found</html>", "not an image"),
-    (HEIC, "convert it to JPEG, or install pillow-heif"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "convert it to JPEG"),
     (png_without_pixels(8, 8), "truncated before its first pixels"),
     (png_without_pixels(20000, 20000), "exceeds limit of 200000000 pixels"),
-    (png_without_pixels(3, 600), "3 x 600 is too long")]
-
-
-@pytest.mark.parametrize("content, reason", UNREADABLE)
+    (png_without_pixels(3, 600), "3 x 600 is too long")])
 def test_unreadable_files_are_named_with_the_reason(tmp_path, content, reason):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    for file, name in ((path, path), (str(path), path), (io.BytesIO(content), "image")):
+    for file, name in ((path, path), (io.BytesIO(content), "image")):
         with pytest.raises(UserError) as error:
             open_image(file)
         assert str(error.value).startswith(f"{name}: ") and reason in str(error.value)
         assert "\n" not in str(error.value)
-
-
-def test_files_that_are_no_images_at_all(tmp_path):
-    Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
-    for name, reason in (("absent.jpg", "No such file"), ("float.tif", "no defined range")):
-        with pytest.raises(UserError, match=reason):
-            open_image(tmp_path / name)
 
 
 def test_image_files(tmp_path):
@@ -130,8 +108,7 @@ def test_image_files(tmp_path):
         (tmp_path / name).touch()
     for paths, expected in (
             ([str(tmp_path / "notes.txt"), tmp_path], ["notes.txt", "b.JPG", "inner/a.avif"]),
-            ([str(tmp_path / "*.JPG"), tmp_path / ".hidden.jpg"], ["b.JPG", ".hidden.jpg"]),
-            ([str(tmp_path / "**/*.avif")], ["inner/a.avif"])):
+            ([str(tmp_path / "*.JPG"), tmp_path / ".hidden.jpg"], ["b.JPG", ".hidden.jpg"])):
         assert data.image_files(paths) == [tmp_path / name for name in expected]
     (tmp_path / "empty").mkdir()
     for path, reason in (("no/such", "no such"), ("empty", "no files")):
@@ -152,13 +129,6 @@ def test_open_images_in_order_and_what_cannot_be_read_is_named(tmp_path, capsys)
 
 # ---- the dataset
 
-def dataset_of(images, **options):
-    """Labels "0".."3"; image i has the target row that spells i in binary, as +1 and -1."""
-    bits = [[1 if i >> b & 1 else -1 for b in range(4)] for i in range(len(images))]
-    return MultiLabelDataset(["0", " 1", "2", "3"], torch.tensor(bits, dtype=torch.int8), images,
-                             **options)
-
-
 def save(path, number):
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (8, 6), (number, 0, 0)).save(path)
@@ -174,33 +144,37 @@ def to_number(image):
     return torch.tensor(image.getpixel((0, 0))[0])
 
 
+def dataset_of(images, **options):
+    """Labels "0".."3"; image i has the target row that spells i in binary, as +1 and -1."""
+    bits = [[1 if i >> b & 1 else -1 for b in range(4)] for i in range(len(images))]
+    return MultiLabelDataset(["0", " 1", "2", "3"], torch.tensor(bits, dtype=torch.int8), images,
+                             **{"transform": to_number, **options})
+
+
+def items(dataset):
+    """What number each image shows, checked against its target."""
+    for image, target in dataset:
+        assert sum(2 ** b for b in range(4) if target[b] == 1) == image
+    return [int(image) for image, _ in dataset]
+
+
 def test_items_and_label_split(files):
-    dataset = dataset_of(files, unseen=[3, 1], transform=to_number)
-    assert len(dataset) == len(list(dataset)) == 10 and dataset.missing == dataset.replaced == 0
-    assert dataset.labels == ["0", "1", "2", "3"]
+    dataset = dataset_of(files, unseen=[3, 1])
+    assert items(dataset) == list(range(10)) and len(dataset) == 10
+    assert dataset.missing == dataset.replaced == 0 and dataset.labels == ["0", "1", "2", "3"]
     assert dataset.seen.tolist() == [0, 2] and dataset.unseen.tolist() == [1, 3]
-    for i in range(10):
-        image, target = dataset[i]
-        assert int(image) == i and torch.equal(target, dataset.targets[i])
-
-
-def test_images_from_an_object_and_rows():
-    scenes = tuple(Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(4))
-    dataset = dataset_of(scenes, transform=to_number, rows=[0, 2, 3])
-    assert [(int(image), target.tolist()) for image, target in dataset] == [
-        (0, [-1, -1, -1, -1]), (2, [-1, 1, -1, -1]), (3, [1, 1, -1, -1])]
-    assert dataset.rows.tolist() == [0, 2, 3] and len(dataset.full_targets) == 4
     assert dataset.targets.tolist() == [target.tolist() for _, target in dataset]
+
+
+def test_rows_and_subsets(files):
+    scenes = tuple(Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(4))
+    dataset = dataset_of(scenes, rows=[0, 2, 3])
+    assert items(dataset) == dataset.rows.tolist() == [0, 2, 3] and len(dataset.full_targets) == 4
     assert dataset.subset([2, 0]).rows.tolist() == [3, 0]
-
-
-def test_subset(files):
-    dataset = dataset_of(files, transform=to_number)
+    dataset = dataset_of(files)
     subset = dataset.subset([7, 2])
-    assert [(int(image), target.tolist()) for image, target in subset] == [
-        (7, [1, 1, 1, -1]), (2, [-1, 1, -1, -1])]
-    assert [int(image) for image, _ in subset.subset(torch.tensor([False, True]))] == [2]
-    assert [int(image) for image, _ in dataset.subset(range(3))] == [0, 1, 2]
+    assert items(subset) == [7, 2] and items(dataset.subset(range(3))) == [0, 1, 2]
+    assert items(subset.subset(torch.tensor([False, True]))) == [2]
     subset.transform, subset.on_error = None, "replace"
     assert dataset.transform is to_number and dataset.on_error == "raise"
     with pytest.raises(UserError, match="no images"):
@@ -224,13 +198,10 @@ def test_hold_out(files):
     (["cat", " cat", "dog"], torch.zeros(2, 3, dtype=torch.int8), "more than once: cat"),
     (["cat", "dog"], torch.zeros(3, 2, dtype=torch.int8), r"\[2, 2\].*\[3, 2\]"),
     (["cat", "dog"], torch.zeros(2, 2), "int8"),
-    (["cat", "dog"], torch.tensor([[1, -2], [0, 0]], dtype=torch.int8), r"\+1 \(present\)"),
-])
+    (["cat", "dog"], torch.tensor([[1, -2], [0, 0]], dtype=torch.int8), r"\+1 \(present\)")])
 def test_what_does_not_fit_together(files, labels, targets, message):
     with pytest.raises(UserError, match=message):
         MultiLabelDataset(labels, targets, files[:2])
-    with pytest.raises(UserError, match="no images"):
-        dataset_of([])
 
 
 def test_missing_files(tmp_path, capsys):
@@ -244,22 +215,16 @@ def test_missing_files(tmp_path, capsys):
     numbers = [int(image) for image, _ in dataset]
     assert numbers == [i for i in range(40) if i not in (5, 6)] == dataset.rows.tolist()
     assert [int(target) for _, target in dataset] == [i % 3 - 1 for i in numbers]
-
     os.remove(files[20])
     with pytest.raises(UserError, match="3 of 40 .*--allow-missing"):
         MultiLabelDataset(["a"], targets, files)
-    allowed = MultiLabelDataset(["a"], targets, files, allow_missing=True, quiet=True)
-    assert allowed.missing == 3 and len(allowed) == 37
-    assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match="10 of 10"):
-        dataset_of([str(tmp_path / "nowhere" / f"{i}.png") for i in range(10)], allow_missing=True)
+    assert len(MultiLabelDataset(["a"], targets, files, allow_missing=True)) == 37
 
 
 def test_unreadable_image_in_evaluation_stops_with_its_name(files):
     Path(files[4]).write_bytes(b"")
-    dataset = dataset_of(files, transform=to_number)
     with pytest.raises(UserError) as error:
-        list(DataLoader(dataset, batch_size=2, num_workers=2))
+        list(DataLoader(dataset_of(files), batch_size=2, num_workers=2))
     assert str(error.value) == f"{files[4]}: the file is empty"  # without the worker's traceback
 
 
@@ -269,8 +234,9 @@ def test_damaged_images_in_training_are_named_once(files, workers, capfd):
         Path(files[i]).write_bytes(b"")
     pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)
     pixels[0, 0, 0] = 5
-    save_truncated(Path(files[5]), Image.fromarray(pixels), 0.7)
-    dataset = dataset_of(files, transform=to_number, on_error="replace")
+    Image.fromarray(pixels).save(files[5])
+    Path(files[5]).write_bytes(Path(files[5]).read_bytes()[:-4000])
+    dataset = dataset_of(files, on_error="replace")
     shown = [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
     for _ in range(2):
         batches = list(DataLoader(dataset, batch_size=5, num_workers=workers))
@@ -280,23 +246,20 @@ def test_damaged_images_in_training_are_named_once(files, workers, capfd):
         assert dataset.replaced == 3
     messages = capfd.readouterr().err
     assert all(messages.count(files[i]) == 1 for i in (2, 3, 5, 9)), messages
-    assert dataset.subset(range(5)).replaced == 2
 
 
 def test_training_stops_when_nothing_can_be_read(tmp_path):
     files = [str(tmp_path / f"{i}.jpg") for i in range(16)]
     for path in files:
         Path(path).touch()
-    dataset = dataset_of(files, on_error="replace")
     with pytest.raises(UserError, match="12.jpg: the file is empty; nor can"):
-        dataset[3]
-    assert dataset.replaced == 10
+        dataset_of(files, on_error="replace")[3]
 
 
 # ---- partial labels
 
-def random_targets(images, labels, seed=0):
-    values = np.random.RandomState(seed).randint(-1, 2, (images, labels))
+def random_targets(images, labels):
+    values = np.random.RandomState(0).randint(-1, 2, (images, labels))
     return torch.from_numpy(values).to(torch.int8)
 
 
@@ -327,7 +290,6 @@ def test_keep_single_positive_draws_as_cole_et_al_do():
     kept = data.keep_single_positive(targets, seed=1200)
     assert kept.dtype == torch.int8 and torch.equal(targets, before)
     assert np.array_equal(kept.numpy(), expected) and not kept[17].any()
-    assert not torch.equal(kept, data.keep_single_positive(targets, seed=1))
 
 
 # ---- files
@@ -340,7 +302,6 @@ def test_write_file_leaves_the_old_file_or_the_new_one(tmp_path):
     data.write_file(path, Image.new("RGB", (2, 3), (1, 2, 3)))
     assert Image.open(path).format == "PNG" and open_image(path).size == (2, 3)
     data.write_file(path, "\u732b")
-    assert data.read_text(path) == "\u732b"
     with pytest.raises(TypeError):
         data.write_file(path, {"not": (i for i in "saved")})
     with pytest.raises(UserError, match="cannot write .*file/below: "):
@@ -354,14 +315,11 @@ def test_read_json(tmp_path):
     assert data.read_json(path) == [(f"{path}, line 1", {"a": 1}), (f"{path}, line 3", "b\u2028c")]
     path.write_text('[1,\n "a"]')
     assert data.read_json(path) == [(f"{path}, entry 1", 1), (f"{path}, entry 2", "a")]
-    for text, message in (('"a"\n{', "line 2: not JSON"), ("[1,\n x]", "not JSON: .*line 2")):
-        path.write_text(text)
-        with pytest.raises(UserError, match=f"{path}.*{message}"):
+    for content, message in ((b'"a"\n{', ", line 2: not JSON"), (b"[1,\n x]", ": not JSON"),
+                             (b"\xff", ": not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path}{message}"):
             data.read_json(path)
-    path.write_bytes(b"\xff")
-    for wrong, message in ((path, "not UTF-8"), (tmp_path / "b", "No such file")):
-        with pytest.raises(UserError, match=f"{wrong}: {message}"):
-            data.read_text(wrong)
 
 
 def test_cached_while_sources_and_key_stay(tmp_path, cache, monkeypatch, capsys):
@@ -377,7 +335,6 @@ def test_cached_while_sources_and_key_stay(tmp_path, cache, monkeypatch, capsys)
         return int(arrays["count"])
 
     assert [get(key) for key in (1, 1, {"size": [2]}, {"size": [2]}, 1)] == [1, 1, 2, 2, 1]
-    assert len(made) == 2 and all(file.name.startswith("name-") for file in cache.iterdir())
     os.utime(source, (1, 1))
     assert get(1) == 3
     whole = next(cache.iterdir()).read_bytes()
@@ -385,7 +342,6 @@ def test_cached_while_sources_and_key_stay(tmp_path, cache, monkeypatch, capsys)
         for file in cache.iterdir():
             file.write_bytes(damaged)
         assert get(1) == len(made) == get(1)
-    assert len(made) == 6 and capsys.readouterr().err == ""
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # a file: nothing can be kept
     assert get(1) == len(made) == 7 and "cannot be written" in capsys.readouterr().err
 
@@ -400,5 +356,3 @@ def test_read_checkpoint(tmp_path):
         data.write_file(path, content)
         with pytest.raises(UserError, match="best.pt is not a checkpoint of mkt.py: [^\n]*$"):
             data.read_checkpoint(path, "mkt")
-    with pytest.raises(UserError, match="none.pt is not a checkpoint of mkt.py: .*No such file"):
-        data.read_checkpoint(tmp_path / "none.pt", "mkt")
