@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import warnings
 from pathlib import Path
 
@@ -50,10 +49,10 @@ def model(request):
     return request.getfixturevalue(request.param)
 
 
-def random_images(model, count=3, size=None):
+def random_images(model, size=None):
     torch.manual_seed(1)
     height, width = size or (model.visual.input_resolution,) * 2
-    return torch.randn(count, 3, height, width)
+    return torch.randn(3, 3, height, width)
 
 
 def random_tokens(count=9, longest=77):
@@ -156,15 +155,12 @@ def random_strings(count):
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """OpenAI's tokenizer as users get it; instead of a download, the file that open_clip has."""
-    file = "bpe_simple_vocab_16e6.txt.gz"
+    """OpenAI's tokenizer as users get it, but that it is downloaded from open_clip's folder."""
+    open_clip = pytest.importorskip("open_clip")
+    file = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
     with pytest.MonkeyPatch.context() as patch:
-        if not (clip_model.CACHE / file).exists():
-            open_clip = pytest.importorskip("open_clip", reason=f"{file} is neither in "
-                                            f"{clip_model.CACHE} nor in an installed open_clip")
-            folder = tmp_path_factory.mktemp("vocabulary")
-            shutil.copy(Path(open_clip.__file__).parent / file, folder)
-            patch.setattr(clip_model, "CACHE", folder)
+        patch.setattr(clip_model, "VOCABULARY_URL", file.as_uri())
+        patch.setattr(clip_model, "CACHE", tmp_path_factory.mktemp("cache"))
         yield clip_model.official_tokenizer()
     clip_model.official_tokenizer.cache_clear()
 
@@ -184,13 +180,9 @@ def test_tokens_equal_open_clip(official):
             assert official.decode(tokens[1:-1]) == theirs.decode(tokens[1:-1])  # half characters
     plain = [text for text in texts if "<|" not in text]
     assert torch.equal(clip_model.tokenize(plain, truncate=True), theirs(plain))
-
-
-def test_tokens_of_openais_readme(official):
-    tokens = clip_model.tokenize("a diagram")
+    tokens = clip_model.tokenize("a diagram")  # of OpenAI's README
     assert tokens.dtype == torch.int64 and tokens.shape == (1, 77)
     assert tokens[0, :5].tolist() == [49406, 320, 22697, 49407, 0]
-    assert official.decode([49406, 320, 22697, 49407]) == "<|startoftext|>a diagram <|endoftext|>"
     model = clip_model.CLIP(8, 32, 1, 64, 8, 20, 49408, 64, 1, 1)  # no vocabulary of its own
     assert torch.equal(model.tokenize("a diagram"), tokens[:, :20])
 
@@ -211,7 +203,6 @@ def test_tokenize(merges_path):
     tokens = tokenizer.tokenize("dog cat")
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == [[516, 513, 515, 517] + [0] * 73]
-    assert tokenizer.tokenize([]).shape == (0, 77)
     assert tokenizer.tokenize("cat " * 75)[0, -1] == 517
     too_long = "cat " * 75 + "dog"
     with pytest.raises(RuntimeError, match=r"78 tokens.*77.*cat dog'"):
@@ -311,15 +302,6 @@ def test_cut_text_equals_all_77_tokens(vit, longest):
 
 # ---- dense embeddings and other image sizes
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (2, 4)])
-def test_global_embeddings_equal_encode_image(model, rows, columns):
-    stride = model.visual.patch_size if hasattr(model.visual, "patch_size") else 32
-    images = random_images(model, 2, (rows * stride, columns * stride))
-    global_, local = model.encode_image_dense(images)
-    assert local.shape == (2, rows * columns, 32)
-    assert_equal(global_, model.encode_image(images))
-
-
 def test_vit_dense_equals_reference(vit):
     images = random_images(vit)
     x, last = reference_tokens(vit, images), vit.visual.transformer.resblocks[-1]
@@ -340,7 +322,9 @@ def test_resnet_dense_equals_a_loop_over_locations(resnet):
     pool = resnet.visual.attnpool
     features = resnet.visual.features(images)
     assert features.shape == (3, 512, 2, 3)
-    local = resnet.encode_image_dense(images)[1]
+    global_, local = resnet.encode_image_dense(images)
+    assert_equal(global_, resnet.encode_image(images))
+    assert local.shape == (3, 6, 32)
     for i in range(6):
         location = features[:, :, i // 3, i % 3]
         assert_equal(local[:, i], pool.c_proj(pool.v_proj(location)))
@@ -367,9 +351,8 @@ def test_preprocessing_equals_arithmetic(size, mode):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(image).convert(mode)
-    transform = clip_model.preprocess_transform(32)
-    transform = pickle.loads(pickle.dumps(transform))  # so it goes to data loaders' processes
-    ours = transform(image)
+    # pickled as on the way to data loaders' processes
+    ours = pickle.loads(pickle.dumps(clip_model.preprocess_transform(32)))(image)
     assert ours.shape == (3, 32, 32) and ours.dtype == torch.float32
     width, height = size
     width, height = (32, 32 * height // width) if width < height else (32 * width // height, 32)
@@ -435,11 +418,10 @@ def test_fingerprints_are_taken_before_the_weights_move():
 
 def test_unknown_names_list_the_known_ones(tmp_path):
     assert clip_model.available_models() == ["toy-RN", "toy-ViT", *PUBLISHED]
-    for name in ("ViT-Z/99", "no such file.pt", tmp_path):
+    for name in ("ViT-Z/99", tmp_path):
         with pytest.raises(ClipError) as error:
             clip_model.load(name)
-        for part in (str(name), *clip_model.available_models()):
-            assert part in str(error.value)
+        assert all(x in str(error.value) for x in (str(name), *clip_model.available_models()))
 
 
 class Trap:
@@ -507,16 +489,3 @@ def test_published_names_are_downloaded(vit, tmp_path, monkeypatch):
     assert model.tokenizer is None and model.vocab_size == 49408
     images = random_images(vit)
     assert_equal(model.encode_image(images), vit.encode_image(images), 0.05)  # rounded weights
-
-
-def test_the_official_vocabulary_is_fetched_into_the_cache(merges_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_model, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(clip_model, "VOCABULARY_URL", merges_path.as_uri())
-    digest = hashlib.sha256(merges_path.read_bytes()).hexdigest()
-    monkeypatch.setattr(clip_model, "VOCABULARY_SHA256", digest)
-    expected = clip_model.Tokenizer(merges_path).tokenize("a cat")
-    for _ in range(2):  # fetched, then from the cache
-        clip_model.official_tokenizer.cache_clear()
-        assert torch.equal(clip_model.tokenize("a cat"), expected)
-        merges_path.unlink(missing_ok=True)
-    clip_model.official_tokenizer.cache_clear()

@@ -176,21 +176,10 @@ def test_load_texts_drops_and_counts(tmp_path, form):
     for row, present in zip(targets.tolist(), kept.values()):
         assert row == [1 if label in present else -1 for label in data.COCO_LABELS]
     assert dropped == Counter(what for *_, what in TEXTS if isinstance(what, str))
-
-
-GOOD = b'{"labels": ["dog"], "description": "dog"}\n'
-
-
-@pytest.mark.parametrize("content, message", [
-    (GOOD + b'\n{"labels": ["do', "texts.json, line 3: not JSON"),
-    (b"[" + GOOD + b', {"labels"', "texts.json: not JSON: .*line 2"),
-    (b'{"labels": [3], "description": "dog"}', 'texts.json, line 1: not {"labels"'),
-    (b'{"labels": ["cow"], "description": "cow"}', "no sentence of use.*unknown label': 1")])
-def test_load_texts_names_file_and_line(tmp_path, content, message):
-    path = tmp_path / "texts.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        lang_cls.load_texts(path, ["dog"])
+    for wrong, message in (([3], 'texts, line 1: not {"labels"'), (["cow"], "no sentence of use")):
+        path.write_text(json.dumps({"labels": wrong, "description": "dog"}))
+        with pytest.raises(UserError, match=message):
+            lang_cls.load_texts(path, ["dog"])
 
 
 # ---- embeddings of texts
@@ -509,18 +498,13 @@ def test_the_authors_release_works_as_published(tmp_path, capsys, toy_resnet, qu
 
 
 class Malicious(functools.partial):
-    """Pickled as the call of a function."""
-
-    def __reduce__(self):
+    def __reduce__(self):  # pickled as the call of a function
         return self.func, self.args
 
 
-@pytest.mark.parametrize("function, arguments", [
-    (os.system, "touch {}"), (eval, "open('{}', 'w').close()")])
-def test_nothing_that_is_pickled_in_a_release_is_executed(tmp_path, function, arguments):
+def test_nothing_that_is_pickled_in_a_release_is_executed(tmp_path):
     path, harm = tmp_path / "model-best.pth.tar", tmp_path / "harm"
-    attack = Malicious(function, arguments.format(harm))
-    write_release(path, torch.randn(80, 128), extra=attack)
+    write_release(path, torch.randn(80, 128), extra=Malicious(os.system, f"touch {harm}"))
     torch.load(path, weights_only=False)
     assert harm.exists()  # what the file does to whoever is careless
     harm.unlink()

@@ -124,9 +124,9 @@ def test_chunks_of_labels_that_are_recomputed_change_nothing(toy):
 
 # ---- optimisation
 
-
 def test_learning_rate_follows_the_formula():
-    rate = functools.partial(mkt.learning_rate, peak=1e-3, minimum=1e-6, epochs=20, warmup_epochs=2)
+    rate = functools.partial(mkt.learning_rate, peak=1e-3, minimum=1e-6, epochs=20,
+                             warmup_epochs=2)
     assert rate(0) == 0 and rate(1) == pytest.approx(5e-4) and rate(2) == pytest.approx(1e-3)
     assert rate(11) == pytest.approx(1e-6 + (1e-3 - 1e-6) / 2) and rate(20) == pytest.approx(1e-6)
     assert rate(6.5) == pytest.approx(1e-6 + (1e-3 - 1e-6) * math.cos(math.pi / 8) ** 2)
@@ -294,16 +294,6 @@ def assert_same_run(folder, other):
         assert_same_weights(folder / name, other / name)
 
 
-def test_a_run_trains_every_weight_in_two_stages(trained, toy):
-    state = checkpoint(trained / "best.pt")
-    assert state["labels"] == world.LABELS and state["args"]["topk"] == 4
-    epochs = [(line["stage"], line["epoch"]) for line in state["log"]]
-    assert epochs == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    start = mkt.MKT(toy[0], topk=4).trained()
-    assert state["model"].keys() == start.keys()
-    assert not any(torch.equal(state["model"][name], start[name]) for name in start)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("preprocess", ["clip", "authors"])
 def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp_path):
@@ -335,20 +325,13 @@ def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp
         assert found[name] == pytest.approx(mAP, abs=1e-4), name
 
 
-def test_stage_1_alone_has_no_ablation_and_worker_processes_change_nothing(quick, tmp_path):
-    for workers in ("0", "2"):
-        rows = mkt.main([*quick, "--prompt-epochs", "0", "--workers", workers, "--output",
-                         str(tmp_path / workers)])
-        assert [row["kind"] for row in rows] == ["zero-shot"] * 3 + ["method"]
-    assert_same_run(tmp_path / "0", tmp_path / "2")
-
-
 def test_two_processes_end_where_one_does(quick, tmp_path):
     """Resumed after an epoch by one process or by two, with augmentation and a last batch of a
     single image. The first epoch is shared: it starts where the distillation is |0|, whose
     gradient's sign is that of rounding."""
     options = [*quick, "--prompt-epochs", "1", "--limit", "17"]
-    mkt.main([*options, "--epochs", "1", "--prompt-epochs", "0", "--output", str(tmp_path / "one")])
+    mkt.main([*options, "--epochs", "1", "--prompt-epochs", "0", "--output",
+              str(tmp_path / "one")])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     options += ["--epochs", "2", "--resume"]
     mkt.main([*options, "--output", str(tmp_path / "one")])
@@ -410,18 +393,6 @@ def test_under_bf16_scores_are_float32(train, scenes, toy):
     args, _ = mkt.arguments(["--precision", "bf16", "--output", "unused", "--device", "cpu"])
     for scores in mkt.evaluate(model, test, [model.context], args)[0]:
         assert scores.dtype == torch.float32 and (scores.bfloat16() != scores).any()
-
-
-def test_compile_changes_no_result(quick, tmp_path, monkeypatch):
-    # all of torch.compile but the generation of code, which takes a minute
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    arguments = [*quick, "--limit", "8", "--epochs", "1", "--warmup-epochs", "0",
-                 "--prompt-epochs", "0"]
-    plain = mkt.main([*arguments, "--output", str(tmp_path / "plain")])
-    assert mkt.main([*arguments, "--compile", "--output", str(tmp_path / "compiled")]) == plain
-    weights, expected = (checkpoint(tmp_path / name / "last.pt")["model"]
-                         for name in ("compiled", "plain"))
-    torch.testing.assert_close(weights, expected)
 
 
 # ---- a trained model
