@@ -55,16 +55,6 @@ def test_average_precision_equals_scikit_learns(steps, unknown):
     assert mean_average_precision(scores, targets) == pytest.approx(np.mean(expected), rel=1e-12)
 
 
-def test_average_precision_in_closed_form():
-    scores = torch.arange(10.0)[:, None].repeat(1, 3)
-    targets = -torch.ones(10, 3).int()
-    targets[7:, 0] = 1   # the three positives on top
-    targets[0, 1] = 1    # the only one at the bottom
-    targets[7:, 2] = 1
-    scores[:, 2] = 0     # all tied: the share of positives
-    np.testing.assert_allclose(average_precision(scores, targets), [1, 1 / 10, 3 / 10])
-
-
 def test_a_label_without_positives_is_nan_and_left_out_of_the_mean():
     scores = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.2, 0.3, 0.1, 0.5], [0.3, 0.2, 0.2, 0.4]])
     targets = torch.tensor([[1, -1, 0, 1], [-1, -1, 0, 1], [-1, -1, 0, 1]])
@@ -129,14 +119,6 @@ def test_f1_at_k_equals_a_loop(k):
     scores[scores == -1] = -torch.inf
     expected = f1_at_k_by_loop(scores, targets, k)
     assert precision_recall_f1_at_k(scores, targets, k) == pytest.approx(expected, 1e-12)
-
-
-def test_f1_at_k_in_closed_form():
-    scores = torch.tensor([[0.9, 0.5, 0.1, 0.4], [0.2, 0.2, 0.2, 0.1]])
-    targets = torch.tensor([[0, 1, -1, 1], [-1, 1, 1, -1]])
-    # labels 0, which is unknown and so a wrong one, and 1; then of three tied ones 0 and 1
-    assert precision_recall_f1_at_k(scores, targets, 2) == (2 / 4, 2 / 4, 2 / 4)
-    assert precision_recall_f1_at_k(scores, targets, 4) == pytest.approx((4 / 8, 1, 8 / 12))
 
 
 # ---- precision, recall and F1 at a threshold

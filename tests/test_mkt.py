@@ -29,11 +29,11 @@ def toy():
     return clip_model.load("toy-ViT")
 
 
-def small_clip(layers=4):
+def small_clip():
     """A random ViT with 9 patches whose norms and biases are not at their trivial start."""
     torch.manual_seed(0)
     tokenizer = clip_model.load("toy-ViT")[0].tokenizer
-    clip = clip_model.CLIP(64, 24, layers, 64, 8, 77, len(tokenizer), 64, 1, 2)
+    clip = clip_model.CLIP(64, 24, 4, 64, 8, 77, len(tokenizer), 64, 1, 2)
     for parameter in clip.parameters():
         if parameter.ndim <= 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -142,10 +142,10 @@ def train(tmp_path):
     """train(clip, stage, epochs) -> the model, its log, the images and targets: every epoch is one
     batch of six random images, whose labels 1 and 4 are unseen."""
     def train_steps(clip, stage, epochs, *options):
-        targets = torch.randint(-1, 2, (6, 6), generator=torch.Generator().manual_seed(0))
+        targets = random_targets(6, 6)
         images = np.random.RandomState(0).randint(0, 256, (6, 24, 24, 3)).astype(np.uint8)
         transform = transforms.Compose([transforms.ToTensor(), lambda x: x.to(clip.dtype)])
-        dataset = data.MultiLabelDataset(LABELS, targets.to(torch.int8),
+        dataset = data.MultiLabelDataset(LABELS, targets,
                                          tuple(Image.fromarray(image) for image in images),
                                          transform=transform, unseen=[1, 4])
         args, _ = mkt.arguments([*options, "--output", str(tmp_path), "--topk", "2", "--workers",
@@ -247,18 +247,12 @@ def test_pixels_are_clips_own_or_the_authors(preprocess, size, scale):
 
 def test_rand_augment_changes_an_image_as_often_and_as_much_as_the_authors():
     photo = world.scene("benchmark", 2, 7).resize((96, 80))
-
-    def draw():
-        torch.manual_seed(0)
-        images = [mkt.rand_augment(photo) for _ in range(400)]
-        return np.stack([np.asarray(image).astype(int) for image in images])  # [400, 80, 96, 3]
-
-    draws = draw()
+    torch.manual_seed(0)
+    draws = np.stack([np.asarray(mkt.rand_augment(photo)).astype(int) for _ in range(400)])
     difference = np.abs(draws - np.asarray(photo)).mean(axis=(1, 2, 3))
     # both draws are passed over in 1/4; some changes leave this or that image as it is
     assert 0.2 < (difference == 0).mean() < 0.36
     assert 0.2 < (difference > 40).mean() < 0.6
-    assert np.array_equal(draws, draw())
 
 
 # ---- the program
@@ -300,7 +294,6 @@ def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp
     """Whatever MKT's pixels are, those of zero-shot CLIP are its own."""
     rows = mkt.main(["--eval", str(trained / "best.pt"), "--preprocess", preprocess, "--device",
                      "cpu", "--output", str(tmp_path)])
-    assert results(tmp_path)["rows"] == rows
     assert rows == results(trained)["rows"] or preprocess == "authors"
     assert [row["kind"] for row in rows] == ["zero-shot"] * 3 + ["ablation", "method"]
     clip, clips_own = toy
@@ -428,37 +421,21 @@ def test_the_authors_releases_load(trained, quick, scenes, toy, tmp_path, capsys
     more = ["--clip", "toy-ViT", "--topk", "4", "--checkpoint", *files]
     ours = predictions(mkt, capsys, *arguments, "--checkpoint", trained / "best.pt")
     assert predictions(mkt, capsys, *arguments, *more) == ours
-    weights = torch.load(files[0], weights_only=True)
-    weights["transformer.resblocks.0.ln_1.weight"][3] += 0.1
-    torch.save(weights, files[0])
-    with pytest.raises(mkt.UserError, match=r"resblocks\.0\.ln_1\.weight"):
-        mkt.main([*quick, "--eval", *files])
 
 
 @torch.no_grad()
 def test_predict_scores_labels_never_seen(trained, toy, tmp_path, capsys):
-    photos = [tmp_path / "photos" / "b.png", tmp_path / "photos" / "inner" / "a.png"]
-    for i, path in enumerate(photos):
-        data.write_file(path, world.scene("benchmark", 7, i))
     labels = ["blue star", "submarine", "cactus", "ice cream"]
-    arguments = [tmp_path / "photos", "--checkpoint", trained / "best.pt"]
-    found = predictions(mkt, capsys, *arguments, "--labels", ", ".join(labels),
-                        "--heatmap", tmp_path / "maps")
-    assert [line["path"] for line in found] == list(map(str, photos))
     model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
     model.load_trained(checkpoint(trained / "best.pt")["model"])
     z = model.label_embeddings(model.prompts(labels))
-    for path, line in zip(photos, found):
-        global_, local = model(toy[1](data.open_image(path))[None])
-        expected = straightforward_scores(local, global_, z, 4)[0].tolist()
-        shown = {entry["label"]: entry["score"] for entry in line["labels"]}
-        assert list(shown.values()) == sorted(shown.values(), reverse=True)
-        assert [shown[label] for label in labels] == pytest.approx(expected, abs=1e-3)
-    maps = sorted((tmp_path / "maps").iterdir())
-    assert len(maps) == 2 and all(Image.open(path).format == "PNG" for path in maps)
-    second = found[0]["labels"][1]["score"]
-    chosen, _ = predictions(mkt, capsys, *arguments, "--labels", ",".join(labels), "--threshold",
-                            second - 1e-4)
-    assert chosen["labels"] == found[0]["labels"][:2]
-    line, _ = predictions(mkt, capsys, *arguments, "--top", "60")
+
+    def scores_of(photo):
+        global_, local = model(toy[1](photo)[None])
+        return straightforward_scores(local, global_, z, 4)[0]
+
+    trees.check_predictions(mkt, capsys, tmp_path, labels, scores_of, "--checkpoint",
+                            trained / "best.pt", "--labels", ", ".join(labels))
+    line, _ = predictions(mkt, capsys, tmp_path / "photos", "--checkpoint", trained / "best.pt",
+                          "--top", "60")
     assert sorted(entry["label"] for entry in line["labels"]) == world.LABELS

