@@ -5,7 +5,6 @@ from pathlib import Path
 import mkt_steps
 import pytest
 import side_by_side
-import toy_table
 import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -37,19 +36,6 @@ def test_the_straightforward_ranking_loss_is_a_loop_over_pairs():
         total += sum(violated) / max(1, len(violated))
     loss = mkt_steps.ranking_loss_of_all_pairs(scores, targets)
     assert loss.item() == pytest.approx(total / 3, rel=1e-5)
-
-
-def test_the_toy_table_has_mean_and_deviation_over_seeds(capsys, monkeypatch):
-    def results_of(output, script, arguments, seed):
-        return [{"name": name, "mAP": 0.5 + 0.02 * seed, "F1@3": 0.25}
-                for name in ("CoMC", "zero-shot, global + local")]
-
-    monkeypatch.setattr(toy_table, "results_of", results_of)
-    monkeypatch.setattr(sys, "argv", ["toy_table.py", "--methods", "lang_cls", "--seeds", "0", "1"])
-    toy_table.main()
-    printed = capsys.readouterr().out
-    assert "| **CoMC** | 51.0 ± 1.4 | 25.0 ± 0.0 |" in printed
-    assert "| zero-shot CLIP | 51.0 | 25.0 |" in printed
 
 
 def test_without_a_gpu_there_is_nothing_to_measure():

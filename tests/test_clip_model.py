@@ -273,15 +273,6 @@ def output_and_gradients(model, function, x):
     return [output.detach(), *gradients]
 
 
-def test_layer_norm_in_half_precision():
-    torch.manual_seed(5)
-    norm = clip_model.LayerNorm(64).half()
-    x = (torch.randn(8, 64) * 0.01 + 4).half()  # a small variance around a large mean
-    centred = x.double() - x.double().mean(1, keepdim=True)
-    exact = centred / (centred.pow(2).mean(1, keepdim=True) + norm.eps).sqrt()
-    torch.testing.assert_close(norm(x).double(), exact, atol=4e-3, rtol=4e-3)
-
-
 @pytest.mark.parametrize("longest", [12, 77])
 def test_cut_text_equals_all_77_tokens(vit, longest):
     tokens = random_tokens(5, longest)
@@ -409,19 +400,12 @@ def test_load_reads_archives_and_state_dicts(model, merges_path):
 
 
 def test_fingerprints_are_taken_before_the_weights_move():
+    assert clip_model.available_models() == ["toy-RN", "toy-ViT", *PUBLISHED]
     toy = clip_model.load("toy")[0]
     content = b"".join(value.numpy().tobytes() for value in toy.state_dict().values())
     assert toy.fingerprint() == hashlib.sha256(content).hexdigest()[:8]
     # on this device there would be nothing to read
     assert clip_model.load("toy-ViT", device="meta")[0].fingerprint() == toy.fingerprint()
-
-
-def test_unknown_names_list_the_known_ones(tmp_path):
-    assert clip_model.available_models() == ["toy-RN", "toy-ViT", *PUBLISHED]
-    for name in ("ViT-Z/99", tmp_path):
-        with pytest.raises(ClipError) as error:
-            clip_model.load(name)
-        assert all(x in str(error.value) for x in (str(name), *clip_model.available_models()))
 
 
 class Trap:
@@ -473,19 +457,3 @@ def test_download(tmp_path, monkeypatch):
         for part in (url, digest, str(folder / url.split("/")[-1])):
             assert part in str(error.value)
     assert os.listdir(folder) == ["good.pt"]  # the bad ones leave nothing
-
-
-def test_published_names_are_downloaded(vit, tmp_path, monkeypatch):
-    state_dict = half_state_dict(vit)
-    state_dict["token_embedding.weight"] = torch.zeros(49408, 128, dtype=torch.float16)
-    torch.save(state_dict, tmp_path / "ViT-B-32.pt")
-    digest = hashlib.sha256((tmp_path / "ViT-B-32.pt").read_bytes()).hexdigest()
-    (tmp_path / digest).mkdir()
-    (tmp_path / "ViT-B-32.pt").rename(tmp_path / digest / "ViT-B-32.pt")
-    monkeypatch.setattr(clip_model, "WEIGHTS_URL", tmp_path.as_uri())
-    monkeypatch.setitem(clip_model.WEIGHTS, "ViT-B/32", digest)
-    model, _ = clip_model.load("ViT-B/32", download_root=tmp_path / "cache")
-    assert (tmp_path / "cache" / "ViT-B-32.pt").is_file()
-    assert model.tokenizer is None and model.vocab_size == 49408
-    images = random_images(vit)
-    assert_equal(model.encode_image(images), vit.encode_image(images), 0.05)  # rounded weights

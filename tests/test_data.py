@@ -55,11 +55,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
 
 def test_palettes_and_frames(tmp_path):
     palette = Image.new("P", (2, 1))
-    palette.putpalette([255, 0, 0, 0, 0, 255])
-    palette.putpixel((1, 0), 1)
-    palette.save(tmp_path / "a.png", transparency=bytes([128, 255]))
-    image = open_image(tmp_path / "a.png")
-    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 127, 127), (0, 0, 255)]
+    palette.putpalette([255, 0, 0])
+    palette.save(tmp_path / "a.png", transparency=bytes([128]))
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 127, 127)
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
@@ -248,14 +246,6 @@ def test_damaged_images_in_training_are_named_once(files, workers, capfd):
     assert all(messages.count(files[i]) == 1 for i in (2, 3, 5, 9)), messages
 
 
-def test_training_stops_when_nothing_can_be_read(tmp_path):
-    files = [str(tmp_path / f"{i}.jpg") for i in range(16)]
-    for path in files:
-        Path(path).touch()
-    with pytest.raises(UserError, match="12.jpg: the file is empty; nor can"):
-        dataset_of(files, on_error="replace")[3]
-
-
 # ---- partial labels
 
 def random_targets(images, labels):
@@ -344,15 +334,3 @@ def test_cached_while_sources_and_key_stay(tmp_path, cache, monkeypatch, capsys)
         assert get(1) == len(made) == get(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # a file: nothing can be kept
     assert get(1) == len(made) == 7 and "cannot be written" in capsys.readouterr().err
-
-
-def test_read_checkpoint(tmp_path):
-    path = tmp_path / "best.pt"
-    data.write_file(path, {"method": "mkt", "model": {"a": torch.ones(2)}})
-    assert data.read_checkpoint(path, "mkt")["model"]["a"].tolist() == [1, 1]
-    with pytest.raises(UserError, match="best.pt is a checkpoint of mkt.py, not of trm_ml.py"):
-        data.read_checkpoint(path, "trm_ml")
-    for content in ({"model": 1}, b"nothing", {"method": Path}):  # a class is not loaded
-        data.write_file(path, content)
-        with pytest.raises(UserError, match="best.pt is not a checkpoint of mkt.py: [^\n]*$"):
-            data.read_checkpoint(path, "mkt")

@@ -30,7 +30,6 @@ HOSTILE = {
         everyday cluttered""",
     "names that meet": "bus/buses bus_stop/bus_stops taxi/taxis taxi_stand/taxi_stands "
         "salt pepper/peppers salt_and_pepper/salt_and_peppers dog/dogs dog_walk/dog_walks",
-    "one and many": "cat/cats cats dog/dogs dogs bird/birds birds tree/trees trees",
 }
 HOSTILE = {name: [forms.replace("_", " ").split("/") for forms in words.split()]
            for name, words in HOSTILE.items()}
@@ -123,27 +122,16 @@ def test_sentences_are_english(labels):
             r"\b(two|three|four|five) (scissors|police)\b", r"\bthe the\b",
             r"\bthere is (the|dancing|soccer)\b",
             r"\b(next to|beside|close to) (the sky|dancing)\b",
-            r"\b(sky|moon|ocean|dancing)( is)? (next to|beside|close to)\b",
             r"sheeps|peoples|mouses|knifes|fishs|leafs|rainies|honeys|passer-bys|cup of teas",
             r"  | [.,]|,,|\.\.|{|}|_|/", r"[^.]$", r"^[^A-Z]"):
         found = re.search(mistake, text, re.M | (re.I if mistake[0] == "\\" else 0))
         assert not found, (mistake, text[max(0, found.start() - 60):found.end() + 60])
-    # subject and verb: a list of several, or a plural, is followed by "are", one thing by "is"
-    for sentence in sentences:
+    for sentence in sentences:  # after several, or a plural, "are", after one thing "is"
         if match := re.match(r"(An?|One) ([a-z-]+ ){1,3}?(is|are) ", sentence):
-            one_subject = " and " not in match[0] and "," not in match[0] and "few" not in match[0]
-            assert match[3] == ("is" if one_subject else "are"), sentence
+            several = any(word in match[0] for word in (" and ", ",", "few"))
+            assert match[3] == ("are" if several else "is"), sentence
         if match := re.match(rf"({numbers}) [a-z ]+? (is|are) ", sentence, re.I):
             assert match[2] == "are", sentence
-
-
-def test_a_capital_is_a_name_where_other_labels_have_none():
-    text = "\n".join(sentences_about(["dog", "cat", "Nessie", "MRI scanner"], 500)[0])
-    assert not re.search(r"(a|an|one|small|large|some) Nessie|Nessies", text, re.I)
-    assert re.search("an MRI scanner", text) and re.search("two MRI scanners", text)
-    text = "\n".join(sentences_about(["Dog", "Tree", "Dirt track racing", "Stop sign"], 500)[0])
-    assert re.search("a small Dog", text) and re.search("two Trees", text)
-    assert not re.search("(a|one|small|large|some) Dirt", text, re.I)
 
 
 def test_seeded_and_varied():

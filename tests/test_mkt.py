@@ -141,15 +141,15 @@ WARMUP = 0.5  # epochs
 def train(tmp_path):
     """train(clip, stage, epochs) -> the model, its log, the images and targets: every epoch is one
     batch of six random images, whose labels 1 and 4 are unseen."""
-    def train_steps(clip, stage, epochs, *options):
+    def train_steps(clip, stage, epochs):
         targets = random_targets(6, 6)
         images = np.random.RandomState(0).randint(0, 256, (6, 24, 24, 3)).astype(np.uint8)
         transform = transforms.Compose([transforms.ToTensor(), lambda x: x.to(clip.dtype)])
         dataset = data.MultiLabelDataset(LABELS, targets,
                                          tuple(Image.fromarray(image) for image in images),
                                          transform=transform, unseen=[1, 4])
-        args, _ = mkt.arguments([*options, "--output", str(tmp_path), "--topk", "2", "--workers",
-                                 "0", "--distillation", "0.3", "--warmup-epochs", str(WARMUP),
+        args, _ = mkt.arguments(["--output", str(tmp_path), "--topk", "2", "--workers", "0",
+                                 "--distillation", "0.3", "--warmup-epochs", str(WARMUP),
                                  "--device", "cpu"])
         model, state = mkt.MKT(clip, topk=2), {"method": "mkt", "log": []}
         mkt.train(model, stage, epochs, dataset, None, state, args)
@@ -375,12 +375,7 @@ def test_the_best_epoch_of_a_stage_is_selected(quick, tmp_path, monkeypatch):
     assert torch.equal(best["model"]["context"], fourth["context"])
 
 
-def test_under_bf16_scores_are_float32(train, scenes, toy):
-    for stage in (1, 2):
-        _, half, *_ = train(small_clip().float(), stage, 1, "--precision", "bf16")
-        _, full, *_ = train(small_clip().float(), stage, 1)
-        assert half[0]["loss"] != full[0]["loss"]
-        assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=0.02)
+def test_under_bf16_scores_are_float32(scenes, toy):
     test = data.load_dataset("folder", scenes, "test", toy[1], limit=1)
     model = mkt.MKT(toy[0], topk=4)
     args, _ = mkt.arguments(["--precision", "bf16", "--output", "unused", "--device", "cpu"])

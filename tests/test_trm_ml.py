@@ -200,19 +200,6 @@ def test_calibrate_equals_sorting_a_label_at_a_time(clip, single_positive):
     assert (pseudo[:, 5:] == 1).any(axis=0).all() and (pseudo[:, 5:] == -1).any(axis=0).all()
 
 
-def test_pseudo_label_counts_equal_a_loop():
-    truth = random_targets(40, 9, 1)
-    known = truth * random_targets(40, 9, 3).clamp(min=0)
-    pseudo = random_targets(40, 9, 2) * (known == 0)
-    expected = [0] * 3
-    for k, t, p in zip(*(x.flatten().tolist() for x in (known, truth, pseudo))):
-        if k == 0 and t != 0:
-            conditions = (p == t == 1, p == 1, t == 1)
-            expected = [count + condition for count, condition in zip(expected, conditions)]
-    assert trm_ml.pseudo_label_counts(pseudo, known, truth).tolist() == expected
-    assert min(expected) > 0
-
-
 # ---- a step
 
 def straightforward_loss(model, x, known, args):
@@ -289,18 +276,6 @@ def drawn(targets, share):
         rng.shuffle(positives)
         known[row, positives[:1]] = 1
     return known
-
-
-@pytest.mark.parametrize("share", [0.5, None])
-def test_masks_are_drawn_over_the_full_list(clip, tmp_path, share):
-    trees.make("coco", tmp_path)
-    complete = data.load_dataset("coco", tmp_path)
-    dataset = data.load_dataset("coco", tmp_path, annotated_only=True)
-    assert len(dataset) < len(complete)
-    known = ["--single-positive"] if share is None else ["--partial", str(share)]
-    run, = trm_ml.plan(clip, dataset, trm_ml.arguments(["--data", "coco", "--device", "cpu",
-                                                        "--output", "none", *known]))
-    np.testing.assert_array_equal(run.known.numpy(), drawn(complete.targets, share))
 
 
 # ---- the program, on images of one's own
