@@ -10,14 +10,6 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
-@pytest.mark.parametrize("ratio, target, missed, marked", [
-    (19.99, ">= 20", False, True), (20.0, ">= 20", False, False), ("", "< 30 s", True, True)])
-def test_a_missed_target_is_marked(ratio, target, missed, marked, capsys):
-    side_by_side.row("work", "against", "2 s", "1 s", ratio, target, missed)
-    cells = [cell.strip() for cell in capsys.readouterr().out.split("|")[1:-1]]
-    assert len(cells) == 6 and cells[5] == target + marked * ", **missed**"
-
-
 def test_peak_memory_is_that_of_the_function():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory on the CPU is measured on Linux alone")

@@ -1,4 +1,3 @@
-import doctest
 import math
 
 import numpy as np
@@ -229,11 +228,6 @@ def test_a_table_a_setting_each_with_its_own_star(capsys):
     assert lines[9].startswith("*") and len({len(line) for line in lines[6:9]}) == 1
     metrics.print_table([{"name": "a", "kind": "method", "mAP": 0.5}])  # nothing to star
     assert capsys.readouterr().out.split() == ["all", "labels", "(%)", "mAP", "a", "50.0"]
-
-
-def test_the_docstrings_example():
-    result = doctest.testmod(metrics)
-    assert result.attempted and not result.failed
 
 
 # ---- pictures

@@ -1,7 +1,5 @@
 """What the three scripts share: every dataset, the results, the command line, README.md."""
-import ast
 import functools
-import inspect
 import json
 import math
 import re
@@ -153,25 +151,6 @@ def test_bad_input_is_one_clear_error(files, capsys, monkeypatch, command, messa
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and f"{name}.py: error: " in printed and message in printed
     assert all(path.read_bytes() == content for path, content in before.items())
-
-
-# ---- the command line
-
-def options_of(script):
-    """{"--option": the other arguments of the call that adds it to the parser}"""
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(script.arguments)))
-             if isinstance(node, ast.Call) and ast.unparse(node.func) == "add"]
-    return {call.args[0].value: {keyword.arg: ast.unparse(keyword.value)
-                                 for keyword in call.keywords} for call in calls}
-
-
-def test_options_mean_the_same_in_all_scripts():
-    found = [options_of(script) for script in SCRIPTS.values()]
-    shared = set.intersection(*map(set, found))
-    assert len(shared) >= 26
-    for option in shared:
-        for key in ("type", "choices", "action", None):
-            assert len({options[option].get(key) for options in found}) == 1, (option, key)
 
 
 # ---- README.md and DATASETS.md

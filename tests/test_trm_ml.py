@@ -407,13 +407,6 @@ def test_validation_images_select_the_epoch(own, tmp_path, clip):
     assert trm_ml.main(["--eval", str(tmp_path / "best.pt"), "--device", "cpu"])[-1] == row
 
 
-def test_evaluating_a_checkpoint_gives_the_runs_row(sweep):
-    expected = results(sweep[0])["rows"]
-    best = sweep[0] / "partial-0.2/pixel/best.pt"
-    rows = trm_ml.main(["--eval", str(best), "--device", "cpu"])
-    assert rows == [*expected[:3], {**expected[3], "name": "text-pixel matching", "kind": "method"}]
-
-
 def test_predictions_and_heatmaps(sweep, tmp_path, capsys, clip):
     photo = world.scene("benchmark", 7, 0).resize((160, 100))  # is squeezed, not cropped
     photo.save(tmp_path / "0.png")
