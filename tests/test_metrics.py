@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,10 +84,11 @@ def test_scores_are_compared_exactly():
 
 def test_chunks_change_nothing(monkeypatch):
     scores, targets = random_problem(50, 7)
-    whole = metrics.summary(scores, targets, [3])
+    whole = mean_average_precision(scores, targets), precision_recall_f1_at_k(scores, targets, 3)
     for chunk in (1, 150):  # entries
         monkeypatch.setattr(metrics, "CHUNK", chunk)
-        assert metrics.summary(scores, targets, [3]) == whole
+        assert (mean_average_precision(scores, targets),
+                precision_recall_f1_at_k(scores, targets, 3)) == whole
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -204,14 +206,17 @@ def test_what_does_not_vary_is_normalized_to_zero():
     assert normalize_scores(torch.rand(1, 4)).eq(0).all()  # nothing to compare it with
 
 
-def test_summary_is_the_single_metrics_under_their_names():
+def test_a_row_is_the_single_metrics_under_their_names():
     scores, targets = random_problem(20, 4)
-    result = metrics.summary(scores, targets, (2, 4, 5), "zsl_")
-    assert list(result) == ["zsl_mAP", "zsl_P@2", "zsl_R@2", "zsl_F1@2", "zsl_P@4", "zsl_R@4",
-                            "zsl_F1@4"]  # 5 is more than there are labels
-    assert result["zsl_mAP"] == mean_average_precision(scores, targets)
-    values = tuple(result[f"zsl_{name}@2"] for name in ("P", "R", "F1"))
-    assert values == precision_recall_f1_at_k(scores, targets, 2)
+    dataset = SimpleNamespace(labels=[*"abcd"], targets=targets, unseen=torch.tensor([1, 3]))
+    row = metrics.table_row("ours", "method", lambda index: scores[:, index], dataset, (2, 5))
+    expected = {"name": "ours", "kind": "method"}
+    for prefix, index in (("zsl_", [1, 3]), ("gzsl_", [0, 1, 2, 3])):  # too few labels for k = 5
+        s, t = scores[:, index], targets[:, index]
+        expected[f"{prefix}mAP"] = mean_average_precision(s, t)
+        names = (f"{prefix}{name}@2" for name in ("P", "R", "F1"))
+        expected |= zip(names, precision_recall_f1_at_k(s, t, 2))
+    assert row == expected
 
 
 def test_a_table_a_setting_each_with_its_own_star(capsys):
