@@ -18,8 +18,9 @@ import data
 import metrics
 import mkt
 import trees
+from mkt_steps import ranking_loss_of_all_pairs  # test_bench.py compares it with a loop
 from toy import world
-from trees import assert_same_weights, checkpoint, predictions, results
+from trees import assert_same_weights, checkpoint, predictions, random_targets, results
 
 PROMPT = "There is a {} in the scene"
 
@@ -41,11 +42,6 @@ def small_clip():
     return clip.double().eval()
 
 
-def random_targets(images, labels):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(-1, 2, (images, labels), generator=generator).to(torch.int8)
-
-
 # ---- scores and losses
 
 def straightforward_scores(local, global_, z, topk, streams="both"):
@@ -64,15 +60,6 @@ def test_two_stream_scores_equal_a_loop(streams):
     local, global_, z = torch.randn(3, 7, 5), torch.randn(3, 5), torch.randn(4, 5)
     scores = mkt.two_stream_scores(local, global_, z, 3, streams)
     torch.testing.assert_close(scores, straightforward_scores(local, global_, z, 3, streams))
-
-
-def ranking_loss_of_all_pairs(scores, targets):
-    """B x C x C: every ordered pair of labels, masked."""
-    present, absent = targets == 1, targets == -1
-    margins = (1 + scores[:, None, :] - scores[:, :, None]).clamp(min=0)  # [B, p, n]
-    margins = margins * (present[:, :, None] & absent[:, None, :])
-    violated = (margins > 0).sum((1, 2)).to(scores.dtype)
-    return (margins.sum((1, 2)) / (violated + 1e-8)).mean()
 
 
 @pytest.mark.parametrize("scale", [0.01, 1, 5])

@@ -1,4 +1,4 @@
-"""trm_ml.py: losses, regions, prototypes, pseudo labels, masks, sweeps, and the program."""
+"""trm_ml.py: losses, regions, prototypes, pseudo labels, steps, sweeps, and the program."""
 import contextlib
 import copy
 import io
@@ -19,7 +19,8 @@ import metrics
 import trees
 import trm_ml
 from toy import world
-from trees import assert_same_weights, checkpoint, predictions, results
+from trees import (assert_same_weights, checkpoint, drawn, predictions, random_targets,
+                   results)
 
 LABELS = ["star", "moon", "traffic light", "fish", "a very old house"]
 ARGS, _ = trm_ml.arguments(["--device", "cpu"])
@@ -32,11 +33,6 @@ def clip():
 
 def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
-
-
-def random_targets(images, labels, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, 2, (images, labels), generator=generator).to(torch.int8)
 
 
 def moved_model(clip, matching="region", per_label_context=False):
@@ -261,21 +257,6 @@ def test_steps_equal_the_straightforward_version(clip):
                 assert parameter.grad is None
             else:
                 assert parameter.grad.any(), f"{name} does not learn"
-
-
-# ---- which entries are known
-
-def drawn(targets, share):
-    """Known entries as SST, SARB and HCP draw them; share None: as Cole et al. (2021) do."""
-    targets = np.asarray(targets)
-    if share is not None:
-        return targets * (np.random.RandomState(0).rand(*targets.shape) < share)
-    rng, known = np.random.RandomState(1200), np.zeros_like(targets)
-    for row, target in enumerate(targets):
-        positives = np.nonzero(target == 1)[0]
-        rng.shuffle(positives)
-        known[row, positives[:1]] = 1
-    return known
 
 
 # ---- the program, on images of one's own

@@ -229,6 +229,26 @@ def make(name, root):
     return root
 
 
+# ---- targets
+
+def random_targets(images, labels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, 2, (images, labels), generator=generator).to(torch.int8)
+
+
+def drawn(targets, share):
+    """Known entries as SST, SARB and HCP draw them; share None: as Cole et al. (2021) do."""
+    targets = np.asarray(targets)
+    if share is not None:
+        return targets * (np.random.RandomState(0).rand(*targets.shape) < share)
+    rng, known = np.random.RandomState(1200), np.zeros_like(targets)
+    for row, target in enumerate(targets):
+        positives = np.nonzero(target == 1)[0]
+        rng.shuffle(positives)
+        known[row, positives[:1]] = 1
+    return known
+
+
 # ---- the scripts' runs
 
 def scenes(root, **splits):
