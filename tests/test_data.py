@@ -54,16 +54,6 @@ def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
     assert np.abs(np.subtract(image.getpixel((1, 1)), expected)).max() <= 1
 
 
-def test_palettes_and_frames(tmp_path):
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([255, 0, 0])
-    palette.save(tmp_path / "a.png", transparency=bytes([128]))
-    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 127, 127)
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
-
-
 @pytest.mark.parametrize("name, options", [
     ("a.jpg", {"progressive": True}), ("a.png", {}), ("a.gif", {})])
 def test_truncated_photos_are_used_as_far_as_they_go(tmp_path, monkeypatch, capsys, name, options):

@@ -258,14 +258,6 @@ def test_unknown_names_and_options(tmp_path):
             f"--{option.replace('_', '-')} is not for {name}, but for: {known}")
 
 
-@pytest.mark.parametrize("name, published", [
-    ("nuswide", "161,789"), ("coco", "82,783"), ("voc2007", "5,011"), ("vg200", "82,904")])
-def test_another_number_of_images_than_published_is_noted(tmp_path, name, published, capsys):
-    load_dataset(name, make(name, tmp_path))
-    assert re.search(rf"{name} train: \d images listed, {published} published; WARNING",
-                     capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("name, file", [
     ("nuswide", "Groundtruth/AllLabels/Labels_fire.txt"), ("vg200", "vg_category_200.txt"),
     ("coco", "annotations/instances_val2014.json"), ("openimages", "2018_04/unseen_labels.pkl"),
@@ -286,7 +278,6 @@ TEST_LIST = "ImageList/TestImagelist.txt"
 @pytest.mark.parametrize("name, file, content, message", [
     ("nuswide", "NUS_WID_Tags/AllTags1k.txt", "0\t1\t" * 31 + "2", "row 7: an entry is not 0 or"),
     ("nuswide", TEST_LIST, "zoo\\8.jpg", "not in Imagelist.txt"),
-    ("coco", INSTANCES, b'{"images": "\xff"}', "not UTF-8"),
     ("coco", INSTANCES, {"images": []}, "not a file of COCO instances: KeyError.'categories'"),
     ("voc2007", "VOCdevkit/VOC2007/Annotations/000017.xml",
      trees.voc_xml("000017", [("lamp", 0)]), "lamp"),
@@ -297,7 +288,6 @@ TEST_LIST = "ImageList/TestImagelist.txt"
     ("folder", "test.jsonl", '{"image": "2.png", "present": ["dog "], "absent": [" dog"]}',
      "'dog' is both present and absent"),
     ("folder", "labels.txt", "dog\ncat\nice cream", "'\u732b' is not in .*labels.txt"),
-    ("folder", "unseen.txt", "owl", "must be some, and not all, of the 4 labels"),
 ])
 def test_files_that_are_wrong(tmp_path, name, file, content, message, cache):
     write(make(name, tmp_path) / file, content)

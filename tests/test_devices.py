@@ -97,7 +97,7 @@ def train_mkt(stage, device, steps, output):
 
 def train_lang_cls(device, steps, output):
     args, _ = lang_cls.arguments([*DEVICE, "--epochs", "1", "--output", output])
-    model, targets = lang_cls.CoMC(torch.randn(3, 8), torch.randn(3, 8)), torch.tensor([[1, -1, 1]])
+    model, targets = lang_cls.CoMC(torch.randn(3, 8), torch.rand(3, 8)), torch.tensor([[1, -1, 1]])
     device.put(model.state_dict())
     lang_cls.train(model, torch.randn(2 * steps, 8), targets.repeat(2 * steps, 1),
                    {"method": "lang_cls", "log": []}, args)

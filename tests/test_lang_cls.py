@@ -193,15 +193,13 @@ def toy_resnet():
     return clip_model.load("toy-RN")
 
 
-def test_texts_are_embedded_one_by_one_in_any_order(toy_resnet):
+def test_texts_are_embedded_as_if_one_by_one(toy_resnet):
     clip = toy_resnet[0]
     texts = ["a star and a fish", "a tree", 99 * "two boats, ", "a star and a fish", "a big house"]
     embeddings = lang_cls.embed_texts(clip, texts, ARGS)
     with torch.no_grad():
         expected = torch.cat([clip.encode_text(clip.tokenize(x, truncate=True)) for x in texts])
     torch.testing.assert_close(embeddings, F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
-    shuffled = lang_cls.embed_texts(clip, texts[::-1], ARGS).flip(0)
-    torch.testing.assert_close(shuffled, embeddings, rtol=1e-4, atol=1e-5)
 
 
 def test_embeddings_are_kept_on_disk_for_these_texts_and_weights():

@@ -124,25 +124,19 @@ LABELS = ["star", "boat", "moon", "red key", "fish", "owl"]
 WARMUP = 0.5  # epochs
 
 
-@pytest.fixture
-def train(tmp_path):
-    """train(clip, stage, epochs) -> the model, its log, the images and targets: every epoch is one
-    batch of six random images, whose labels 1 and 4 are unseen."""
-    def train_steps(clip, stage, epochs):
-        targets = random_targets(6, 6)
-        images = np.random.RandomState(0).randint(0, 256, (6, 24, 24, 3)).astype(np.uint8)
-        transform = transforms.Compose([transforms.ToTensor(), lambda x: x.to(clip.dtype)])
-        dataset = data.MultiLabelDataset(LABELS, targets,
-                                         tuple(Image.fromarray(image) for image in images),
-                                         transform=transform, unseen=[1, 4])
-        args, _ = mkt.arguments(["--output", str(tmp_path), "--topk", "2", "--workers", "0",
-                                 "--distillation", "0.3", "--warmup-epochs", str(WARMUP),
-                                 "--device", "cpu"])
-        model, state = mkt.MKT(clip, topk=2), {"method": "mkt", "log": []}
-        mkt.train(model, stage, epochs, dataset, None, state, args)
-        images = torch.stack([image for image, _ in dataset])
-        return model, state["log"], images, targets
-    return train_steps
+def train(clip, stage, folder):
+    """-> the model, its log, the images and targets: each of three epochs is one batch of six
+    random images, whose labels 1 and 4 are unseen."""
+    targets = random_targets(6, 6)
+    images = np.random.RandomState(0).randint(0, 256, (6, 24, 24, 3)).astype(np.uint8)
+    transform = transforms.Compose([transforms.ToTensor(), lambda x: x.to(clip.dtype)])
+    dataset = data.MultiLabelDataset(LABELS, targets, tuple(map(Image.fromarray, images)),
+                                     transform=transform, unseen=[1, 4])
+    args, _ = mkt.arguments(["--output", str(folder), "--topk", "2", "--workers", "0", "--device",
+                             "cpu", "--distillation", "0.3", "--warmup-epochs", str(WARMUP)])
+    model, state = mkt.MKT(clip, topk=2), {"method": "mkt", "log": []}
+    mkt.train(model, stage, 3, dataset, None, state, args)
+    return model, state["log"], torch.stack([image for image, _ in dataset]), targets
 
 
 def seen_texts(clip, context):
@@ -161,10 +155,10 @@ def seen_texts(clip, context):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_steps_of_training_equal_a_straightforward_version(stage, train):
+def test_steps_of_training_equal_a_straightforward_version(stage, tmp_path):
     """Full student and full teacher, all ordered pairs of labels, 77 tokens."""
     clip = small_clip()
-    model, log, images, targets = train(copy.deepcopy(clip), stage, 3)
+    model, log, images, targets = train(copy.deepcopy(clip), stage, tmp_path)
     start = mkt.MKT(copy.deepcopy(clip), topk=2).state_dict()
     student, teacher = copy.deepcopy(clip).visual, clip.visual
     context = start["context"].clone().requires_grad_()

@@ -127,7 +127,6 @@ def files(tmp_path_factory):
     ("lang_cls --labels a,b --generate lines.jsonl --llm-url http://x --llm-model x",
      "other labels"),
     ("trm_ml {folder} --clip toy-RN --partial 0.000001 --output none", "--partial"),
-    ("trm_ml --single-positive --partial 0.5", "--single-positive"),
     ("mkt {folder} --clip toy-ViT --output run", "--resume"),
     ("mkt --resume --output run --epochs 3", "stage 2 has begun"),
     ("lang_cls --eval text.pt", "text.pt is not a checkpoint"),
@@ -135,7 +134,6 @@ def files(tmp_path_factory):
     ("trm_ml --eval method.pt --data voc2007 --root voc", "other labels"),
     ("mkt --eval clip_fingerprint.pt", "another CLIP"),
     ("mkt {folder} --clip toy-ViT --topk 4 --eval other.pth", "conv1.weight"),
-    ("trm_ml --predict folder/1.png", "--checkpoint"),
     ("mkt --predict folder/1.png text.pt --checkpoint run/best.pt", "text.pt: not an image"),
     ("mkt --predict folder/1.png --checkpoint run/best.pt --labels owl", "at least two"),
     ("lang_cls --predict folder/1.png --checkpoint old.pth.tar --clip toy-RN --memory memory.pt",
@@ -178,8 +176,5 @@ def test_a_command_is_accepted(name, arguments, tmp_path, monkeypatch):
     SCRIPTS[name].arguments(arguments)
 
 
-def test_there_are_commands_of_every_script_and_dataset():
-    found = commands()
-    assert {name for name, _ in found} == set(SCRIPTS)
-    assert {words.split()[1] for _, words in found if words.startswith("--data ")} > {
-        "nuswide", "coco", "openimages", "folder"}
+def test_there_are_commands_of_every_script():
+    assert {name for name, _ in commands()} == set(SCRIPTS) and len(commands()) > 20
