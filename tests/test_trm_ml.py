@@ -257,6 +257,8 @@ def test_steps_equal_the_straightforward_version(clip):
                 assert parameter.grad is None
             else:
                 assert parameter.grad.any(), f"{name} does not learn"
+    model.sure_present.fill_(-100)  # all unknown ones would be present
+    assert not trm_ml.batch_loss(model, x, known, args, warm_up=True)[2].any()
 
 
 # ---- the program, on images of one's own
