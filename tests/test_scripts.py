@@ -164,9 +164,7 @@ def commands():
 @pytest.mark.parametrize("name, arguments", commands())
 def test_a_command_is_accepted(name, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = {"method": name}
-    parsed = SCRIPTS[name].arguments([])
-    state["args"] = vars(parsed[0] if isinstance(parsed, tuple) else parsed)
+    state = {"method": name, "args": vars(SCRIPTS[name].arguments([])[0])}
     arguments = shlex.split(arguments)
     for path in [f"runs/{name}-toy/last.pt", *arguments]:
         if path.endswith(".pt"):
