@@ -212,7 +212,7 @@ def test_tokenize(merges_path):
     assert tokenizer.tokenize("cat dog", 3, True).tolist() == [[516, 515, 517]]
 
 
-# ---- transformer, against plain references
+# ---- towers, against plain references
 
 def reference_block(block, x, mask=None):
     """[B, T, W] -> [B, T, W], a head and an image at a time; mask bool [T, T], True = hidden."""
@@ -290,8 +290,6 @@ def test_cut_text_equals_all_77_tokens(vit, longest):
         assert (own - other).abs().max() <= 1e-4 * max(1, other.abs().max())
     assert ours[1].abs().max() > 1e-2  # the prompts do get a gradient
 
-
-# ---- dense embeddings and other image sizes
 
 def test_vit_dense_equals_reference(vit):
     images = random_images(vit)
@@ -457,3 +455,18 @@ def test_download(tmp_path, monkeypatch):
         for part in (url, digest, str(folder / url.split("/")[-1])):
             assert part in str(error.value)
     assert os.listdir(folder) == ["good.pt"]  # the bad ones leave nothing
+
+
+def test_published_names_are_downloaded(vit, tmp_path, monkeypatch):
+    state_dict = half_state_dict(vit)
+    state_dict["token_embedding.weight"] = torch.zeros(49408, 128, dtype=torch.float16)
+    torch.save(state_dict, tmp_path / "weights")
+    digest = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()
+    (tmp_path / digest).mkdir()
+    (tmp_path / "weights").rename(tmp_path / digest / "ViT-B-32.pt")
+    monkeypatch.setattr(clip_model, "WEIGHTS_URL", tmp_path.as_uri())
+    monkeypatch.setitem(clip_model.WEIGHTS, "ViT-B/32", digest)
+    model, _ = clip_model.load("ViT-B/32", download_root=tmp_path / "cache")
+    assert model.tokenizer is None and (tmp_path / "cache" / "ViT-B-32.pt").is_file()
+    images = random_images(vit)
+    assert_equal(model.encode_image(images), vit.encode_image(images), 0.05)  # rounded weights

@@ -22,8 +22,6 @@ def message_of(*args, **options):
     return str(error.value)
 
 
-# ---- NUS-WIDE
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_nuswide(tmp_path, split):
     rows = trees.NUS_ROWS[split]
@@ -105,8 +103,6 @@ def test_coco_zero_shot(tmp_path):
     assert numbers(annotated) == [0, 1, 3, 4]
 
 
-# ---- VOC 2007
-
 VOC_PRESENT = {("000012", "car"), ("000017", "person"), ("000023", "dog")}
 VOC_DIFFICULT = {("000017", "pottedplant"), ("000023", "person")}
 
@@ -127,8 +123,6 @@ def test_voc2007(tmp_path, root, difficult, value):
         "dining table", "potted plant", "tv monitor"]
 
 
-# ---- Visual Genome, 200 labels
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_vg200(tmp_path, split):
     make("vg200", tmp_path)
@@ -139,8 +133,6 @@ def test_vg200(tmp_path, split):
     assert numbers(dataset) == [0, 1, 2, 3]
     assert dataset.targets.tolist() == [[-1, 1, 1], [1, -1, 1], [-1, -1, -1], [1, -1, -1]]
 
-
-# ---- CUB-200-2011
 
 # absent and unknown, by hand, of the images 1..4
 CUB_TARGETS = {"absent": [[-1, 1, -1], [1, -1, 1], [-1, -1, 1], [1, -1, -1]],
@@ -169,8 +161,6 @@ def test_cub_attributes_become_words(name, label):
     assert data.cub_label(name) == label
 
 
-# ---- Open Images
-
 OPENIMAGES_LABELS = ["Bat", "Ducks, geese and swans", "Bat (2)", "Satay", "Bat (3)", "Mämmi"]
 OPENIMAGES_TARGETS = {
     "train": [[1, 0, -1, -1, 0, 0], [0, -1, 0, 0, 0, 0], [0, -1, 1, 1, 0, 0],
@@ -191,8 +181,6 @@ def test_openimages(tmp_path, split, images, cache):
         dataset.targets[:] = 1  # is not written to the cache
     assert len(list(cache.iterdir())) == 2  # the targets and the names, nothing temporary
 
-
-# ---- a folder of one's own
 
 def test_folder(tmp_path):
     make("folder", tmp_path)
@@ -230,8 +218,6 @@ def test_folder_with_absolute_paths_and_as_a_json_list(tmp_path):
     assert dataset.labels == ["cat", "dog", "ice cream", "rest"] and numbers(dataset) == [1, 0]
     assert dataset.targets.tolist() == [[0, 1, 0, 0], [-1, -1, -1, 1]]
 
-
-# ---- the toy world
 
 def test_toy():
     train, test = (load_dataset("toy", split=split) for split in ("train", "test"))

@@ -140,7 +140,7 @@ def test_a_text_is_held_out_wherever_it_occurs(tmp_path):
     assert all("val_mAP" in line for line in log)
 
 
-# ---- prompts and texts from files
+# ---- texts and their embeddings
 
 def test_template_sentences_count_and_targets():
     sentences, targets = lang_cls.template_sentences(["dog", "ear"], ["one {}", "two {}"])
@@ -182,8 +182,6 @@ def test_load_texts_drops_and_counts(tmp_path, form):
         with pytest.raises(UserError, match=message):
             lang_cls.load_texts(path, ["dog"])
 
-
-# ---- embeddings of texts
 
 ARGS = SimpleNamespace(device="cpu", no_bars=True, quiet=True)
 

@@ -103,7 +103,7 @@ def test_the_gpu_gives_the_same(dtype):
         assert function(scores.cuda(), targets, 1) == pytest.approx(function(scores, targets, 1))
 
 
-# ---- precision, recall and F1 at k
+# ---- precision, recall and F1
 
 def f1_at_k_by_loop(scores, targets, k):
     hits = 0
@@ -121,8 +121,6 @@ def test_f1_at_k_equals_a_loop(k):
     expected = f1_at_k_by_loop(scores, targets, k)
     assert precision_recall_f1_at_k(scores, targets, k) == pytest.approx(expected, 1e-12)
 
-
-# ---- precision, recall and F1 at a threshold
 
 @pytest.mark.parametrize("threshold", [-0.5, 0, 0.75])
 def test_f1_at_threshold_equals_scikit_learns(threshold):

@@ -148,7 +148,7 @@ def test_texts_in_chunks_are_the_same_with_gradients(clip, per_label):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-# ---- prototypes and pseudo labels
+# ---- prototypes, pseudo labels, steps of training
 
 def test_update_prototypes_is_the_moving_average(clip):
     model = moved_model(clip)
@@ -195,8 +195,6 @@ def test_calibrate_equals_sorting_a_label_at_a_time(clip, single_positive):
             assert threshold[c].item() in ranked[sorted(ranks)]
     assert (pseudo[:, 5:] == 1).any(axis=0).all() and (pseudo[:, 5:] == -1).any(axis=0).all()
 
-
-# ---- a step
 
 def straightforward_loss(model, x, known, args):
     """Prompts of 77 tokens, every text's similarity with every region, sums over all entries."""
