@@ -21,7 +21,7 @@ REGION = f"--partial {SHARES} --matching region"
 SINGLE = "--single-positive --matching region"
 # table: {title of a line: (script, its arguments, row)}
 MKT = {
-    "zero-shot CLIP": ("mkt.py", "", "zero-shot, global"),
+    "zero-shot CLIP, global + local": ("mkt.py", "", "zero-shot, global + local"),
     "zero-shot CLIP, normalised": ("mkt.py", "", "zero-shot, the better one normalised"),
     "**MKT**": ("mkt.py", "", "MKT"),
     "without prompt tuning": ("mkt.py", "", "MKT without prompt tuning"),
@@ -30,7 +30,7 @@ MKT = {
     "local stream alone, `--streams local`": ("mkt.py", "--streams local", "MKT"),
 }
 COMC = {
-    "zero-shot CLIP": ("lang_cls.py", "", "zero-shot, global + local"),
+    "zero-shot CLIP, global + local": ("lang_cls.py", "", "zero-shot, global + local"),
     "zero-shot CLIP, normalised": ("lang_cls.py", "", "zero-shot, the better one normalised"),
     "**CoMC**": ("lang_cls.py", "", "CoMC"),
     "without mapping": ("lang_cls.py", "", "CoMC without mapping"),
