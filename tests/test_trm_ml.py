@@ -344,12 +344,16 @@ def test_steps_equal_the_straightforward_version(clip):
                 assert parameter.grad.any(), f"{name} does not learn"
 
 
-def test_warm_up_has_prototypes_and_no_pseudo_labels(clip):
+def test_warm_up_has_prototypes_and_no_estimates(clip):
     model, x, known = moved_model(clip), unit(4, 6, 128), random_targets(4, len(LABELS))
     before = model.visual.clone()
-    model.sure_present.fill_(-100)  # all unknown ones would be present
+    pseudo, estimates = trm_ml.batch_loss(model, x, known, ARGS, warm_up=True)[2:]
+    assert not pseudo.any() and estimates is None and not torch.equal(model.visual, before)
+    model.sure_absent.fill_(torch.inf)  # as where no absent label is known
     pseudo = trm_ml.batch_loss(model, x, known, ARGS, warm_up=True)[2]
-    assert not pseudo.any() and not torch.equal(model.visual, before)
+    assert torch.equal(pseudo == -1, known == 0)
+    model.sure_present.fill_(-100)  # all unknown ones are present
+    model.sure_absent.fill_(-torch.inf)
     pseudo = trm_ml.batch_loss(model, x, known, ARGS)[2]
     assert torch.equal(pseudo == 1, known == 0)
 
