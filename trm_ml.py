@@ -23,7 +23,8 @@ contrastive loss. Every formula is our reading, (ours) where no source has a wor
     they are (ours),
         e_c = mean over P in {V, T} of  <Q_c, P_c> / t + log softmax_c'(<Q_c, P_c'> / t)[c];
     where e_c leaves no doubt it is a pseudo label (ours: the thresholds, from the label's share
-    among known entries);
+    among known entries; and where no absent label is known, all unknown ones are pseudo-absent
+    until the first thresholds);
  5. contrast: among the prototypes of either modality, Q_c of a present label must find its own,
         -log softmax_c'(<Q_c, P_c'> / t)[c], mean over P in {V, T};
  6. distillation: |Q_c - G_c|_1 with G_c = normalise(S_c x), the region-level feature.
@@ -286,7 +287,7 @@ def contrastive_loss(features, present, prototypes):
 
 def batch_loss(model, x, known, args, warm_up=False):
     """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); the last
-    two are None without prototypes, estimates also in warm-up, which has no pseudo labels yet."""
+    two are None without prototypes, estimates also in warm-up, whose thresholds are infinite."""
     with autocast(args):
         texts = model.texts()
         logits, features, saliency = model(x, texts)
@@ -297,10 +298,9 @@ def batch_loss(model, x, known, args, warm_up=False):
     present, prototypes = known == 1, texts[None]
     if args.pseudo:
         model.update_prototypes(features, present)
-        pseudo = torch.zeros_like(known)
         if not warm_up:
             estimates = model.estimates(features, texts)
-            pseudo = model.pseudo_labels(estimates, known)
+        pseudo = model.pseudo_labels(torch.zeros_like(logits) if warm_up else estimates, known)
         terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
         present = present | (pseudo == 1)
         prototypes = torch.stack([model.visual, texts])  # [2, C, D]
@@ -634,6 +634,8 @@ def make_runs(clip, dataset, args):
                 kind, output = "ablation", f"{output}/{matching}"
             torch.manual_seed(args.seed)  # as if it were trained alone
             model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
+            if matching == "region" and not (known[dataset.rows] == -1).any():
+                model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
             run = Run(name, kind, output, known.to(args.device), model, optimizer, [])

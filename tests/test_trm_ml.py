@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import average_precision_score
+from torchvision import transforms
 
 import clip_model
 import data
@@ -255,8 +256,19 @@ def test_steps_equal_the_straightforward_version(clip):
                 assert parameter.grad is None
             else:
                 assert parameter.grad.any(), f"{name} does not learn"
-    model.sure_present.fill_(-100)  # all unknown ones would be present
-    assert not trm_ml.batch_loss(model, x, known, args, warm_up=True)[2].any()
+    model.sure_present.fill_(torch.inf)
+    model.sure_absent.fill_(torch.inf)  # as where no absent label is known
+    pseudo = trm_ml.batch_loss(model, x, known, args, warm_up=True)[2]
+    assert torch.equal(pseudo == -1, known == 0)
+
+
+def test_augmentation_cuts_a_quarter_out_of_every_other_image():
+    torch.manual_seed(0)
+    steps = clip_model.preprocess_transform(64).transforms
+    augment = trm_ml.augmentation(transforms.Compose([steps[0], *steps[2:]]))
+    images = torch.stack([augment(world.scene("benchmark", 7, 0)) for _ in range(60)])
+    cut = ((images == 0).all(dim=1).sum(dim=(1, 2)) >= 32 * 32).float().mean()
+    assert len(torch.unique(images.flatten(1), dim=0)) > 55 and 0.3 < cut < 0.7
 
 
 # ---- the program, on images of one's own
