@@ -250,6 +250,16 @@ def encode(clip, images, args):
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
+# ---- augmentation
+
+def augmentation(preprocess):
+    """preprocess with a flip, RandAugment, and a quarter of the image cut out every other time."""
+    resize, to_rgb, to_tensor, normalize = preprocess.transforms
+    return transforms.Compose([
+        resize, transforms.RandomHorizontalFlip(), to_rgb, transforms.RandAugment(), to_tensor,
+        normalize, transforms.RandomErasing(0.5, scale=(0.25, 0.25), ratio=(1, 1))])
+
+
 # ---- losses
 
 def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
@@ -340,6 +350,10 @@ class Run:
     model: TRM
     optimizer: torch.optim.Optimizer
     log: list  # a dict an epoch
+    # of the epoch under way: summed losses by name, counts of pseudo labels, (estimates, known)
+    losses: dict = None
+    counts: torch.Tensor = None
+    estimated: list = None
 
 
 def train(runs, clip, dataset, validation, truth, state, args):
@@ -362,42 +376,44 @@ def train(runs, clip, dataset, validation, truth, state, args):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
         warm_up = epoch + 1 < args.epochs // 2  # no pseudo labels until prototypes mean something
-        totals, counts = [0 for _ in unfinished], [0 for _ in unfinished]
-        names, estimated = [[] for _ in unfinished], [[] for _ in unfinished]
+        for run in unfinished:
+            run.losses, run.estimated = {}, []
+            run.counts = torch.zeros(3, dtype=torch.int64, device=args.device)
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
             lr = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
             x = images.to(args.device, non_blocking=True)
             x = x.float() if args.augment == "no" else encode(clip, x, args)
             rows = rows.to(args.device, non_blocking=True)
-            for i, run in enumerate(unfinished):
+            for run in unfinished:
                 known = run.known[rows]
                 loss, terms, pseudo, estimates = batch_loss(run.model, x, known, args, warm_up)
                 run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.zero_grad()
                 loss.backward()
                 run.optimizer.step()
-                names[i] = ["loss", *terms]
-                totals[i] = totals[i] + torch.stack([loss, *terms.values()]).detach()
+                for name, value in {"loss": loss, **terms}.items():
+                    run.losses[name] = run.losses.get(name, 0) + value.detach()
                 if pseudo is not None:
-                    counts[i] = counts[i] + pseudo_label_counts(pseudo, known, truth[rows])
+                    run.counts += pseudo_label_counts(pseudo, known, truth[rows])
                 if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                    estimated[i].append((estimates, known))
-                if (step % 50 == 49 or step == len(loader) - 1) and not totals[i][0].isfinite():
-                    means = dict(zip(names[i], (totals[i] / (step + 1)).tolist()))
+                    run.estimated.append((estimates, known))
+                if step % 50 and step < len(loader) - 1:
+                    continue  # the check is a wait for a GPU
+                if not run.losses["loss"].isfinite():
+                    sums = {name: value.item() for name, value in run.losses.items()}
                     raise UserError(f"{run.name}: the loss is not finite at epoch {epoch + 1}, "
-                                    f"step {step + 1}: {means}; {run.output}/last.pt holds the "
-                                    f"epoch before: try a smaller --lr or --precision fp32")
-        for i, run in enumerate(unfinished):
-            line = {"epoch": epoch + 1, **dict(zip(names[i], (totals[i] / len(loader)).tolist()))}
-            if estimated[i]:
-                estimates, known = (torch.cat(parts) for parts in zip(*estimated[i]))
+                                    f"step {step + 1}, in sums: {sums}; {run.output}/last.pt holds "
+                                    f"the epoch before: try a smaller --lr or --precision fp32")
+        for run in unfinished:
+            means = {name: value.item() / len(loader) for name, value in run.losses.items()}
+            line = {"epoch": epoch + 1, **means}
+            if run.estimated:
+                estimates, known = (torch.cat(parts) for parts in zip(*run.estimated))
                 run.model.calibrate(estimates, known, args.expected_positives)
-            if torch.is_tensor(counts[i]):
-                right, found, hidden = counts[i].tolist()
-                if found and hidden:
-                    line["pseudo_precision"] = right / found
-                    line["pseudo_recall"] = right / hidden
+            right, found, hidden = run.counts.tolist()
+            if found and hidden:
+                line |= {"pseudo_precision": right / found, "pseudo_recall": right / hidden}
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
@@ -712,14 +728,6 @@ def main(argv=None):
         data.write_file(f"{args.output}/results.json", json.dumps(results, indent=1))
         print(f"{results['seconds']} s; results and checkpoints: {args.output}")
     return rows
-
-
-def augmentation(preprocess):
-    """preprocess with a flip, RandAugment, and a quarter of the image cut out every other time."""
-    resize, to_rgb, to_tensor, normalize = preprocess.transforms
-    return transforms.Compose([
-        resize, transforms.RandomHorizontalFlip(), to_rgb, transforms.RandAugment(), to_tensor,
-        normalize, transforms.RandomErasing(0.5, scale=(0.25, 0.25), ratio=(1, 1))])
 
 
 if __name__ == "__main__":
