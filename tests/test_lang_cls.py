@@ -183,7 +183,7 @@ def test_load_texts_drops_and_counts(tmp_path, form):
             lang_cls.load_texts(path, ["dog"])
 
 
-ARGS = SimpleNamespace(device="cpu", no_bars=True, quiet=True)
+ARGS = SimpleNamespace(device="cpu", quiet=True)
 
 
 @pytest.fixture(scope="module")
