@@ -5,10 +5,6 @@
 
 Tensors on any device, or what torch.as_tensor takes. Other shapes, dtypes and values, and NaN
 scores, raise ValueError. A 0/1 matrix t becomes 2 * t - 1.
-
-    >>> scores = torch.tensor([[0.9, 0.2], [0.8, 0.7], [0.1, 0.3]])
-    >>> average_precision(scores, torch.tensor([[1, -1], [-1, 1], [1, 0]]))
-    tensor([0.8333, 1.0000], dtype=torch.float64)
 """
 import math
 import re
