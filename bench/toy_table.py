@@ -50,8 +50,6 @@ TRM = {
         "bench/baselines.py", BASELINES, "simple head, unknown is absent, {}"),
     "**TRM-ML**": ("trm_ml.py", REGION, "TRM-ML, {}"),
     "without prototypes, `--pseudo 0`": ("trm_ml.py", f"{REGION} --pseudo 0", "TRM-ML, {}"),
-    "without contrast, `--contrastive 0`": (
-        "trm_ml.py", f"{REGION} --contrastive 0", "TRM-ML, {}"),
 }
 COLUMNS = {
     "mkt": ["zsl_mAP", "zsl_F1@3", "gzsl_mAP", "gzsl_F1@3"],
