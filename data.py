@@ -37,6 +37,7 @@ from toy import world
 
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; from here it would warn
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Open Images' targets
 
 
 class UserError(ValueError):
@@ -667,7 +668,7 @@ def openimages(root, split):
     folder = _find(root, split)
     images = [os.path.join(folder, f"{name.decode()}.jpg") for name in np.load(f"{file}.npy")]
     return {"labels": labels, "images": images, "unseen": range(len(seen), len(labels)),
-            "targets": np.memmap(file, np.int8, "c", shape=(len(images), len(labels)))}
+            "targets": np.memmap(file, np.int8, "r", shape=(len(images), len(labels)))}
 
 
 # by category id

@@ -627,8 +627,8 @@ def main(argv=None):
         test = data.load_dataset(args.data, args.root, "test", **options)
     if not (args.predict or args.eval):
         dataset = data.load_dataset(args.data, args.root, "train", **options)
-        has_seen = torch.cat([(part[:, dataset.seen] == 1).any(dim=1)
-                              for part in dataset.targets.split(4096)])
+        has_seen = torch.cat([(dataset.full_targets[rows][:, dataset.seen] == 1).any(dim=1)
+                              for rows in dataset.rows.split(4096)])
         if len(dataset.seen) < 2 or not has_seen.any():
             raise UserError(f"{args.data}: ranking takes two seen labels and images of them")
         if os.path.exists(f"{args.output}/last.pt") and not args.resume:
