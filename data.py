@@ -644,7 +644,8 @@ def openimages(root, split):
     in the repositories of LESA and BiAM
 
     What was not verified is unknown (0), in training all unseen labels; images without a verified
-    label are left out. The targets are mapped from a file in the cache, of 43 GB in training.
+    label are left out. The targets are mapped from a file in the cache, of 43 GB in training: they
+    can be read only, writing to them ends Python.
     """
     class_file = _find(root, "2018_04/class-descriptions.csv")
     name_of = _entries(class_file, lambda line: next(csv.reader([line])))
