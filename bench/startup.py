@@ -1,7 +1,7 @@
 """Start-up of the large datasets: time and peak memory of load_dataset, labels alone.
 
     python bench/startup.py           # a few minutes
-    python bench/startup.py --full    # Open Images at its real size: an hour, 50 GB of disk
+    python bench/startup.py --full    # Open Images at its real size: five minutes, 50 GB of disk
     python bench/startup.py --quick
 
 Made-up label files of the training splits, in the temporary folder: NUS-WIDE's 161,789 of 269,648
