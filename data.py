@@ -931,6 +931,8 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
         raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
     if split not in ("train", "test"):
         raise UserError(f"unknown split '{split}', known are: train, test")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: at least 1")
     root = os.path.expanduser(root or "")
     if name != "toy" and not os.path.isdir(root):
         raise UserError(f"{name} needs the directory it is in, --root DIR; '{root}' is none")
@@ -958,6 +960,6 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
                                 allow_missing=allow_missing, quiet=quiet)
     if name in ("nuswide", "nuswide81") and not quiet:
         _note_placeholders(dataset)
-    if limit is not None:
+    if limit:
         dataset = dataset.subset(range(min(limit, len(dataset))))
     return dataset

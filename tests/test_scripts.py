@@ -123,6 +123,8 @@ def files(tmp_path_factory):
     ("mkt {folder} --clip toy-ViT --topk 4 --workers 0 --lr 1e30 --batch-size 1 --output out",
      "the loss is not finite"),
     ("mkt --epochs 0 --prompt-epochs 0", "nothing to train"),
+    ("lang_cls --limit 0", "--limit 0"),
+    ("mkt --checkpoint run/best.pt", "go together"),
     ("lang_cls --labels owl,cat,owl", "each once"),
     ("lang_cls --labels a,b --generate lines.jsonl --llm-url http://x --llm-model x",
      "other labels"),
