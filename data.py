@@ -210,6 +210,9 @@ class MultiLabelDataset(Dataset):
         if found.dtype != torch.int8 or list(found.shape) != shape:
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels), not "
                             f"{found.dtype} {list(found.shape)}")
+        is_mapped = isinstance(targets, np.memmap)  # and was checked when made: it is large
+        if not is_mapped and (found.min() < -1 or found.max() > 1):
+            raise UserError(f"{name}: targets must be +1 (present), -1 (absent), 0 (unknown)")
         if self.are_files:
             self._leave_out_missing(allow_missing, quiet)
 

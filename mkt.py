@@ -164,7 +164,7 @@ class MKT(nn.Module):
             x = self.clip.token_embedding(tokens)  # [c, T, W]
             x = torch.cat([context[:4].expand(len(x), -1, -1), x[:, 4:]], dim=1)
             last = ends[:, None] + torch.arange(-3, 1)  # [c, 4]: after the label's name
-            last = last[..., None].expand(-1, -1, x.shape[2]).to(x.device, non_blocking=True)
+            last = last.to(x.device, non_blocking=True)[..., None].expand(-1, -1, x.shape[2])
             x = x.scatter(1, last, context[4:].expand(len(x), -1, -1))
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
@@ -315,9 +315,9 @@ def train(model, stage, epochs, dataset, validation, state, args):
     shuffle = torch.Generator()
     loader = make_loader(seeded, args, batch_size, shuffle)
     prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
-    with torch.no_grad():
-        labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
     if stage == 1:
+        with torch.no_grad():
+            labels = model.label_embeddings(prompts)  # this stage leaves them where they are
         groups, minimum, warmup = parameter_groups(model), 1e-6, args.warmup_epochs
     else:
         groups = [{"params": [model.context], "weight_decay": 0.05, "scale": 1.0}]

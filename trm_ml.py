@@ -398,7 +398,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
                     run.counts += pseudo_label_counts(pseudo, known, truth[rows])
                 if estimates is not None and step * args.batch_size < 20_000:  # images enough
                     run.estimated.append((estimates, known))
-                if step % 50 and step < len(loader) - 1:
+                if step % 50 != 49 and step < len(loader) - 1:
                     continue  # the check is a wait for a GPU
                 if not run.losses["loss"].isfinite():
                     sums = {name: value.item() for name, value in run.losses.items()}

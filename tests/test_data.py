@@ -186,7 +186,9 @@ def test_hold_out(files):
 @pytest.mark.parametrize("labels, targets, message", [
     (["cat", " cat", "dog"], torch.zeros(2, 3, dtype=torch.int8), "more than once: cat"),
     (["cat", "dog"], torch.zeros(3, 2, dtype=torch.int8), r"\[2, 2\].*\[3, 2\]"),
-    (["cat", "dog"], torch.zeros(2, 2), "int8")])
+    (["cat", "dog"], torch.zeros(2, 2), "int8"),
+    (["cat", "dog"], torch.tensor([[1, 2], [0, 0]], dtype=torch.int8), r"\+1 \(present\)"),
+    (["cat", "dog"], torch.tensor([[1, -2], [0, 0]], dtype=torch.int8), r"\+1 \(present\)")])
 def test_what_does_not_fit_together(files, labels, targets, message):
     with pytest.raises(UserError, match=message):
         MultiLabelDataset(labels, targets, files[:2])

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import trees
@@ -36,6 +37,20 @@ def test_nuswide(tmp_path, split):
     concepts = signs(trees.HAS_CONCEPT[rows])
     assert torch.equal(dataset.targets[:, 6:], concepts * (split == "test"))
     assert dataset.on_error == {"train": "replace", "test": "raise"}[split]
+
+
+def test_nuswide_counts_placeholders(tmp_path, capsys):
+    write(tmp_path / "ConceptsList/Concepts81.txt", "dog")
+    names = [f"a\\{i:04}.png" for i in range(52)]
+    for name in ("Imagelist", "TrainImagelist", "TestImagelist"):
+        write(tmp_path / f"ImageList/{name}.txt", "\n".join(names))
+    write(tmp_path / "AllLabels/Labels_dog.txt", "1\n" * 52)
+    for i, name in enumerate(names):
+        path = tmp_path / "Flickr" / name.replace("\\", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (0, 0, 0) if i < 22 else (i, i, 99)).save(path)
+    load_dataset("nuswide81", tmp_path)
+    assert "22 of 52 images are copies of one file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
