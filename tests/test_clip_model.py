@@ -153,21 +153,13 @@ def random_strings(count):
     return ["".join(rng.choices(parts, k=rng.randint(1, 30))) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
+def test_tokens_equal_open_clip(tmp_path, monkeypatch):
     """OpenAI's tokenizer as users get it, but that it is downloaded from open_clip's folder."""
     open_clip = pytest.importorskip("open_clip")
     file = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip_model, "VOCABULARY_URL", file.as_uri())
-        patch.setattr(clip_model, "CACHE", tmp_path_factory.mktemp("cache"))
-        yield clip_model.official_tokenizer()
-    clip_model.official_tokenizer.cache_clear()
-
-
-def test_tokens_equal_open_clip(official):
-    open_clip = pytest.importorskip("open_clip")
-    theirs = open_clip.tokenizer.SimpleTokenizer()
+    monkeypatch.setattr(clip_model, "VOCABULARY_URL", file.as_uri())
+    monkeypatch.setattr(clip_model, "CACHE", tmp_path)
+    official, theirs = clip_model.official_tokenizer(), open_clip.tokenizer.SimpleTokenizer()
     texts = STRINGS + random_strings(300)
     for text in texts:
         # open_clip spells the two special tokens in another way
@@ -190,8 +182,7 @@ def test_tokens_equal_open_clip(official):
 @pytest.fixture
 def merges_path(tmp_path):
     path = tmp_path / "merges.txt.gz"
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write("#version: test\n" + "\n".join(MERGES) + "\n")
+    path.write_bytes(gzip.compress("\n".join(["#version: test", *MERGES, ""]).encode()))
     return path
 
 
@@ -247,32 +238,6 @@ def reference_prompts(model, embeddings, eot):
     return x[torch.arange(len(x)), eot] @ model.text_projection
 
 
-def reference_tokens(model, images):
-    """The ViT before its last block: [B, 1 + L, W], patches one after the other."""
-    visual, size = model.visual, model.visual.patch_size
-    patches = [images[:, :, i:i + size, j:j + size].flatten(1)
-               for i in range(0, images.shape[2], size) for j in range(0, images.shape[3], size)]
-    x = torch.stack(patches, 1) @ visual.conv1.weight.flatten(1).T  # [B, L, W]
-    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1)
-    x = visual.ln_pre(x + visual.positional_embedding)
-    for block in visual.transformer.resblocks[:-1]:
-        x = reference_block(block, x)
-    return x
-
-
-def output_and_gradients(model, function, x):
-    """function(x), then the gradients of a random projection of it: x's, the text tower's."""
-    x = x.clone().requires_grad_()
-    weights = [*model.transformer.parameters(), model.text_projection, model.ln_final.weight]
-    for weight in weights:
-        weight.requires_grad_()
-    output = function(x)
-    torch.manual_seed(3)
-    gradients = torch.autograd.grad((output * torch.randn_like(output)).sum(), [x, *weights])
-    model.requires_grad_(False)
-    return [output.detach(), *gradients]
-
-
 @pytest.mark.parametrize("longest", [12, 77])
 def test_cut_text_equals_all_77_tokens(vit, longest):
     tokens = random_tokens(5, longest)
@@ -282,18 +247,17 @@ def test_cut_text_equals_all_77_tokens(vit, longest):
     assert_equal(vit.encode_text(tokens[:, :longest]), expected)
     tokens[0, 2:] = 7  # what follows the end of a text changes nothing
     assert_equal(vit.encode_text(tokens), expected)
-
     embeddings = vit.token_embedding(tokens) + 0.1 * torch.randn(5, 77, 128)
-    expected = output_and_gradients(vit, lambda x: reference_prompts(vit, x, eot), embeddings)
-    ours = output_and_gradients(vit, lambda x: vit.encode_prompts(x, eot), embeddings)
-    for own, other in zip(ours, expected):
-        assert (own - other).abs().max() <= 1e-4 * max(1, other.abs().max())
-    assert ours[1].abs().max() > 1e-2  # the prompts do get a gradient
+    expected = reference_prompts(vit, embeddings, eot)
+    assert_equal(vit.encode_prompts(embeddings, eot), expected)
 
 
 def test_vit_dense_equals_reference(vit):
     images = random_images(vit)
-    x, last = reference_tokens(vit, images), vit.visual.transformer.resblocks[-1]
+    *blocks, last = vit.visual.transformer.resblocks
+    x = vit.visual.embed(images)
+    for block in blocks:
+        x = reference_block(block, x)
     expected = vit.visual.ln_post(reference_block(last, x)) @ vit.visual.proj
     global_, local = vit.encode_image_dense(images)
     assert_equal(global_, expected[:, 0])
