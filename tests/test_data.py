@@ -134,33 +134,25 @@ def to_number(image):
 
 
 def dataset_of(images, **options):
-    """Labels "0".."3"; image i has the target row that spells i in binary, as +1 and -1."""
-    bits = [[1 if i >> b & 1 else -1 for b in range(4)] for i in range(len(images))]
-    return MultiLabelDataset(["0", " 1", "2", "3"], torch.tensor(bits, dtype=torch.int8), images,
+    """Labels "0".."5"; image i has the target row that spells i in binary, as +1 and -1."""
+    bits = [[1 if i >> b & 1 else -1 for b in range(6)] for i in range(len(images))]
+    return MultiLabelDataset(["0", " 1", *"2345"], torch.tensor(bits, dtype=torch.int8), images,
                              **{"transform": to_number, **options})
 
 
 def items(dataset):
     """What number each image shows, checked against its target."""
     for image, target in dataset:
-        assert sum(2 ** b for b in range(4) if target[b] == 1) == image
+        assert sum(2 ** b for b in range(6) if target[b] == 1) == image
     return [int(image) for image, _ in dataset]
 
 
-def test_items_and_label_split(files):
+def test_rows_subsets_and_label_split(files):
     dataset = dataset_of(files, unseen=[3, 1])
     assert items(dataset) == list(range(10)) and len(dataset) == 10
-    assert dataset.missing == dataset.replaced == 0 and dataset.labels == ["0", "1", "2", "3"]
-    assert dataset.seen.tolist() == [0, 2] and dataset.unseen.tolist() == [1, 3]
+    assert dataset.missing == dataset.replaced == 0 and dataset.labels == [*"012345"]
+    assert dataset.seen.tolist() == [0, 2, 4, 5] and dataset.unseen.tolist() == [1, 3]
     assert dataset.targets.tolist() == [target.tolist() for _, target in dataset]
-
-
-def test_rows_and_subsets(files):
-    scenes = tuple(Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(4))
-    dataset = dataset_of(scenes, rows=[0, 2, 3])
-    assert items(dataset) == dataset.rows.tolist() == [0, 2, 3] and len(dataset.full_targets) == 4
-    assert dataset.subset([2, 0]).rows.tolist() == [3, 0]
-    dataset = dataset_of(files)
     subset = dataset.subset([7, 2])
     assert items(subset) == [7, 2] and items(dataset.subset(range(3))) == [0, 1, 2]
     assert items(subset.subset(torch.tensor([False, True]))) == [2]
@@ -168,6 +160,10 @@ def test_rows_and_subsets(files):
     assert dataset.transform is to_number and dataset.on_error == "raise"
     with pytest.raises(UserError, match="no images"):
         dataset.subset(torch.zeros(10, dtype=torch.bool))
+    scenes = tuple(Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(4))
+    dataset = dataset_of(scenes, rows=[0, 2, 3])
+    assert items(dataset) == dataset.rows.tolist() == [0, 2, 3] and len(dataset.full_targets) == 4
+    assert dataset.subset([2, 0]).rows.tolist() == [3, 0]
 
 
 def test_hold_out(files):
@@ -196,19 +192,16 @@ def test_what_does_not_fit_together(files, labels, targets, message):
 
 def test_missing_files(tmp_path, capsys):
     files = [save(tmp_path / "many" / f"{i}.png", i) for i in range(40)]
-    targets = (torch.arange(40) % 3 - 1).to(torch.int8)[:, None]
     for i in (5, 6):  # exactly 5%
         os.remove(files[i])
-    dataset = MultiLabelDataset(["a"], targets, files, transform=to_number)
-    assert dataset.missing == 2 and len(dataset) == 38
+    dataset = dataset_of(files)
+    assert dataset.missing == 2
     assert f"2 of 40 images missing, e.g. {files[5]}" in capsys.readouterr().err
-    numbers = [int(image) for image, _ in dataset]
-    assert numbers == [i for i in range(40) if i not in (5, 6)] == dataset.rows.tolist()
-    assert [int(target) for _, target in dataset] == [i % 3 - 1 for i in numbers]
+    assert items(dataset) == [i for i in range(40) if i not in (5, 6)] == dataset.rows.tolist()
     os.remove(files[20])
     with pytest.raises(UserError, match="3 of 40 .*--allow-missing"):
-        MultiLabelDataset(["a"], targets, files)
-    assert len(MultiLabelDataset(["a"], targets, files, allow_missing=True)) == 37
+        dataset_of(files)
+    assert len(dataset_of(files, allow_missing=True)) == 37
 
 
 def test_unreadable_image_in_evaluation_stops_with_its_name(files):

@@ -40,15 +40,15 @@ def test_nuswide(tmp_path, split):
 
 
 def test_nuswide_counts_placeholders(tmp_path, capsys):
+    names = [f"{i}.png" for i in range(52)]
+    for file in ("Imagelist", "TrainImagelist", "TestImagelist"):
+        write(tmp_path / f"ImageList/{file}.txt", "\n".join(names))
     write(tmp_path / "ConceptsList/Concepts81.txt", "dog")
-    names = [f"a\\{i:04}.png" for i in range(52)]
-    for name in ("Imagelist", "TrainImagelist", "TestImagelist"):
-        write(tmp_path / f"ImageList/{name}.txt", "\n".join(names))
     write(tmp_path / "AllLabels/Labels_dog.txt", "1\n" * 52)
+    (tmp_path / "Flickr").mkdir()
     for i, name in enumerate(names):
-        path = tmp_path / "Flickr" / name.replace("\\", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 6), (0, 0, 0) if i < 22 else (i, i, 99)).save(path)
+        colour = (0, 0, 0) if i < 22 else (i, i, 99)
+        Image.new("RGB", (8, 6), colour).save(tmp_path / "Flickr" / name)
     load_dataset("nuswide81", tmp_path)
     assert "22 of 52 images are copies of one file" in capsys.readouterr().err
 
@@ -65,7 +65,6 @@ def test_nuswide81(tmp_path, split):
     assert numbers(annotated) == kept and 0 < len(kept) < len(rows)
     assert torch.equal(annotated.targets, signs(trees.HAS_CONCEPT[kept]))
     assert torch.equal(annotated.full_targets, dataset.targets)
-    assert [rows[i] for i in annotated.rows] == kept
 
 
 # ---- COCO
@@ -222,17 +221,6 @@ def test_folder_with_fixed_and_unseen_labels(tmp_path):
     assert load_dataset("folder", tmp_path, "test").targets.tolist() == test.targets.tolist()
 
 
-def test_folder_with_absolute_paths_and_as_a_json_list(tmp_path):
-    make("folder", tmp_path / "a")
-    elsewhere = [tmp_path / "b" / name for name in ("a.png", "b.png")]
-    trees.save_images(elsewhere)
-    write(tmp_path / "a/test.jsonl", [{"image": str(elsewhere[1]), "present": ["dog"]}, {
-        "image": str(elsewhere[0]), "present": ["rest"], "absent": "rest"}])
-    dataset = load_dataset("folder", tmp_path / "a", "test")
-    assert dataset.labels == ["cat", "dog", "ice cream", "rest"] and numbers(dataset) == [1, 0]
-    assert dataset.targets.tolist() == [[0, 1, 0, 0], [-1, -1, -1, 1]]
-
-
 def test_toy():
     train, test = (load_dataset("toy", split=split) for split in ("train", "test"))
     assert (len(train), len(test)) == (10_000, 2_000)
@@ -242,8 +230,6 @@ def test_toy():
     assert (train.targets[:, train.unseen] == 0).all()
     assert (test.targets[:, test.unseen] == 1).any(dim=0).all() and (test.targets != 0).all()
     assert not len(load_dataset("toy", split="test", zero_shot=False).unseen)
-    image, target = test[3]
-    assert image.size == (128, 128) and torch.equal(target, test.targets[3])
 
 
 # ---- all of them
@@ -252,10 +238,9 @@ def test_unknown_names_and_options(tmp_path):
     assert "'nus'" in message_of("nus") and "nuswide, nuswide81" in message_of("nus")
     assert "known are: train, test" in message_of("nuswide", tmp_path, "val")
     assert f"'{tmp_path / 'nowhere'}'" in message_of("nuswide", tmp_path / "nowhere")
-    for name, option, known in (("folder", "zero_shot", "toy, coco"),
-                                ("coco", "difficult", "voc2007"), ("cub", "other", "no dataset")):
-        assert message_of(name, tmp_path, **{option: True}) == (
-            f"--{option.replace('_', '-')} is not for {name}, but for: {known}")
+    found = message_of("folder", tmp_path, zero_shot=True)
+    assert found == "--zero-shot is not for folder, but for: toy, coco"
+    assert "for: no dataset" in message_of("cub", tmp_path, other=True)
 
 
 @pytest.mark.parametrize("name, file", [
@@ -270,20 +255,17 @@ def test_a_missing_file_is_named_and_the_layout_shown(tmp_path, name, file):
     assert layout.strip() and ("jpg" in layout or name == "folder")
 
 
-INSTANCES, LABELS = "annotations/instances_val2014.json", "attributes/image_attribute_labels.txt"
-ANNOTATIONS = "2018_04/test-annotations-human-imagelabels.csv"
-TEST_LIST = "ImageList/TestImagelist.txt"
-
-
 @pytest.mark.parametrize("name, file, content, message", [
     ("nuswide", "NUS_WID_Tags/AllTags1k.txt", "0\t1\t" * 31 + "2", "row 7: an entry is not 0 or"),
-    ("nuswide", TEST_LIST, "zoo\\8.jpg", "not in Imagelist.txt"),
-    ("coco", INSTANCES, {"images": []}, "not a file of COCO instances: KeyError.'categories'"),
+    ("nuswide", "ImageList/TestImagelist.txt", "zoo\\8.jpg", "not in Imagelist.txt"),
+    ("coco", "annotations/instances_val2014.json", {"images": []}, "not a file of COCO instances"),
     ("voc2007", "VOCdevkit/VOC2007/Annotations/000017.xml",
      trees.voc_xml("000017", [("lamp", 0)]), "lamp"),
     ("vg200", "vg_category_200.txt", "man\nsky\n", "2386621.jpg must be a list .* below 2"),
-    ("cub", f"CUB_200_2011/{LABELS}", "1 1 0 3 2.0\n1 2 yes 1 1.0\n", "'yes'"),
-    ("openimages", ANNOTATIONS, "ImageID\n1a,verification,/m/09,0.7\n", "line 2: .*'0.7'"),
+    ("cub", "CUB_200_2011/attributes/image_attribute_labels.txt",
+     "1 1 0 3 2.0\n1 2 yes 1 1.0\n", "'yes'"),
+    ("openimages", "2018_04/test-annotations-human-imagelabels.csv",
+     "ImageID\n1a,verification,/m/09,0.7\n", "line 2: .*'0.7'"),
     ("folder", "test.jsonl", '{"image": "2.png", "presnt": ["dog"]}', "line 1: not {\"image\""),
     ("folder", "test.jsonl", '{"image": "2.png", "present": ["dog "], "absent": [" dog"]}',
      "'dog' is both present and absent"),

@@ -17,9 +17,6 @@ information, honey, passer-by, Paris, rainy, wooden, the sea, Eiffel Tower, man 
 
 # vocabularies of words that the grammar would like to use, each with its other forms
 HOSTILE = {
-    "things": """view/views walk/walks/walking rest/rests/resting stand/stands/standing
-        stop/stops/stopping photo/photos picture/pictures image/images scene/scenes light/lights
-        day/days morning/mornings distance/distances side/sides edge/edges place/places""",
     "small words": """one two three four five few several some many small large pair/pairs
         left/lefts right/rights front/fronts behind/behinds near/nears cat/cats scissors""",
     "everything": """photo picture/pictures snapshot view image scene show/shows
@@ -52,23 +49,17 @@ def test_plural(singular, expected):
 @pytest.mark.parametrize("expected", """a dog, an apple, an umbrella, a unicycle, an hourglass,
     a horse, a one-way sign, a UFO, an MRI scanner, an suv, an X-ray, a T-shirt, a US passport,
     an uninhabited island, a cup of tea, a map of Paris, a passer-by, a German shepherd,
-    a wedding ring, a bus""".replace("\n", " ").split(","))
-def test_with_an_article(expected):
-    article, label = expected.split(maxsplit=1)
-    assert with_article(label) == f"{article} {label}"
-    assert fill_template("a photo of a {}.", label) == f"a photo of {article} {label}."
-
-
-@pytest.mark.parametrize("label", """skis, snow, dancing, orange juice, people, rainy, economics,
-    the sea, a dog, Paris, Statue of Liberty, Flora, The Beatles""".replace("\n", " ").split(","))
-def test_without_an_article(label):
-    label = label.strip()
-    assert with_article(label) == label
-    assert fill_template("A photo of a {}.", label) == f"A photo of {label}."
+    a wedding ring, a bus, skis, snow, dancing, orange juice, people, rainy, economics, the sea,
+    Paris, Statue of Liberty, Flora, The Beatles""".replace("\n   ", "").split(", "))
+def test_with_article(expected):
+    label = re.sub("^an? ", "", expected)
+    assert with_article(label) == expected
+    assert fill_template("a photo of a {}.", label) == f"a photo of {expected}."
 
 
 @pytest.mark.parametrize("template, label, expected", [
     ("a photo of a {}.", "sky", "a photo of the sky."),
+    ("A photo of a {}.", "a dog", "A photo of a dog."),
     ("a photo of the {}.", "dog", "a photo of the dog."),
     ("a photo of the {}.", "Eiffel Tower", "a photo of Eiffel Tower."),
     ("a photo of a large {}.", "the sea", "a photo of the sea."),
@@ -122,7 +113,6 @@ def test_sentences_are_english(labels):
             r"\b(two|three|four|five) (scissors|police)\b", r"\bthe the\b",
             r"\bthere is (the|dancing|soccer)\b",
             r"\b(next to|beside|close to) (the sky|dancing)\b",
-            r"sheeps|peoples|mouses|knifes|fishs|leafs|rainies|honeys|passer-bys|cup of teas",
             r"  | [.,]|,,|\.\.|{|}|_|/", r"[^.]$", r"^[^A-Z]"):
         found = re.search(mistake, text, re.M | (re.I if mistake[0] == "\\" else 0))
         assert not found, (mistake, text[max(0, found.start() - 60):found.end() + 60])

@@ -38,6 +38,8 @@ def average_precision_by_loop(scores, targets):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_average_precision_equals_the_definition(dtype):
     scores, targets = random_problem(60, 25)
+    scores[scores == -1] = -torch.inf
+    scores[3, targets[3] == 0] = torch.inf  # unknown: of no influence
     result = average_precision(scores.to(dtype), targets)
     expected = [average_precision_by_loop(scores[:, c], targets[:, c]) for c in range(25)]
     assert result.dtype == torch.float64
@@ -62,16 +64,6 @@ def test_a_label_without_positives_is_nan_and_left_out_of_the_mean():
     np.testing.assert_allclose(average_precision(scores, targets), [1 / 3, NAN, NAN, 1])
     assert mean_average_precision(scores, targets) == pytest.approx(2 / 3)
     assert math.isnan(mean_average_precision(scores[:, 1:3], targets[:, 1:3]))
-
-
-def test_unknown_entries_have_no_influence():
-    scores, targets = random_problem(200, 6)
-    changed = scores.masked_fill(targets == 0, torch.inf)
-    assert torch.equal(average_precision(changed, targets), average_precision(scores, targets))
-    # not even where the known ones have the lowest score there is
-    changed = torch.full_like(scores, -torch.inf)
-    share = (targets == 1).sum(0) / (targets != 0).sum(0)
-    np.testing.assert_allclose(average_precision(changed, targets), share, rtol=1e-6)
 
 
 def test_scores_are_compared_exactly():

@@ -212,20 +212,19 @@ FOLDER_LINES = {
               '',
               '{"image": "1.png", "present": [" dog "], "absent": "rest"}',
               '{"absent": ["dog", "dog"], "image": "./photos/../2.png"}'],
-    "test": ['{"image": "1.png", "present": ["\u732b"]}', '{"image": "2.png", "absent": "rest"}']}
+    "test": ['{"image": "1.png", "present": ["\u732b"]}',
+             '{"image": "ROOT/2.png", "absent": "rest"}']}
 
 
 def folder(root):
     for split, lines in FOLDER_LINES.items():
-        write(root / f"{split}.jsonl", "\n".join(lines))
+        write(root / f"{split}.jsonl", "\n".join(lines).replace("ROOT", str(root.absolute())))
     save_images([root / "photos/0.png", root / "1.png", root / "2.png"])
 
 
 def make(name, root):
     """Write the tree of a dataset, which may be "nuswide81" too, below a folder."""
-    functions = {"nuswide": nuswide, "nuswide81": nuswide, "coco": coco, "voc2007": voc2007,
-                 "vg200": vg200, "cub": cub, "openimages": openimages, "folder": folder}
-    functions[name](root)
+    globals()[name.removesuffix("81")](root)
     return root
 
 
