@@ -233,26 +233,20 @@ def test_damaged_images_in_training_are_named_once(files, workers, capfd):
 
 # ---- partial labels
 
-@pytest.mark.parametrize("images, proportion, seed", [(5000, 0.3, 3), (0, 0.5, 0), (40, 1.0, 5)])
-def test_keep_partial_is_the_published_convention(images, proportion, seed):
+@pytest.mark.parametrize("images, share", [(5000, 0.3), (0, 0.5), (40, 1.0), (200, None)])
+def test_known_entries_are_drawn_as_published(images, share):
     targets = random_targets(images, 7)
+    targets[17:18] = -1
     before = targets.clone()
-    kept = data.keep_partial(targets, proportion, seed)
-    mask = np.random.RandomState(seed).rand(images, 7) < proportion
+    if share is None:
+        kept = data.keep_single_positive(targets, seed=1200)
+    else:
+        kept = data.keep_partial(targets, share, seed=3)
     assert kept.dtype == torch.int8 and torch.equal(targets, before)
-    assert np.array_equal(kept.numpy(), np.where(mask, targets.numpy(), 0))
+    assert np.array_equal(kept, drawn(before, share, seed=3))
     for wrong in (0, 1.01, float("nan")):
         with pytest.raises(UserError, match="proportion"):
-            data.keep_partial(targets, wrong, seed)
-
-
-def test_keep_single_positive_draws_as_cole_et_al_do():
-    targets = random_targets(200, 6)
-    targets[17] = -1
-    before = targets.clone()
-    kept = data.keep_single_positive(targets, seed=1200)
-    assert kept.dtype == torch.int8 and torch.equal(targets, before)
-    assert np.array_equal(kept.numpy(), drawn(before, None)) and not kept[17].any()
+            data.keep_partial(targets, wrong, seed=3)
 
 
 # ---- files

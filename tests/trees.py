@@ -235,11 +235,11 @@ def random_targets(images, labels, seed=0):
     return torch.randint(-1, 2, (images, labels), generator=generator).to(torch.int8)
 
 
-def drawn(targets, share):
+def drawn(targets, share, seed=0):
     """Known entries as SST, SARB and HCP draw them; share None: as Cole et al. (2021) do."""
     targets = np.asarray(targets)
     if share is not None:
-        return targets * (np.random.RandomState(0).rand(*targets.shape) < share)
+        return targets * (np.random.RandomState(seed).rand(*targets.shape) < share)
     rng, known = np.random.RandomState(1200), np.zeros_like(targets)
     for row, target in enumerate(targets):
         positives = np.nonzero(target == 1)[0]
