@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import MultiLabelDataset, UserError, open_image
-from trees import drawn, random_targets
+from trees import drawn, random_targets, write
 
 # pytest undoes data.py's own filter
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -24,17 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarn
 def test_upright_whatever_the_exif_orientation_says(tmp_path):
     corners = np.zeros((20, 30, 3), np.uint8)
     corners[:10, :15] = 255  # the upper left quarter is white
-    upright = Image.fromarray(corners)
-    # how each orientation is stored: undoing it must give `upright` back
-    stored = {1: upright, 2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-              3: upright.transpose(Image.Transpose.ROTATE_180),
-              6: upright.transpose(Image.Transpose.ROTATE_90),
-              8: upright.transpose(Image.Transpose.ROTATE_270)}
-    for orientation, image in stored.items():
+    for orientation, turn in ((6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270)):
         exif = Image.Exif()
         exif[0x0112] = orientation
         for name, options in (("a.png", {}), ("a.jpg", {"quality": 100})):
-            image.save(tmp_path / name, exif=exif, **options)
+            Image.fromarray(corners).transpose(turn).save(tmp_path / name, exif=exif, **options)
             opened = np.asarray(open_image(tmp_path / name)).astype(int)
             assert opened.shape == (20, 30, 3)
             assert abs(opened - corners).mean() < 8, (orientation, name)
@@ -93,8 +87,7 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, content, reason):
 
 def test_image_files(tmp_path):
     for name in ("b.JPG", "inner/a.avif", "notes.txt", ".hidden.jpg", ".git/a.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        write(tmp_path / name, "")
     for paths, expected in (
             ([str(tmp_path / "notes.txt"), tmp_path], ["notes.txt", "b.JPG", "inner/a.avif"]),
             ([str(tmp_path / "*.JPG"), tmp_path / ".hidden.jpg"], ["b.JPG", ".hidden.jpg"])):
