@@ -254,7 +254,7 @@ def test_a_curve_is_where_its_values_are():
     sheet = np.asarray(draw_curves(log))
     assert sheet.shape == (380, 1040, 3)
     for left, colour, values in ((0, (230, 159, 0), losses), (520, (0, 0, 0), scores)):
-        panel = sheet[90:, left:left + 520]  # below the names
+        panel = sheet[90:, left + 60:left + 505]  # without the names and the numbers
         y, x = (panel == colour).all(axis=-1).nonzero()
         columns = np.linspace(x.min() + 2, x.max() - 2, 5).round()
         heights = [-y[x == column].mean() for column in columns]
