@@ -441,16 +441,20 @@ def cached(name, paths, key, make, quiet):
     return arrays
 
 
-def read_checkpoint(path, method):
-    """The dict that a script saved, on the CPU; UserError if it is not this method's."""
+def read_weights(path):
+    """A dict that torch.save wrote, on the CPU, nothing in it executed; UserError for all else."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["method"]
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = repr(error).partition("\\n")[0]
-        raise UserError(f"{path} is not a checkpoint of {method}.py: {reason}") from None
-    if found != method:
-        raise UserError(f"{path} is a checkpoint of {found}.py, not of {method}.py")
+        raise UserError(f"{path} is not a checkpoint: {reason}") from None
+
+
+def read_checkpoint(path, method):
+    """The dict that a script saved; UserError if it is not this method's."""
+    state = read_weights(path)
+    if state.get("method") != method:
+        raise UserError(f"{path} is a checkpoint of {state.get('method')}.py, not of {method}.py")
     return state
 
 

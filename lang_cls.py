@@ -52,7 +52,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -306,14 +306,8 @@ def generate(path, labels, args):
             file.flush()
 
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
-        futures = [pool.submit(answer, request) for request in sorted(missing)]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures),
-                               disable=args.quiet or None):
-                future.result()
-        except BaseException:  # Ctrl-C too: ask no more
-            pool.shutdown(cancel_futures=True)
-            raise
+        answers = pool.map(answer, sorted(missing))  # an error, or Ctrl-C, cancels what is waiting
+        list(tqdm(answers, total=len(missing), disable=args.quiet or None))
     print(f"{args.sentences:,} answers; train with --texts {path}")
 
 
@@ -436,8 +430,8 @@ def table(clip, model, test, args):
             scores[name].append(model.scores(global_, local, *setting).cpu())
     rows = metrics.zero_shot_rows(torch.cat(whole), torch.cat(best), test, ks)
     for name, parts in scores.items():
-        kind, matrix = "method" if name == "CoMC" else "ablation", torch.cat(parts)
-        rows.append(metrics.table_row(name, kind, lambda index: matrix[:, index], test, ks))
+        kind = "method" if name == "CoMC" else "ablation"
+        rows.append(metrics.table_row(name, kind, torch.cat(parts), test, ks))
     return rows
 
 
@@ -477,13 +471,10 @@ def arguments(argv=None):
     add("--labels", help='train for these, without a dataset: "owl, ice cream"')
     add("--sources", default="both", choices=["both", "sentences", "templates"])
     add("--sentences", type=int, default=40_000, help="by the grammar, or the first of --texts")
-    add("--texts", metavar="FILE", help='JSON of {"labels": ["..."], "description": "..."}, a '
-        "list or one a line, instead of the grammar's sentences")
+    add("--texts", metavar="FILE", help='JSON: {"labels": ["..."], "description": "..."}, ...')
     add("--templates", metavar="FILE", help="prompts, one a line with {} in it")
-    add("--generate", metavar="OUT.jsonl", help="have a language model write --sentences about "
-        "the labels, for --texts; a repeated call continues")
-    add("--llm-url", metavar="URL", help="of an OpenAI-compatible server, e.g. "
-        "http://localhost:11434/v1; a key is read from OPENAI_API_KEY")
+    add("--generate", metavar="FILE", help="a language model writes --texts; again: goes on")
+    add("--llm-url", metavar="URL", help="OpenAI-compatible; a key is read from OPENAI_API_KEY")
     add("--llm-model", metavar="NAME", help="the server's name of the language model")
     add("--llm-requests", type=int, default=8, help="at a time (8)")
     add = parser.add_argument_group("training").add_argument
@@ -515,8 +506,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("a trained model").add_argument
     add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
-    add("--checkpoint", metavar="FILE", help="the trained model for --predict; the authors' "
-        "model-best.pth.tar works too")
+    add("--checkpoint", metavar="FILE", help="for --predict; or the authors' model-best.pth.tar")
     add("--memory", metavar="FILE", help="with the authors' model: their label embeddings [C, D]")
     add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
     add("--threshold", type=float, help="the least score of a label to predict")
@@ -529,18 +519,17 @@ def arguments(argv=None):
         parser.error("--generate needs --llm-url http://... and --llm-model NAME")
     if args.labels and (args.predict or args.eval):
         parser.error("--labels are for training: a checkpoint scores its own labels only")
-    if not (args.predict or args.eval):
-        parser.set_defaults(output=f"runs/lang_cls-{'labels' if args.labels else args.data}")
-        args = parser.parse_args(argv)
-    start = args.checkpoint or args.eval or (args.resume and f"{args.output}/last.pt")
+    output = args.output or f"runs/lang_cls-{'labels' if args.labels else args.data}"
+    start = args.checkpoint or args.eval or (args.resume and f"{output}/last.pt")
     saved = None
-    if start and not start.endswith(".pth.tar"):  # what its run was started with ...
+    if start and not start.endswith(".pth.tar"):  # what its run was started with; typed wins
         saved = data.read_checkpoint(start, "lang_cls")
-        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
-        parser.set_defaults(**saved["args"])
+        saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy" and not (start or args.labels):
-        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
-    args = parser.parse_args(argv)  # ... and what is typed again wins
+        args = parser.parse_args(argv, parser.parse_args(TOY.split()))
+    if not (args.predict or args.eval):
+        args.output = output
     if min(args.batch_size, args.top, args.epochs, args.sentences) < 1:
         parser.error("--batch-size, --top, --epochs, --sentences: at least 1")
     if min(args.lr, args.noise, args.seed) < 0 or not 0 <= args.mapping_weight <= 1:

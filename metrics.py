@@ -154,21 +154,21 @@ def normalize_scores(scores):
 
 # ---- the table
 
-def table_row(name, kind, scores_of, dataset, ks):
+def table_row(name, kind, scores, dataset, ks, finish=lambda scores: scores):
     """A row of the table: {"name", "kind", "mAP", "P@k", "R@k", "F1@k" of every k}.
 
     Where a dataset has unseen labels, ZSL ("zsl_mAP", ...) ranks these alone, GZSL ("gzsl_mAP",
-    ...) all labels. scores_of: label indices int64 [c] -> the scores of these labels [N, c]."""
+    ...) all labels. scores [..., N, C]; finish: those of the labels in play -> scores [N, c]."""
     in_play = {"": torch.arange(len(dataset.labels))}
     if len(dataset.unseen):
         in_play = {"zsl_": dataset.unseen, "gzsl_": in_play[""]}
     row = {"name": name, "kind": kind}
     for prefix, index in in_play.items():
-        scores, targets = scores_of(index), dataset.targets[:, index]
-        row[f"{prefix}mAP"] = mean_average_precision(scores, targets)
+        ranked, targets = finish(scores[..., index]), dataset.targets[:, index]
+        row[f"{prefix}mAP"] = mean_average_precision(ranked, targets)
         for k in ks:
             if k <= len(index):
-                values = precision_recall_f1_at_k(scores, targets, k)
+                values = precision_recall_f1_at_k(ranked, targets, k)
                 row |= zip((f"{prefix}P@{k}", f"{prefix}R@{k}", f"{prefix}F1@{k}"), values)
     return row
 
@@ -177,14 +177,12 @@ def zero_shot_rows(global_scores, local_scores, dataset, ks):
     """CLIP as it is, three rows: by the whole image, by the mean of that and the best location,
     and the better of the two normalised over the test images. Scores: cosines [N, C]."""
     both = (global_scores + local_scores) / 2
-    rows = []
-    for name, scores in (("global", global_scores), ("global + local", both)):
-        rows.append(table_row(f"zero-shot, {name}", "zero-shot", lambda index: scores[:, index],
-                              dataset, ks))
+    rows = [table_row("zero-shot, global", "zero-shot", global_scores, dataset, ks),
+            table_row("zero-shot, global + local", "zero-shot", both, dataset, ks)]
     last = [name for name in rows[0] if name.endswith("mAP")][-1]
     better = global_scores if rows[0][last] > rows[1][last] else both
-    rows.append(table_row("zero-shot, the better one normalised", "zero-shot",
-                          lambda index: normalize_scores(better[:, index]), dataset, ks))
+    rows.append(table_row("zero-shot, the better one normalised", "zero-shot", better, dataset, ks,
+                          normalize_scores))
     return rows
 
 

@@ -137,9 +137,9 @@ class TRM(nn.Module):
             return F.normalize(self.clip.encode_prompts(words, eot).float(), dim=-1)
 
         context = self.context.expand(len(self.tokens), -1, -1)  # [C, 16, W]
-        pieces = list(zip(*(x.split(chunk) for x in (self.tokens, context, self.eot))))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            return torch.cat([encode(*piece) for piece in pieces])
+        if len(context) <= chunk:
+            return encode(self.tokens, context, self.eot)
+        pieces = zip(*(x.split(chunk) for x in (self.tokens, context, self.eot)))
         return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
 
     def refine(self, x):
@@ -478,7 +478,7 @@ def table(runs, clip, test, args):
     whole, best, *scores = all_scores(score, clip, test, args)
     rows = metrics.zero_shot_rows(whole, best, test, ks)
     for run, matrix in zip(runs, scores):
-        rows.append(metrics.table_row(run.name, run.kind, lambda index: matrix[:, index], test, ks))
+        rows.append(metrics.table_row(run.name, run.kind, matrix, test, ks))
     return rows
 
 
@@ -586,22 +586,21 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if bool(args.predict) != bool(args.checkpoint):
         parser.error("--predict and --checkpoint FILE go together")
-    if not (args.predict or args.eval):
-        parser.set_defaults(output=f"runs/trm_ml-{args.data}")
-        args = parser.parse_args(argv)
+    output = args.output or f"runs/trm_ml-{args.data}"  # of a training run
     start, saved = args.checkpoint or args.eval, None
     if args.resume and not start:  # of a sweep the newest, which has the sweep's last arguments
-        found = sorted(Path(args.output).rglob("last.pt"), key=os.path.getmtime)
-        start = found[-1] if found else f"{args.output}/last.pt"
-    if start:  # what its run was started with ...
+        start = max(Path(output).rglob("last.pt"), key=os.path.getmtime, default=f"{output}/last.pt")
+    if start:  # what its run was started with; what is typed wins
         saved = data.read_checkpoint(start, "trm_ml")
-        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
-        parser.set_defaults(**saved["args"])
+        saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy":
-        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
+        toy = parser.parse_args(TOY.split())
         if args.single_positive:
-            parser.set_defaults(partial=[1.0])
-    args = parser.parse_args(argv)  # ... and what is typed again wins
+            toy.partial = [1.0]
+        args = parser.parse_args(argv, toy)
+    if not (args.predict or args.eval):
+        args.output = output
     if min(args.batch_size, args.top, args.epochs) < 1 or args.image_size < 32:
         parser.error("--batch-size, --top, --epochs: at least 1; --image-size: 32")
     if min(args.lr, args.pseudo, args.contrastive, args.distillation, args.seed) < 0:
