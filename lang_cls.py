@@ -86,8 +86,8 @@ SYNONYMS = [group.split(", ") for group in (  # names that texts use for the sam
     "refrigerator, fridge; ocean, sea; tv, television, tv monitor, tvmonitor; cell phone, "
     "mobile phone, smartphone, phone; dining table, diningtable; potted plant, pottedplant; "
     "donut, doughnut; hair drier, hair dryer, blow dryer").split("; ")]
-REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
-                     r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
+REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)"
+                     r"|i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
 
 
 # ---- model
@@ -136,12 +136,12 @@ def encode(clip, images, args):
     with autocast(args):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             global_, local = clip.encode_image_dense(images)
-            own = global_
+            clip_global = global_
         else:  # two poolings of the same features
             features = clip.visual.features(images)
-            own = clip.visual.attnpool(features)
+            clip_global = clip.visual.attnpool(features)
             global_, local = clip.visual.attnpool(features, position=False, dense=True)
-    return [F.normalize(x.float(), dim=-1) for x in (own, global_, local)]
+    return [F.normalize(x.float(), dim=-1) for x in (clip_global, global_, local)]
 
 
 # ---- loss
@@ -330,8 +330,8 @@ def embed_texts(clip, texts, args):
         return {"embeddings": embeddings.numpy()}
 
     digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
-    kept = data.cached("texts", [], [clip.fingerprint(), digest], embed, args.quiet)
-    embeddings = torch.from_numpy(kept["embeddings"])
+    arrays = data.cached("texts", [], [clip.fingerprint(), digest], embed)
+    embeddings = torch.from_numpy(arrays["embeddings"])
     row = {text: index for index, text in enumerate(unique)}
     return embeddings[[row[text] for text in texts]]
 
@@ -423,8 +423,8 @@ def table(clip, model, test, args):
     loader = DataLoader(test, 64, num_workers=args.workers,
                         pin_memory=args.device.startswith("cuda"))
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
-        own, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
-        whole.append((own @ model.memory.T).cpu())
+        clip_global, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
+        whole.append((clip_global @ model.memory.T).cpu())
         best.append((local @ model.memory.T).amax(dim=1).cpu())  # [B, L, C] -> [B, C]
         for name, setting in settings.items():
             scores[name].append(model.scores(global_, local, *setting).cpu())
@@ -444,13 +444,13 @@ def predict(clip, model, preprocess, labels, args):
         _, global_, local = encode(clip, preprocess(photo)[None].to(args.device), args)
         scores = model.scores(global_, local, args.mapping_weight, args.streams)[0].tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
-        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
-                 if args.threshold is None or scores[i] >= args.threshold]
-        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                     if args.threshold is None or scores[i] >= args.threshold]
+        print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
         if args.heatmap:
             maps = model(local, args.mapping_weight)[0].T.cpu()  # [C, L]
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
 
@@ -473,8 +473,8 @@ def arguments(argv=None):
     add("--sentences", type=int, default=40_000, help="by the grammar, or the first of --texts")
     add("--texts", metavar="FILE", help='JSON: {"labels": ["..."], "description": "..."}, ...')
     add("--templates", metavar="FILE", help="prompts, one a line with {} in it")
-    add("--generate", metavar="FILE", help="a language model writes --texts; again: goes on")
-    add("--llm-url", metavar="URL", help="OpenAI-compatible; a key is read from OPENAI_API_KEY")
+    add("--generate", metavar="FILE", help="let a language model write it; repeat to continue")
+    add("--llm-url", metavar="URL", help="an OpenAI-compatible server's; key: OPENAI_API_KEY")
     add("--llm-model", metavar="NAME", help="the server's name of the language model")
     add("--llm-requests", type=int, default=8, help="at a time (8)")
     add = parser.add_argument_group("training").add_argument
@@ -522,7 +522,7 @@ def arguments(argv=None):
     output = args.output or f"runs/lang_cls-{'labels' if args.labels else args.data}"
     start = args.checkpoint or args.eval or (args.resume and f"{output}/last.pt")
     saved = None
-    if start and not start.endswith(".pth.tar"):  # what its run was started with; typed wins
+    if start and not start.endswith(".pth.tar"):  # its run's options; what is typed wins
         saved = data.read_checkpoint(start, "lang_cls")
         saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))

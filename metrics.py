@@ -139,10 +139,8 @@ def _check(scores, targets):
 def normalize_scores(scores):
     """Zero-shot scores [N, C], normalised over the test images -> float32 [N, C].
 
-    Each label is standardised over the images, then each image over its labels (SPARC, CVPR 2025).
-    The first step makes labels comparable and leaves each label's order of images as it is. All
-    test images are needed, but no target. What does not vary becomes 0, never NaN.
-    """
+    Each label is standardised over the images, then each image over its labels (SPARC, CVPR 2025):
+    it takes all test images, but no target. What does not vary becomes 0, never NaN."""
     scores = torch.as_tensor(scores).float()
     for dim in (0, 1):
         # in float64 the mean of equal float32 values is just this value: their difference is 0
@@ -241,15 +239,11 @@ def draw_heatmaps(photo, maps, whole=False):
         tile = photo.copy()
         tile.paste(colours, corner, grey.point(lambda value: value ** 2 // 340))
         tiles.append((f"{score:.3f}  {label}", tile))
-    columns = min(len(tiles), 4)
-    rows = math.ceil(len(tiles) / columns)
     cell = max(width, 200) + 16  # a label needs some room
-    sheet = Image.new("RGB", (16 + columns * cell, 16 + rows * (height + 40)), "white")
+    sheet = Image.new("RGB", (16 + len(tiles) * cell, height + 56), "white")
     for i, (caption, tile) in enumerate(tiles):
-        x = 16 + i % columns * cell
-        y = 16 + i // columns * (height + 40)
-        sheet.paste(tile, (x, y))
-        _write(ImageDraw.Draw(sheet), (x, y + height + 6), caption, 17, width=cell - 16)
+        sheet.paste(tile, (16 + i * cell, 16))
+        _write(ImageDraw.Draw(sheet), (16 + i * cell, height + 22), caption, 17, width=cell - 16)
     return sheet
 
 

@@ -461,15 +461,15 @@ def predict(model, preprocess, labels, args):
             global_, local = (x.float() for x in model(preprocess(photo)[None].to(args.device)))
         scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0].tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
-        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
-                 if args.threshold is None or scores[i] >= args.threshold]
-        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                     if args.threshold is None or scores[i] >= args.threshold]
+        print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
         if args.heatmap:
             maps = embeddings @ local[0].T  # [C, L]
             # what a patch scores for any label, as background does, says nothing of this one
             maps = (maps - maps.mean(dim=0)).relu().cpu()
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
 
@@ -518,7 +518,7 @@ def arguments(argv=None):
     add("--resume", action="store_true", help="go on in --output; what is typed again wins")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("a trained model").add_argument
-    add("--eval", nargs="+", metavar="FILE", help="evaluate it; releases: STAGE1.pth STAGE2.pth")
+    add("--eval", nargs="+", metavar="FILE", help="evaluate it, or releases: STAGE1.pth STAGE2.pth")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
     add("--checkpoint", nargs="+", metavar="FILE", help="the trained model for --predict")
     add("--labels", help='for --predict, any labels: "owl, ice cream"')
@@ -532,7 +532,7 @@ def arguments(argv=None):
     output = args.output or f"runs/mkt-{args.data}"  # of a training run
     start = (args.checkpoint or args.eval or [args.resume and f"{output}/last.pt"])[0]
     saved = None
-    if start and not start.endswith(".pth"):  # what its run was started with; what is typed wins
+    if start and not start.endswith(".pth"):  # its run's options; what is typed wins
         saved = data.read_checkpoint(start, "mkt")
         saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
@@ -561,7 +561,7 @@ def load_release(model, paths):
     names = {f"transformer.resblocks.{layers - 2}.": "blocks.0.",
              f"transformer.resblocks.{layers - 1}.": "blocks.1.", "projection_dist": "proj"}
     frozen, trained = model.clip.visual.state_dict(), {}
-    for key, value in data.read_weights(paths[0]).items():
+    for key, value in data.read_checkpoint(paths[0]).items():
         key = key.removeprefix("module.")
         for theirs, ours in names.items():
             key = key.replace(theirs, ours)
@@ -573,7 +573,7 @@ def load_release(model, paths):
                 value.float(), frozen[key].cpu(), atol=1e-3):
             raise UserError(f"{paths[0]}: {key} is not that of --clip: another CLIP?")
     if len(paths) > 1:
-        for key, value in data.read_weights(paths[1]).items():
+        for key, value in data.read_checkpoint(paths[1]).items():
             if key.removeprefix("module.") == "token_embedding.weight":
                 trained["context"] = value[model.context_ids]
         if "context" not in trained:

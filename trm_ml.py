@@ -184,9 +184,9 @@ class TRM(nn.Module):
         scale."""
         total = 0
         for prototypes in (self.visual, texts):
-            own = (features * prototypes).sum(dim=-1) / TEMPERATURE
+            matched = (features * prototypes).sum(dim=-1) / TEMPERATURE
             among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-            total = total + 2 * own - among_all
+            total = total + 2 * matched - among_all
         return total / 2
 
     @torch.no_grad()
@@ -241,12 +241,9 @@ def zero_shot_embeddings(clip, labels, templates):
 
 @torch.no_grad()
 def encode(clip, images, args):
-    """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations.
-
-    A ViT's patches skip the last block's attention, which localises better."""
-    is_vit = isinstance(clip.visual, clip_model.VisionTransformer)
+    """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
     with autocast(args):
-        global_, local = clip.encode_image_dense(images, value_path=is_vit)
+        global_, local = clip.encode_image_dense(images, value_path=True)  # localises better
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
@@ -288,9 +285,9 @@ def contrastive_loss(features, present, prototypes):
     mean over present labels and M modalities, 0 if nothing is present."""
     missed = 0
     for modality in prototypes:
-        own = (features * modality).sum(dim=-1) / TEMPERATURE
+        matched = (features * modality).sum(dim=-1) / TEMPERATURE
         among_all = (features @ modality.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-        missed = missed + among_all - own  # [B, C]
+        missed = missed + among_all - matched  # [B, C]
     # of all labels, masked: a list of those that are present would be waited for on a GPU
     return (missed * present).sum() / (len(prototypes) * present.sum()).clamp(min=1)
 
@@ -332,12 +329,12 @@ def learning_rate(progress, peak):
 
 
 def pseudo_label_counts(pseudo, known, truth):
-    """What a log can tell of pseudo labels: int64 [3], right and given positives, and hidden
+    """What a log can tell of pseudo labels: int64 [3], right and all positives, and hidden
     positives; entries whose truth nobody knows are left out."""
     hidden = truth * (known == 0)
-    given = pseudo * (hidden != 0)
+    checked = pseudo * (hidden != 0)
     return torch.stack([x.sum() for x in (
-        (given == 1) & (hidden == 1), given == 1, hidden == 1)])
+        (checked == 1) & (hidden == 1), checked == 1, hidden == 1)])
 
 
 @dataclasses.dataclass
@@ -366,9 +363,9 @@ def train(runs, clip, dataset, validation, truth, state, args):
     loader = make_loader(dataset, args, shuffle=True)
     if args.augment == "no" and any(len(run.log) < args.epochs for run in runs):
         # embeddings stay what they are: compute them once
-        kept = TensorDataset(embed(clip, dataset, args), dataset.targets)
-        batches = BatchSampler(RandomSampler(kept), args.batch_size, drop_last=False)
-        loader = DataLoader(kept, sampler=batches, batch_size=None)
+        embedded = TensorDataset(embed(clip, dataset, args), dataset.targets)
+        batches = BatchSampler(RandomSampler(embedded), args.batch_size, drop_last=False)
+        loader = DataLoader(embedded, sampler=batches, batch_size=None)
     for epoch in range(args.epochs):
         unfinished = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
         if not unfinished:
@@ -515,13 +512,13 @@ def predict(clip, model, preprocess, labels, args):
             logits, _, saliency = model(x, texts)
         scores = logits[0].float().sigmoid().tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
-        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
-                 if args.threshold is None or scores[i] >= args.threshold]
-        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                     if args.threshold is None or scores[i] >= args.threshold]
+        print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
         if args.heatmap:
             maps = saliency[0, :, 1:].cpu()  # [C, L], without the whole image
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             picture = metrics.draw_heatmaps(photo, shown, whole=True)
             data.write_file(f"{args.heatmap}/{name}.png", picture)
@@ -589,8 +586,9 @@ def arguments(argv=None):
     output = args.output or f"runs/trm_ml-{args.data}"  # of a training run
     start, saved = args.checkpoint or args.eval, None
     if args.resume and not start:  # of a sweep the newest, which has the sweep's last arguments
-        start = max(Path(output).rglob("last.pt"), key=os.path.getmtime, default=f"{output}/last.pt")
-    if start:  # what its run was started with; what is typed wins
+        checkpoints = Path(output).rglob("last.pt")
+        start = max(checkpoints, key=os.path.getmtime, default=f"{output}/last.pt")
+    if start:  # its run's options; what is typed wins
         saved = data.read_checkpoint(start, "trm_ml")
         saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))

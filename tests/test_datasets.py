@@ -291,6 +291,6 @@ TEST_LIST = "ImageList/TestImagelist.txt"
 ])
 def test_files_that_are_wrong(tmp_path, name, file, content, message, cache):
     write(make(name, tmp_path) / file, content)
-    found = message_of(name, tmp_path, "test", quiet=True)
+    found = message_of(name, tmp_path, "test")
     assert str(tmp_path) in found and re.search(message, found), found
     assert not [path for path in cache.glob("*") if "test" in path.name]
