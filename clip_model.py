@@ -471,14 +471,12 @@ class CLIP(nn.Module):
 
         ViT: class and patch tokens through ln_post and the projection (MKT, section 3). With
         value_path every patch attends to itself alone in the last block (MaskCLIP, ECCV 2022),
-        which localises better; a ResNet raises ValueError.
+        which localises better. Of no effect on a ResNet, whose locations do so anyway.
         ResNet: attention pool, and v_proj and c_proj of each location of layer4 (CoMC, section 3);
         global_position=False pools without positional embeddings. Of no effect on a ViT."""
         images = images.to(self.dtype)
         if isinstance(self.visual, VisionTransformer):
             return self.visual.dense(images, value_path)
-        if value_path:
-            raise ValueError("value_path is for ViTs; a ResNet's local embeddings are values only")
         return self.visual.dense(images, global_position)
 
     def encode_text(self, tokens):

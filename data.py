@@ -48,16 +48,13 @@ class UserError(ValueError):
         return super().__str__().rsplit(f"{__name__}.UserError: ", 1)[-1].strip()
 
 
-def _note(message, quiet=False):
-    if not quiet:
-        print(message, file=sys.stderr)
+def _note(message):
+    print(message, file=sys.stderr)
 
 
 # ---- images
 
-@functools.cache
-def _note_once(message):
-    _note(message)
+_note_once = functools.cache(_note)
 
 
 def open_image(file, *, on_truncated=_note_once):
@@ -128,14 +125,14 @@ def image_files(paths):
     """Files as given, folders with every file in them that is not hidden, and patterns such as
     "photos/*.jpg" -> list of Path, each once; UserError where there is none."""
     files = []
-    for given in map(os.path.expanduser, paths):
-        found = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
-        if not found:
-            raise UserError(f"--predict: no such file or folder: {given}")
-        for path in map(Path, found):
+    for pattern in map(os.path.expanduser, paths):
+        names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not names:
+            raise UserError(f"--predict: no such file or folder: {pattern}")
+        for path in map(Path, names):
             inside = sorted(path.rglob("*")) if path.is_dir() else [path]
             files += [file for file in inside if file.is_file() and not any(
-                name.startswith(".") for name in file.relative_to(path).parts)]
+                part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
         raise UserError(f"--predict: no files in {', '.join(map(str, paths))}")
     return list(dict.fromkeys(files))
@@ -185,7 +182,7 @@ class MultiLabelDataset(Dataset):
     """
 
     def __init__(self, labels, targets, images, *, transform=None, unseen=(), rows=None,
-                 name="dataset", on_error="raise", allow_missing=False, quiet=False):
+                 name="dataset", on_error="raise", allow_missing=False):
         self.name = name
         self.transform = transform
         self.on_error = on_error
@@ -206,17 +203,17 @@ class MultiLabelDataset(Dataset):
         twice = [label for label, count in Counter(self.labels).items() if count > 1]
         if twice:
             raise UserError(f"{name}: labels given more than once: {', '.join(twice)}")
-        shape, found = [len(images), len(self.labels)], self.full_targets
-        if found.dtype != torch.int8 or list(found.shape) != shape:
+        full, shape = self.full_targets, [len(images), len(self.labels)]
+        if full.dtype != torch.int8 or list(full.shape) != shape:
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels), not "
-                            f"{found.dtype} {list(found.shape)}")
+                            f"{full.dtype} {list(full.shape)}")
         is_mapped = isinstance(targets, np.memmap)  # and was checked when made: it is large
-        if not is_mapped and (found.min() < -1 or found.max() > 1):
+        if not is_mapped and (full.min() < -1 or full.max() > 1):
             raise UserError(f"{name}: targets must be +1 (present), -1 (absent), 0 (unknown)")
         if self.are_files:
-            self._leave_out_missing(allow_missing, quiet)
+            self._leave_out_missing(allow_missing)
 
-    def _leave_out_missing(self, allow_missing, quiet):
+    def _leave_out_missing(self, allow_missing):
         # one listing per directory: a look-up per file takes minutes on a network disk
         paths = [os.path.split(self.images[row]) for row in self.rows.tolist()]
         folders = {folder for folder, _ in paths if os.path.isdir(folder or ".")}
@@ -231,7 +228,7 @@ class MultiLabelDataset(Dataset):
                 raise UserError(message)
             if self.missing > 0.05 * len(paths) and not allow_missing:
                 raise UserError(f"{message}; --allow-missing goes on without them")
-            _note(f"{message}; going on without them", quiet)
+            _note(f"{message}; going on without them")
             self.rows = self.rows[exists]
 
     @property
@@ -301,15 +298,15 @@ def keep_partial(targets, proportion, seed):
     """Every entry of targets [N, C] kept with this probability, all others 0 (unknown).
 
     The convention of SST, SARB and HCP, for the full official list (a dataset's full_targets):
-    kept is where RandomState(seed).rand(N, C) < proportion. UserError unless 0 < proportion <= 1.
+    known is where RandomState(seed).rand(N, C) < proportion. UserError unless 0 < proportion <= 1.
     """
     if not 0 < proportion <= 1:
         raise UserError(f"the proportion of known labels must be in (0, 1], not {proportion}")
     generator = np.random.RandomState(seed)
-    kept = targets.clone()
-    for rows in kept.split(4096):  # the numbers of one large draw, without its 8 bytes an entry
+    partial = targets.clone()
+    for rows in partial.split(4096):  # the numbers of one large draw, without its 8 bytes an entry
         rows *= torch.from_numpy(generator.rand(*rows.shape) < proportion).to(rows.device)
-    return kept
+    return partial
 
 
 def keep_single_positive(targets, seed):
@@ -319,12 +316,12 @@ def keep_single_positive(targets, seed):
     2021) draw it: in every row, in order, the positives are shuffled and the first is kept.
     """
     generator = np.random.RandomState(seed)
-    kept = torch.zeros_like(targets)
+    single = torch.zeros_like(targets)
     for row, target in enumerate(targets.cpu().numpy()):
         positives = np.nonzero(target == 1)[0]
         generator.shuffle(positives)
-        kept[row, positives[:1]] = 1
-    return kept
+        single[row, positives[:1]] = 1
+    return single
 
 
 # ---- reading and writing files
@@ -366,27 +363,21 @@ def _entries(path, parse=lambda line: (line, None)):
     return entries
 
 
-def _parse_json(path, **options):
-    text = read_text(path)
+def _parse_json(text, where, **options):
     try:
         return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+        raise UserError(f"{where}: not JSON: {error}") from None
 
 
 def read_json(path):
     """The entries of a JSON list or of JSON lines: [(where it is, entry)], else UserError."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        return [(f"{path}, entry {n}", entry) for n, entry in enumerate(_parse_json(path), 1)]
-    entries = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028
-        if line.strip():
-            try:
-                entries.append((f"{path}, line {number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-    return entries
+        return [(f"{path}, entry {n}", entry) for n, entry in enumerate(_parse_json(text, path), 1)]
+    lines = enumerate(text.split("\n"), 1)  # splitlines would cut at U+2028
+    lines = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    return [(where, _parse_json(line, where)) for where, line in lines]
 
 
 def write_file(path, content):
@@ -423,7 +414,7 @@ def _cache_file(name, paths, key, suffix):
     return folder / "clip_multilabel" / f"{name}-{digest[:16]}{suffix}"
 
 
-def cached(name, paths, key, make, quiet):
+def cached(name, paths, key, make):
     """make(), a dict of numpy arrays without objects, kept in the cache folder as long as `key`,
     anything that JSON can hold, and the files it was made of, `paths`, stay the same."""
     file = _cache_file(name, paths, key, ".npz")
@@ -431,26 +422,25 @@ def cached(name, paths, key, make, quiet):
     with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as content:
         return dict(content)
     arrays = make()
-    try:
+    with contextlib.suppress(OSError):  # or the next start is slow too
         file.parent.mkdir(parents=True, exist_ok=True)
-        own = f"{file}.{os.getpid()}.npz"  # others may be at it too
-        np.savez(own, **arrays)
-        os.replace(own, file)
-    except OSError as error:
-        _note(f"{file} cannot be written, the next start is slow too: {error.strerror}", quiet)
+        unfinished = f"{file}.{os.getpid()}.npz"  # others may be at it too
+        np.savez(unfinished, **arrays)
+        os.replace(unfinished, file)
     return arrays
 
 
-def read_checkpoint(path, method):
-    """The dict that a script saved, on the CPU; UserError if it is not this method's."""
+def read_checkpoint(path, method=None):
+    """The dict that a script saved, on the CPU; UserError if it is not this method's, or for a
+    file of anything else. Without method: any dict of weights."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["method"]
+        writer = state.get("method")
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = repr(error).partition("\\n")[0]
-        raise UserError(f"{path} is not a checkpoint of {method}.py: {reason}") from None
-    if found != method:
-        raise UserError(f"{path} is a checkpoint of {found}.py, not of {method}.py")
+        raise UserError(f"{path} is not a checkpoint: {reason}") from None
+    if method and writer != method:
+        raise UserError(f"{path} is a checkpoint of {writer}.py, not of {method}.py")
     return state
 
 
@@ -610,9 +600,9 @@ def _read_openimages(path, column_of, width, file):
     signs = {"1": 1, "1.0": 1, "0": -1, "0.0": -1}
     names = []
     file.parent.mkdir(parents=True, exist_ok=True)
-    own = Path(f"{file}.{os.getpid()}")  # another name until it is whole
+    unfinished = Path(f"{file}.{os.getpid()}")  # another name until it is whole
     try:
-        with open(path, newline="", encoding="utf-8-sig") as lines, open(own, "wb") as out:
+        with open(path, newline="", encoding="utf-8-sig") as lines, open(unfinished, "wb") as out:
             reader = csv.reader(lines)
             next(reader, None)
             for image, entries in itertools.groupby(reader, lambda entry: entry[0]):
@@ -628,12 +618,12 @@ def _read_openimages(path, column_of, width, file):
         if not names or len(set(names)) < len(names):
             raise ValueError("there are no labels, or the lines of an image are not together")
         np.save(f"{file}.npy", np.array(names, np.bytes_))
-        os.replace(own, file)
+        os.replace(unfinished, file)
     except (ValueError, LookupError) as error:
         raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
                         f"Confidence` with confidence 0 or 1: {error}") from None
     finally:
-        own.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def openimages(root, split):
@@ -698,7 +688,7 @@ def _coco_instances(path):
     def reduced(entry):  # as soon as it is read: the outlines take over a gigabyte
         return {key: value for key, value in entry.items() if key != "segmentation"}
 
-    content = _parse_json(path, object_hook=reduced)
+    content = _parse_json(read_text(path), path, object_hook=reduced)
     try:
         row_of = {image["id"]: row for row, image in enumerate(content["images"])}
         names = {category["id"]: category["name"] for category in content["categories"]}
@@ -727,7 +717,7 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
     """
     part = {"train": "train2014", "test": "val2014"}[split]
     path = _find(root, f"annotations/instances_{part}.json")
-    arrays = cached(os.path.basename(path), [path], "boxes", lambda: _coco_instances(path), False)
+    arrays = cached(os.path.basename(path), [path], "boxes", lambda: _coco_instances(path))
     labels = arrays["labels"].tolist()
     boxes = arrays["boxes"]
     unseen = []
@@ -739,12 +729,12 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
         labels = [labels[column] for column in columns]
         unseen = [labels.index(label) for label in COCO_UNSEEN]
     targets = np.where(boxes > (1 if drop_crowd else 0), 1, -1).astype(np.int8)
-    kept = (targets > 0).any(axis=1) if annotated_only else np.ones(len(targets), bool)
+    is_used = (targets > 0).any(axis=1) if annotated_only else np.ones(len(targets), bool)
     if zero_shot and split == "train":
-        kept &= ~boxes[:, unseen].any(axis=1)  # a crowd shows the label too
+        is_used &= ~boxes[:, unseen].any(axis=1)  # a crowd shows the label too
         targets[:, unseen] = 0
     folder = _find(root, part)
-    return {"labels": labels, "targets": targets, "unseen": unseen, "rows": np.flatnonzero(kept),
+    return {"labels": labels, "targets": targets, "unseen": unseen, "rows": np.flatnonzero(is_used),
             "images": [os.path.join(folder, name) for name in arrays["files"].tolist()]}
 
 
@@ -799,7 +789,7 @@ def vg200(root, split):
     names = list(_entries(_find(root, "vg_category_200.txt")))
     images = list(_entries(_find(root, f"{split}_list_500.txt")))
     path = _find(root, "vg_category_200_labels_index.json")
-    indices_of = _parse_json(path)  # {file name: label indices}
+    indices_of = _parse_json(read_text(path), path)  # {file name: label indices}
     targets = np.full((len(images), len(names)), -1, np.int8)
     for row, image in enumerate(images):
         try:
@@ -814,27 +804,28 @@ def vg200(root, split):
 
 def _folder_entries(path):
     """{path of the image: (where it is described, present labels, absent labels or "rest")}"""
+    def cleaned(names):
+        stripped = [name.strip() for name in names]
+        if isinstance(names, str) or not all(stripped):
+            raise ValueError
+        return stripped
+
     entries = {}
     for where, entry in read_json(path):
-        if (not isinstance(entry, dict) or not isinstance(entry.get("image"), str)
-                or not entry.keys() <= {"image", "present", "absent"}):
-            raise UserError(f'{where}: not {{"image": "...", "present": [...], "absent": [...]}}')
-        image = os.path.normpath(os.path.join(os.path.dirname(path), entry["image"]))
+        try:
+            image, present, absent = ({"image": None, "present": [], "absent": []} | entry).values()
+            image = os.path.normpath(os.path.join(os.path.dirname(path), image))
+            present = cleaned(present)
+            absent = absent if absent == "rest" else cleaned(absent)
+        except (TypeError, ValueError, AttributeError):
+            raise UserError(f'{where}: not {{"image": "...", "present": ["..."], "absent": ["..."] '
+                            f'or "rest"}}') from None
         if image in entries:
             raise UserError(f"{where}: {image} is listed twice, also at {entries[image][0]}")
-        named = {"present": [], "absent": [], **entry}
-        for key in ("present", "absent"):
-            names = named[key]
-            if key == "absent" and names == "rest":
-                continue
-            if not isinstance(names, list) or not all(
-                    isinstance(name, str) and name.strip() for name in names):
-                raise UserError(f'{where}: "{key}" must be a list of labels')
-            named[key] = [name.strip() for name in names]
-        both = {*named["present"]} & {*named["absent"]}
-        if both and named["absent"] != "rest":
-            raise UserError(f"{where}: '{min(both)}' is both present and absent")
-        entries[image] = where, named["present"], named["absent"]
+        if absent != "rest" and {*present} & {*absent}:
+            both = min({*present} & {*absent})
+            raise UserError(f"{where}: '{both}' is both present and absent")
+        entries[image] = where, present, absent
     return entries
 
 
@@ -848,12 +839,10 @@ def folder(root, split):
     all others. Without labels.txt the labels are all that occur in the two files, sorted. In the
     training split the entries of unseen labels are unknown (0).
     """
-    _find(root, f"{split}.jsonl")
-    entries = {"train": {}, "test": {}}
-    for part in entries:
-        path = os.path.join(root, f"{part}.jsonl")
-        if os.path.exists(path):
-            entries[part] = _folder_entries(path)
+    entries = {split: _folder_entries(_find(root, f"{split}.jsonl"))}
+    other = os.path.join(root, "train.jsonl" if split == "test" else "test.jsonl")
+    if os.path.exists(other):
+        entries["other"] = _folder_entries(other)
     label_file = os.path.join(root, "labels.txt")
     if os.path.exists(label_file):
         labels = list(_entries(label_file))
@@ -881,16 +870,6 @@ def folder(root, split):
     return {"labels": labels, "targets": targets, "images": list(entries[split]), "unseen": unseen}
 
 
-@functools.cache
-def _toy_targets(count, seed, things):
-    """What the first scenes of a seed show: int8 [count, C], +1 or -1."""
-    targets = np.full((count, len(world.LABELS)), -1, np.int8)
-    for i in range(count):
-        for thing, *_ in world.scene_objects("benchmark", seed, i, things):
-            targets[i, thing] = 1
-    return targets
-
-
 def toy(root, split, *, zero_shot=True, first=None):
     """10,000 training and 2,000 test scenes of the toy world, each a function of its index.
 
@@ -900,7 +879,10 @@ def toy(root, split, *, zero_shot=True, first=None):
     count, seed = (10_000, 1) if split == "train" else (2_000, 2)
     count = min(count, first or count)
     things = tuple(world.SEEN) if zero_shot and split == "train" else None
-    targets = _toy_targets(count, seed, things).copy()
+    targets = np.full((count, len(world.LABELS)), -1, np.int8)
+    for i in range(count):
+        for thing, *_ in world.scene_objects("benchmark", seed, i, things):
+            targets[i, thing] = 1
     if things:
         targets[:, world.UNSEEN] = 0
     return {"labels": world.LABELS, "targets": targets,
@@ -908,9 +890,8 @@ def toy(root, split, *, zero_shot=True, first=None):
             "unseen": world.UNSEEN if zero_shot else []}
 
 
-DATASETS = {"toy": toy, "nuswide": nuswide, "nuswide81": nuswide81, "coco": coco,
-            "voc2007": voc2007, "vg200": vg200, "cub": cub, "openimages": openimages,
-            "folder": folder}
+DATASETS = {function.__name__: function for function in (
+    toy, nuswide, nuswide81, coco, voc2007, vg200, cub, openimages, folder)}
 # images of the training and the test split, as published; other releases differ
 PUBLISHED = {"nuswide": (161_789, 107_859), "nuswide81": (161_789, 107_859),
              "coco": (82_783, 40_504), "voc2007": (5_011, 4_952), "vg200": (82_904, 10_000),
@@ -918,12 +899,12 @@ PUBLISHED = {"nuswide": (161_789, 107_859), "nuswide81": (161_789, 107_859),
 
 
 # what load_dataset takes beside a name, a folder, a split and a transform
-OPTIONS = ("limit", "allow_missing", "quiet", "annotated_only", "drop_crowd", "zero_shot",
-           "difficult", "not_visible")
+OPTIONS = ("limit", "allow_missing", "annotated_only", "drop_crowd", "zero_shot", "difficult",
+           "not_visible")
 
 
 def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
-                 allow_missing=False, quiet=False, **options):
+                 allow_missing=False, **options):
     """The "train" or "test" split of a dataset as a MultiLabelDataset.
 
     name: a key of DATASETS. root: its directory, not needed by "toy". limit: only so many images.
@@ -957,11 +938,11 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
         count = len(parts["images"])
         published = PUBLISHED[name][split == "test"]
         warning = "" if count == published else "; WARNING: another release"
-        _note(f"{name} {split}: {count:,} images listed, {published:,} published{warning}", quiet)
+        _note(f"{name} {split}: {count:,} images listed, {published:,} published{warning}")
     dataset = MultiLabelDataset(**parts, transform=transform, name=name,
                                 on_error="replace" if split == "train" else "raise",
-                                allow_missing=allow_missing, quiet=quiet)
-    if name in ("nuswide", "nuswide81") and not quiet:
+                                allow_missing=allow_missing)
+    if name in ("nuswide", "nuswide81"):
         _note_placeholders(dataset)
     if limit:
         dataset = dataset.subset(range(min(limit, len(dataset))))

@@ -52,7 +52,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,8 @@ SYNONYMS = [group.split(", ") for group in (  # names that texts use for the sam
     "refrigerator, fridge; ocean, sea; tv, television, tv monitor, tvmonitor; cell phone, "
     "mobile phone, smartphone, phone; dining table, diningtable; potted plant, pottedplant; "
     "donut, doughnut; hair drier, hair dryer, blow dryer").split("; ")]
-REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)|"
-                     r"i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
+REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i can ?(not|['’]?t)"
+                     r"|i (won['’]?t|apologi)|as an (ai|artificial)|unfortunately|my apolog", re.I)
 
 
 # ---- model
@@ -136,12 +136,12 @@ def encode(clip, images, args):
     with autocast(args):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             global_, local = clip.encode_image_dense(images)
-            own = global_
+            clip_global = global_
         else:  # two poolings of the same features
             features = clip.visual.features(images)
-            own = clip.visual.attnpool(features)
+            clip_global = clip.visual.attnpool(features)
             global_, local = clip.visual.attnpool(features, position=False, dense=True)
-    return [F.normalize(x.float(), dim=-1) for x in (own, global_, local)]
+    return [F.normalize(x.float(), dim=-1) for x in (clip_global, global_, local)]
 
 
 # ---- loss
@@ -306,14 +306,8 @@ def generate(path, labels, args):
             file.flush()
 
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
-        futures = [pool.submit(answer, request) for request in sorted(missing)]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures),
-                               disable=args.quiet or None):
-                future.result()
-        except BaseException:  # Ctrl-C too: ask no more
-            pool.shutdown(cancel_futures=True)
-            raise
+        answers = pool.map(answer, sorted(missing))  # an error, or Ctrl-C, cancels what is waiting
+        list(tqdm(answers, total=len(missing), disable=args.quiet or None))
     print(f"{args.sentences:,} answers; train with --texts {path}")
 
 
@@ -336,8 +330,8 @@ def embed_texts(clip, texts, args):
         return {"embeddings": embeddings.numpy()}
 
     digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
-    kept = data.cached("texts", [], [clip.fingerprint(), digest], embed, args.quiet)
-    embeddings = torch.from_numpy(kept["embeddings"])
+    arrays = data.cached("texts", [], [clip.fingerprint(), digest], embed)
+    embeddings = torch.from_numpy(arrays["embeddings"])
     row = {text: index for index, text in enumerate(unique)}
     return embeddings[[row[text] for text in texts]]
 
@@ -429,15 +423,15 @@ def table(clip, model, test, args):
     loader = DataLoader(test, 64, num_workers=args.workers,
                         pin_memory=args.device.startswith("cuda"))
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
-        own, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
-        whole.append((own @ model.memory.T).cpu())
+        clip_global, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
+        whole.append((clip_global @ model.memory.T).cpu())
         best.append((local @ model.memory.T).amax(dim=1).cpu())  # [B, L, C] -> [B, C]
         for name, setting in settings.items():
             scores[name].append(model.scores(global_, local, *setting).cpu())
     rows = metrics.zero_shot_rows(torch.cat(whole), torch.cat(best), test, ks)
     for name, parts in scores.items():
-        kind, matrix = "method" if name == "CoMC" else "ablation", torch.cat(parts)
-        rows.append(metrics.table_row(name, kind, lambda index: matrix[:, index], test, ks))
+        kind = "method" if name == "CoMC" else "ablation"
+        rows.append(metrics.table_row(name, kind, torch.cat(parts), test, ks))
     return rows
 
 
@@ -450,13 +444,13 @@ def predict(clip, model, preprocess, labels, args):
         _, global_, local = encode(clip, preprocess(photo)[None].to(args.device), args)
         scores = model.scores(global_, local, args.mapping_weight, args.streams)[0].tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
-        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
-                 if args.threshold is None or scores[i] >= args.threshold]
-        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                     if args.threshold is None or scores[i] >= args.threshold]
+        print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
         if args.heatmap:
             maps = model(local, args.mapping_weight)[0].T.cpu()  # [C, L]
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
 
@@ -477,13 +471,10 @@ def arguments(argv=None):
     add("--labels", help='train for these, without a dataset: "owl, ice cream"')
     add("--sources", default="both", choices=["both", "sentences", "templates"])
     add("--sentences", type=int, default=40_000, help="by the grammar, or the first of --texts")
-    add("--texts", metavar="FILE", help='JSON of {"labels": ["..."], "description": "..."}, a '
-        "list or one a line, instead of the grammar's sentences")
+    add("--texts", metavar="FILE", help='JSON: {"labels": ["..."], "description": "..."}, ...')
     add("--templates", metavar="FILE", help="prompts, one a line with {} in it")
-    add("--generate", metavar="OUT.jsonl", help="have a language model write --sentences about "
-        "the labels, for --texts; a repeated call continues")
-    add("--llm-url", metavar="URL", help="of an OpenAI-compatible server, e.g. "
-        "http://localhost:11434/v1; a key is read from OPENAI_API_KEY")
+    add("--generate", metavar="FILE", help="let a language model write it; repeat to continue")
+    add("--llm-url", metavar="URL", help="an OpenAI-compatible server's; key: OPENAI_API_KEY")
     add("--llm-model", metavar="NAME", help="the server's name of the language model")
     add("--llm-requests", type=int, default=8, help="at a time (8)")
     add = parser.add_argument_group("training").add_argument
@@ -515,8 +506,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("a trained model").add_argument
     add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
-    add("--checkpoint", metavar="FILE", help="the trained model for --predict; the authors' "
-        "model-best.pth.tar works too")
+    add("--checkpoint", metavar="FILE", help="for --predict; or the authors' model-best.pth.tar")
     add("--memory", metavar="FILE", help="with the authors' model: their label embeddings [C, D]")
     add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
     add("--threshold", type=float, help="the least score of a label to predict")
@@ -529,18 +519,17 @@ def arguments(argv=None):
         parser.error("--generate needs --llm-url http://... and --llm-model NAME")
     if args.labels and (args.predict or args.eval):
         parser.error("--labels are for training: a checkpoint scores its own labels only")
-    if not (args.predict or args.eval):
-        parser.set_defaults(output=f"runs/lang_cls-{'labels' if args.labels else args.data}")
-        args = parser.parse_args(argv)
-    start = args.checkpoint or args.eval or (args.resume and f"{args.output}/last.pt")
+    output = args.output or f"runs/lang_cls-{'labels' if args.labels else args.data}"
+    start = args.checkpoint or args.eval or (args.resume and f"{output}/last.pt")
     saved = None
-    if start and not start.endswith(".pth.tar"):  # what its run was started with ...
+    if start and not start.endswith(".pth.tar"):  # its run's options; what is typed wins
         saved = data.read_checkpoint(start, "lang_cls")
-        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
-        parser.set_defaults(**saved["args"])
+        saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy" and not (start or args.labels):
-        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
-    args = parser.parse_args(argv)  # ... and what is typed again wins
+        args = parser.parse_args(argv, parser.parse_args(TOY.split()))
+    if not (args.predict or args.eval):
+        args.output = output
     if min(args.batch_size, args.top, args.epochs, args.sentences) < 1:
         parser.error("--batch-size, --top, --epochs, --sentences: at least 1")
     if min(args.lr, args.noise, args.seed) < 0 or not 0 <= args.mapping_weight <= 1:

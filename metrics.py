@@ -139,10 +139,8 @@ def _check(scores, targets):
 def normalize_scores(scores):
     """Zero-shot scores [N, C], normalised over the test images -> float32 [N, C].
 
-    Each label is standardised over the images, then each image over its labels (SPARC, CVPR 2025).
-    The first step makes labels comparable and leaves each label's order of images as it is. All
-    test images are needed, but no target. What does not vary becomes 0, never NaN.
-    """
+    Each label is standardised over the images, then each image over its labels (SPARC, CVPR 2025):
+    it takes all test images, but no target. What does not vary becomes 0, never NaN."""
     scores = torch.as_tensor(scores).float()
     for dim in (0, 1):
         # in float64 the mean of equal float32 values is just this value: their difference is 0
@@ -154,21 +152,21 @@ def normalize_scores(scores):
 
 # ---- the table
 
-def table_row(name, kind, scores_of, dataset, ks):
+def table_row(name, kind, scores, dataset, ks, finish=lambda scores: scores):
     """A row of the table: {"name", "kind", "mAP", "P@k", "R@k", "F1@k" of every k}.
 
     Where a dataset has unseen labels, ZSL ("zsl_mAP", ...) ranks these alone, GZSL ("gzsl_mAP",
-    ...) all labels. scores_of: label indices int64 [c] -> the scores of these labels [N, c]."""
+    ...) all labels. scores [..., N, C]; finish: those of the labels in play -> scores [N, c]."""
     in_play = {"": torch.arange(len(dataset.labels))}
     if len(dataset.unseen):
         in_play = {"zsl_": dataset.unseen, "gzsl_": in_play[""]}
     row = {"name": name, "kind": kind}
     for prefix, index in in_play.items():
-        scores, targets = scores_of(index), dataset.targets[:, index]
-        row[f"{prefix}mAP"] = mean_average_precision(scores, targets)
+        ranked, targets = finish(scores[..., index]), dataset.targets[:, index]
+        row[f"{prefix}mAP"] = mean_average_precision(ranked, targets)
         for k in ks:
             if k <= len(index):
-                values = precision_recall_f1_at_k(scores, targets, k)
+                values = precision_recall_f1_at_k(ranked, targets, k)
                 row |= zip((f"{prefix}P@{k}", f"{prefix}R@{k}", f"{prefix}F1@{k}"), values)
     return row
 
@@ -177,14 +175,12 @@ def zero_shot_rows(global_scores, local_scores, dataset, ks):
     """CLIP as it is, three rows: by the whole image, by the mean of that and the best location,
     and the better of the two normalised over the test images. Scores: cosines [N, C]."""
     both = (global_scores + local_scores) / 2
-    rows = []
-    for name, scores in (("global", global_scores), ("global + local", both)):
-        rows.append(table_row(f"zero-shot, {name}", "zero-shot", lambda index: scores[:, index],
-                              dataset, ks))
+    rows = [table_row("zero-shot, global", "zero-shot", global_scores, dataset, ks),
+            table_row("zero-shot, global + local", "zero-shot", both, dataset, ks)]
     last = [name for name in rows[0] if name.endswith("mAP")][-1]
     better = global_scores if rows[0][last] > rows[1][last] else both
-    rows.append(table_row("zero-shot, the better one normalised", "zero-shot",
-                          lambda index: normalize_scores(better[:, index]), dataset, ks))
+    rows.append(table_row("zero-shot, the better one normalised", "zero-shot", better, dataset, ks,
+                          normalize_scores))
     return rows
 
 
@@ -243,15 +239,11 @@ def draw_heatmaps(photo, maps, whole=False):
         tile = photo.copy()
         tile.paste(colours, corner, grey.point(lambda value: value ** 2 // 340))
         tiles.append((f"{score:.3f}  {label}", tile))
-    columns = min(len(tiles), 4)
-    rows = math.ceil(len(tiles) / columns)
     cell = max(width, 200) + 16  # a label needs some room
-    sheet = Image.new("RGB", (16 + columns * cell, 16 + rows * (height + 40)), "white")
+    sheet = Image.new("RGB", (16 + len(tiles) * cell, height + 56), "white")
     for i, (caption, tile) in enumerate(tiles):
-        x = 16 + i % columns * cell
-        y = 16 + i // columns * (height + 40)
-        sheet.paste(tile, (x, y))
-        _write(ImageDraw.Draw(sheet), (x, y + height + 6), caption, 17, width=cell - 16)
+        sheet.paste(tile, (16 + i * cell, 16))
+        _write(ImageDraw.Draw(sheet), (16 + i * cell, height + 22), caption, 17, width=cell - 16)
     return sheet
 
 

@@ -24,12 +24,12 @@ B images, L patches, C labels, T tokens, W width, D joint embedding. Targets: +1
 -1 absent, 0 unknown.
 
 Implementation details
- 1. Teacher and student share the frozen blocks: they run once, without gradients.
- 2. The teacher's last block computes its class token alone.
- 3. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
- 4. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
- 5. Started by torchrun, every process takes its part of each batch and gradients are summed, which
-    but for rounding gives what one process gives; an image's augmentation has a seed of its own.
+ 1. Teacher and student share the frozen blocks, which run once and without gradients; of its last
+    block the teacher needs the class token alone.
+ 2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
+ 3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
+ 4. Started by torchrun, every process takes its part of each batch and gradients are summed, which
+    but for rounding gives what one process gives.
 Where this differs from the authors' code
  1. CLIP's own pixels (mean, std, crop), not ImageNet's: the frozen blocks were trained on them
     (--preprocess authors for theirs).
@@ -81,9 +81,8 @@ def local_scores(local, label_embeddings, topk):
 
 def merge_streams(local_scores, global_scores, streams="both"):
     """Scores [B, C] of either stream, each divided by its norm over the C labels -> their mean."""
-    scores = {"local": [local_scores], "global": [global_scores],
-              "both": [local_scores, global_scores]}[streams]
-    return sum(F.normalize(x, dim=-1) for x in scores) / len(scores)
+    local, global_ = F.normalize(local_scores, dim=-1), F.normalize(global_scores, dim=-1)
+    return {"local": local, "global": global_, "both": (local + global_) / 2}[streams]
 
 
 def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
@@ -103,8 +102,8 @@ class MKT(nn.Module):
         super().__init__()
         visual = clip.visual
         if not isinstance(visual, clip_model.VisionTransformer):
-            raise UserError("MKT is defined for ViTs (it trains the last two blocks and scores "
-                            "patch tokens), and this CLIP is a ResNet: use --clip ViT-B/16")
+            raise UserError("MKT trains the last two blocks of a ViT, and this CLIP is a ResNet: "
+                            "use --clip ViT-B/16")
         patches = (visual.input_resolution // visual.patch_size) ** 2
         if not 1 <= topk <= patches:
             raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
@@ -168,18 +167,14 @@ class MKT(nn.Module):
             x = x.scatter(1, last, context[4:].expand(len(x), -1, -1))
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
-        pieces = list(zip(*(x.split(chunk) for x in prompts)))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            return torch.cat([encode(*piece) for piece in pieces])
+        if len(prompts[0]) <= chunk:
+            return encode(*prompts)
+        pieces = zip(*(x.split(chunk) for x in prompts))
         return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
 
     def trained(self):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
-
-    def load_trained(self, weights):
-        """Take weights as trained() gives them."""
-        self.load_state_dict({**self.state_dict(), **weights})
 
 
 # ---- augmentation
@@ -277,10 +272,8 @@ def ranking_loss(scores, targets):
 def sum_over_processes(tensors):
     """Where torchrun has started several, every tensor becomes its sum over them, in place."""
     if WORLD > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])  # one message, not many
-        dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def parameter_groups(model, weight_decay=0.05, layer_decay=0.65):
@@ -375,11 +368,10 @@ def train(model, stage, epochs, dataset, validation, state, args):
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         if validation is not None:
-            (local, global_), = evaluate(model, validation, [model.context], args)
-            seen = dataset.seen
-            scores = merge_streams(local[:, seen], global_[:, seen], args.streams)
-            targets = validation.targets[:, seen]
-            line["val_mAP"] = metrics.mean_average_precision(scores, targets)
+            scores, = evaluate(model, validation, [model.context], args)
+            line["val_mAP"] = metrics.mean_average_precision(
+                merge_streams(*scores[..., dataset.seen], args.streams),
+                validation.targets[:, dataset.seen])
         log.append(line)
         if RANK > 0:
             continue
@@ -394,14 +386,15 @@ def train(model, stage, epochs, dataset, validation, state, args):
     if log and log[-1]["stage"] == stage:  # go on from the best epoch
         if WORLD > 1:
             dist.barrier()  # until it is written
-        model.load_trained(data.read_checkpoint(f"{args.output}/best.pt", "mkt")["model"])
+        best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
+        model.load_state_dict(best["model"], strict=False)
 
 
 # ---- evaluate
 
 @torch.no_grad()
 def stream_scores(encode, label_embeddings, topk, dataset, args):
-    """All images' scores in either stream, of labels [C, D] -> local [N, C], global [N, C]."""
+    """All images' scores of labels [C, D] -> [2, N, C], local and global."""
     scores = torch.zeros(2, len(dataset), len(label_embeddings))
     size = args.batch_size * WORLD
     bar = tqdm(make_loader(dataset, args, size), "scoring", leave=False, disable=args.quiet or None)
@@ -412,22 +405,21 @@ def stream_scores(encode, label_embeddings, topk, dataset, args):
         scores[0, rows] = local_scores(local.float(), label_embeddings, topk)[:len(rows)].cpu()
         scores[1, rows] = (global_.float() @ label_embeddings.T)[:len(rows)].cpu()
     sum_over_processes([scores])
-    return scores[0], scores[1]
+    return scores
 
 
 @torch.no_grad()
 def evaluate(model, dataset, contexts, args):
-    """One pass over the images for several prompt contexts -> [(local [N, C], global [N, C])]."""
+    """One pass over the images for several prompt contexts -> scores [2, N, C] of each."""
     prompts = model.prompts(dataset.labels)
     labels = [model.label_embeddings(prompts, context).float() for context in contexts]
-    local, global_ = stream_scores(model, torch.cat(labels), args.topk, dataset, args)
-    size = len(dataset.labels)
-    return list(zip(local.split(size, dim=1), global_.split(size, dim=1)))
+    scores = stream_scores(model, torch.cat(labels), args.topk, dataset, args)
+    return scores.chunk(len(labels), dim=2)
 
 
 @torch.no_grad()
 def zero_shot(clip, dataset, args):
-    """CLIP as it is, by cosines -> local [N, C], of the best patch, and global [N, C]."""
+    """CLIP as it is, by cosines -> [2, N, C], of the best patch and of the whole image."""
     tokens = clip.tokenize([f"a photo of a {label}." for label in dataset.labels])
     texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
 
@@ -444,15 +436,14 @@ def table(model, test, clip_preprocess, args):
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
     local, global_ = zero_shot(model.clip, original, args)
     rows = metrics.zero_shot_rows(global_, local, test, ks)
-    contexts = {"MKT": model.context}
+    contexts = {("MKT", "method"): model.context}
     if args.epochs and args.prompt_epochs:
         # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
-        contexts = {"MKT without prompt tuning": model.clip_context, **contexts}
-    for name, (local, global_) in zip(contexts, evaluate(model, test, contexts.values(), args)):
-        kind = "method" if name == "MKT" else "ablation"
-        rows.append(metrics.table_row(
-            name, kind, lambda index: merge_streams(local[:, index], global_[:, index],
-                                                    args.streams), test, ks))
+        contexts = {("MKT without prompt tuning", "ablation"): model.clip_context, **contexts}
+    scores = evaluate(model, test, contexts.values(), args)
+    for (name, kind), streams in zip(contexts, scores):
+        rows.append(metrics.table_row(name, kind, streams, test, ks,
+                                      lambda x: merge_streams(*x, args.streams)))
     return rows
 
 
@@ -470,15 +461,15 @@ def predict(model, preprocess, labels, args):
             global_, local = (x.float() for x in model(preprocess(photo)[None].to(args.device)))
         scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0].tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
-        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
-                 if args.threshold is None or scores[i] >= args.threshold]
-        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                     if args.threshold is None or scores[i] >= args.threshold]
+        print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
         if args.heatmap:
             maps = embeddings @ local[0].T  # [C, L]
             # what a patch scores for any label, as background does, says nothing of this one
             maps = (maps - maps.mean(dim=0)).relu().cpu()
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
 
@@ -495,8 +486,7 @@ def arguments(argv=None):
     add("--clip", default="ViT-B/16", help="a ViT: CLIP's name for it or a path to weights")
     add("--topk", type=int, default=16, help="patches that the local score averages (16)")
     add("--streams", default="both", choices=["both", "global", "local"], help="scores that count")
-    add("--preprocess", default="clip", choices=["clip", "authors"], help="pixels: CLIP's mean, "
-        "std and crop, or ImageNet's mean and std and test images resized to 256")
+    add("--preprocess", default="clip", choices=["clip", "authors"], help="whose mean, std, crop")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=20, help="of stage 1 (20)")
     add("--prompt-epochs", type=int, default=4, help="of stage 2, prompt tuning (4)")
@@ -528,8 +518,7 @@ def arguments(argv=None):
     add("--resume", action="store_true", help="go on in --output; what is typed again wins")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("a trained model").add_argument
-    add("--eval", nargs="+", metavar="FILE", help="evaluate this checkpoint instead of training; "
-        "the authors' releases work too: STAGE1.pth STAGE2.pth")
+    add("--eval", nargs="+", metavar="FILE", help="evaluate it, or releases: STAGE1.pth STAGE2.pth")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
     add("--checkpoint", nargs="+", metavar="FILE", help="the trained model for --predict")
     add("--labels", help='for --predict, any labels: "owl, ice cream"')
@@ -540,18 +529,17 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if bool(args.predict) != bool(args.checkpoint):
         parser.error("--predict and --checkpoint FILE go together")
-    if not (args.predict or args.eval):
-        parser.set_defaults(output=f"runs/mkt-{args.data}")
-        args = parser.parse_args(argv)
-    start = (args.checkpoint or args.eval or [args.resume and f"{args.output}/last.pt"])[0]
+    output = args.output or f"runs/mkt-{args.data}"  # of a training run
+    start = (args.checkpoint or args.eval or [args.resume and f"{output}/last.pt"])[0]
     saved = None
-    if start and not start.endswith(".pth"):  # what its run was started with ...
+    if start and not start.endswith(".pth"):  # its run's options; what is typed wins
         saved = data.read_checkpoint(start, "mkt")
-        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
-        parser.set_defaults(**saved["args"])
+        saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy" and not start:
-        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
-    args = parser.parse_args(argv)  # ... and what is typed again wins
+        args = parser.parse_args(argv, parser.parse_args(TOY.split()))
+    if not (args.predict or args.eval):
+        args.output = output
     if min(args.batch_size, args.prompt_batch_size, args.top) < 1:
         parser.error("--batch-size, --prompt-batch-size, --top: at least 1")
     if args.epochs + args.prompt_epochs == 0:
@@ -569,18 +557,12 @@ def load_release(model, paths):
     """The authors' released weights into the model: stage 1 is their image encoder, of which all
     but what MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings
     count. UserError for files of something else, or of another CLIP."""
-    states = []
-    for path in paths:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            states.append({key.removeprefix("module."): x.float() for key, x in state.items()})
-        except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-            raise UserError(f"{path} does not hold released weights: {error}") from None
     layers = len(model.clip.visual.transformer.resblocks)
     names = {f"transformer.resblocks.{layers - 2}.": "blocks.0.",
              f"transformer.resblocks.{layers - 1}.": "blocks.1.", "projection_dist": "proj"}
     frozen, trained = model.clip.visual.state_dict(), {}
-    for key, value in states[0].items():
+    for key, value in data.read_checkpoint(paths[0]).items():
+        key = key.removeprefix("module.")
         for theirs, ours in names.items():
             key = key.replace(theirs, ours)
         if key in model.state_dict():
@@ -588,13 +570,15 @@ def load_release(model, paths):
         elif key.startswith("projection."):  # never used in their forward pass
             continue
         elif key not in frozen or value.shape != frozen[key].shape or not torch.allclose(
-                value, frozen[key].cpu(), atol=1e-3):
+                value.float(), frozen[key].cpu(), atol=1e-3):
             raise UserError(f"{paths[0]}: {key} is not that of --clip: another CLIP?")
-    if len(states) > 1:
-        if "token_embedding.weight" not in states[1]:
+    if len(paths) > 1:
+        for key, value in data.read_checkpoint(paths[1]).items():
+            if key.removeprefix("module.") == "token_embedding.weight":
+                trained["context"] = value[model.context_ids]
+        if "context" not in trained:
             raise UserError(f"{paths[1]} holds no text encoder")
-        trained["context"] = states[1]["token_embedding.weight"][model.context_ids]
-    model.load_trained(trained)
+    model.load_state_dict(trained, strict=False)
 
 
 def autocast(args):
@@ -655,7 +639,7 @@ def main(argv=None):
             raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
         if saved["labels"] != state["labels"] and not args.predict:
             raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
-        model.load_trained(saved["model"])
+        model.load_state_dict(saved["model"], strict=False)
         state = {**saved, "args": vars(args)}
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)

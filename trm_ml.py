@@ -137,9 +137,9 @@ class TRM(nn.Module):
             return F.normalize(self.clip.encode_prompts(words, eot).float(), dim=-1)
 
         context = self.context.expand(len(self.tokens), -1, -1)  # [C, 16, W]
-        pieces = list(zip(*(x.split(chunk) for x in (self.tokens, context, self.eot))))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            return torch.cat([encode(*piece) for piece in pieces])
+        if len(context) <= chunk:
+            return encode(self.tokens, context, self.eot)
+        pieces = zip(*(x.split(chunk) for x in (self.tokens, context, self.eot)))
         return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
 
     def refine(self, x):
@@ -184,9 +184,9 @@ class TRM(nn.Module):
         scale."""
         total = 0
         for prototypes in (self.visual, texts):
-            own = (features * prototypes).sum(dim=-1) / TEMPERATURE
+            matched = (features * prototypes).sum(dim=-1) / TEMPERATURE
             among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-            total = total + 2 * own - among_all
+            total = total + 2 * matched - among_all
         return total / 2
 
     @torch.no_grad()
@@ -241,12 +241,9 @@ def zero_shot_embeddings(clip, labels, templates):
 
 @torch.no_grad()
 def encode(clip, images, args):
-    """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations.
-
-    A ViT's patches skip the last block's attention, which localises better."""
-    is_vit = isinstance(clip.visual, clip_model.VisionTransformer)
+    """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
     with autocast(args):
-        global_, local = clip.encode_image_dense(images, value_path=is_vit)
+        global_, local = clip.encode_image_dense(images, value_path=True)  # localises better
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
@@ -288,9 +285,9 @@ def contrastive_loss(features, present, prototypes):
     mean over present labels and M modalities, 0 if nothing is present."""
     missed = 0
     for modality in prototypes:
-        own = (features * modality).sum(dim=-1) / TEMPERATURE
+        matched = (features * modality).sum(dim=-1) / TEMPERATURE
         among_all = (features @ modality.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-        missed = missed + among_all - own  # [B, C]
+        missed = missed + among_all - matched  # [B, C]
     # of all labels, masked: a list of those that are present would be waited for on a GPU
     return (missed * present).sum() / (len(prototypes) * present.sum()).clamp(min=1)
 
@@ -332,12 +329,12 @@ def learning_rate(progress, peak):
 
 
 def pseudo_label_counts(pseudo, known, truth):
-    """What a log can tell of pseudo labels: int64 [3], right and given positives, and hidden
+    """What a log can tell of pseudo labels: int64 [3], right and all positives, and hidden
     positives; entries whose truth nobody knows are left out."""
     hidden = truth * (known == 0)
-    given = pseudo * (hidden != 0)
+    checked = pseudo * (hidden != 0)
     return torch.stack([x.sum() for x in (
-        (given == 1) & (hidden == 1), given == 1, hidden == 1)])
+        (checked == 1) & (hidden == 1), checked == 1, hidden == 1)])
 
 
 @dataclasses.dataclass
@@ -366,9 +363,9 @@ def train(runs, clip, dataset, validation, truth, state, args):
     loader = make_loader(dataset, args, shuffle=True)
     if args.augment == "no" and any(len(run.log) < args.epochs for run in runs):
         # embeddings stay what they are: compute them once
-        kept = TensorDataset(embed(clip, dataset, args), dataset.targets)
-        batches = BatchSampler(RandomSampler(kept), args.batch_size, drop_last=False)
-        loader = DataLoader(kept, sampler=batches, batch_size=None)
+        embedded = TensorDataset(embed(clip, dataset, args), dataset.targets)
+        batches = BatchSampler(RandomSampler(embedded), args.batch_size, drop_last=False)
+        loader = DataLoader(embedded, sampler=batches, batch_size=None)
     for epoch in range(args.epochs):
         unfinished = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
         if not unfinished:
@@ -478,7 +475,7 @@ def table(runs, clip, test, args):
     whole, best, *scores = all_scores(score, clip, test, args)
     rows = metrics.zero_shot_rows(whole, best, test, ks)
     for run, matrix in zip(runs, scores):
-        rows.append(metrics.table_row(run.name, run.kind, lambda index: matrix[:, index], test, ks))
+        rows.append(metrics.table_row(run.name, run.kind, matrix, test, ks))
     return rows
 
 
@@ -515,13 +512,13 @@ def predict(clip, model, preprocess, labels, args):
             logits, _, saliency = model(x, texts)
         scores = logits[0].float().sigmoid().tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
-        found = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
-                 if args.threshold is None or scores[i] >= args.threshold]
-        print(json.dumps({"path": str(path), "labels": found}), flush=True)
+        predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
+                     if args.threshold is None or scores[i] >= args.threshold]
+        print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
         if args.heatmap:
             maps = saliency[0, :, 1:].cpu()  # [C, L], without the whole image
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(*line.values(), maps[i]) for i, line in zip(best, found[:3])]
+            shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
             name = str(path).strip("./").replace(os.sep, "_")
             picture = metrics.draw_heatmaps(photo, shown, whole=True)
             data.write_file(f"{args.heatmap}/{name}.png", picture)
@@ -586,22 +583,22 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if bool(args.predict) != bool(args.checkpoint):
         parser.error("--predict and --checkpoint FILE go together")
-    if not (args.predict or args.eval):
-        parser.set_defaults(output=f"runs/trm_ml-{args.data}")
-        args = parser.parse_args(argv)
+    output = args.output or f"runs/trm_ml-{args.data}"  # of a training run
     start, saved = args.checkpoint or args.eval, None
     if args.resume and not start:  # of a sweep the newest, which has the sweep's last arguments
-        found = sorted(Path(args.output).rglob("last.pt"), key=os.path.getmtime)
-        start = found[-1] if found else f"{args.output}/last.pt"
-    if start:  # what its run was started with ...
+        checkpoints = Path(output).rglob("last.pt")
+        start = max(checkpoints, key=os.path.getmtime, default=f"{output}/last.pt")
+    if start:  # its run's options; what is typed wins
         saved = data.read_checkpoint(start, "trm_ml")
-        saved["args"] |= {name: getattr(args, name) for name in ("output", "device", "resume")}
-        parser.set_defaults(**saved["args"])
+        saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy":
-        parser.set_defaults(**vars(parser.parse_args(TOY.split())))
+        toy = parser.parse_args(TOY.split())
         if args.single_positive:
-            parser.set_defaults(partial=[1.0])
-    args = parser.parse_args(argv)  # ... and what is typed again wins
+            toy.partial = [1.0]
+        args = parser.parse_args(argv, toy)
+    if not (args.predict or args.eval):
+        args.output = output
     if min(args.batch_size, args.top, args.epochs) < 1 or args.image_size < 32:
         parser.error("--batch-size, --top, --epochs: at least 1; --image-size: 32")
     if min(args.lr, args.pseudo, args.contrastive, args.distillation, args.seed) < 0:

@@ -69,7 +69,7 @@ def load(name, root):
     sizes, seconds = [], []
 
     def start():
-        dataset = data.load_dataset(name, root, "train", quiet=True)
+        dataset = data.load_dataset(name, root, "train")
         sizes.extend((len(dataset), len(dataset.labels)))
 
     peak = side_by_side.peak_beyond(lambda: seconds.append(side_by_side.seconds_of(start)))

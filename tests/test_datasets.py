@@ -273,6 +273,6 @@ def test_a_missing_file_is_named_and_the_layout_shown(tmp_path, name, file):
 ])
 def test_files_that_are_wrong(tmp_path, name, file, content, message, cache):
     write(make(name, tmp_path) / file, content)
-    found = message_of(name, tmp_path, "test", quiet=True)
+    found = message_of(name, tmp_path, "test")
     assert str(tmp_path) in found and re.search(message, found), found
     assert not [path for path in cache.glob("*") if "test" in path.name]

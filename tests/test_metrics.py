@@ -199,7 +199,7 @@ def test_what_does_not_vary_is_normalized_to_zero():
 def test_a_row_is_the_single_metrics_under_their_names():
     scores, targets = random_problem(20, 4)
     dataset = SimpleNamespace(labels=[*"abcd"], targets=targets, unseen=torch.tensor([1, 3]))
-    row = metrics.table_row("ours", "method", lambda index: scores[:, index], dataset, (2, 5))
+    row = metrics.table_row("ours", "method", scores, dataset, (2, 5))
     expected = {"name": "ours", "kind": "method"}
     for prefix, index in (("zsl_", [1, 3]), ("gzsl_", [0, 1, 2, 3])):  # too few labels for k = 5
         s, t = scores[:, index], targets[:, index]
