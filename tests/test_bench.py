@@ -2,9 +2,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mkt_steps
 import pytest
 import torch
+import training
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -17,7 +17,7 @@ def test_the_straightforward_ranking_loss_is_a_loop_over_pairs():
         margins = [1 + s[n] - s[p] for p in range(5) for n in range(5) if t[p] == 1 and t[n] == -1]
         violated = [margin for margin in margins if margin > 0]
         total += sum(violated) / max(1, len(violated))
-    loss = mkt_steps.ranking_loss_of_all_pairs(scores, targets)
+    loss = training.ranking_loss_of_all_pairs(scores, targets)
     assert loss.item() == pytest.approx(total / 3, rel=1e-5)
 
 

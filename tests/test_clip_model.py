@@ -75,7 +75,7 @@ def assert_equal(ours, expected, tolerance=1e-4):
 
 def test_towers_equal_open_clip(model):
     pytest.importorskip("open_clip")
-    from clip_towers import as_open_clip
+    from libraries import as_open_clip
     theirs = as_open_clip(model)
     images = random_images(model)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_towers_equal_open_clip(model):
 
 def test_towers_equal_transformers(vit):
     pytest.importorskip("transformers")
-    from clip_towers import as_transformers
+    from libraries import as_transformers
     theirs = as_transformers(vit)
     tokens = random_tokens()
     with torch.no_grad():

@@ -18,7 +18,7 @@ import data
 import metrics
 import mkt
 import trees
-from mkt_steps import ranking_loss_of_all_pairs  # test_bench.py compares it with a loop
+from training import ranking_loss_of_all_pairs  # test_bench.py compares it with a loop
 from toy import world
 from trees import assert_same_weights, checkpoint, predictions, random_targets, results
 
