@@ -95,20 +95,17 @@ class TRM(nn.Module):
     matching: what a label's text is matched with, "region", or for comparison the whole "image",
     or every "pixel" (location), weighted by a softmax of their similarities (as DualCoOp, NeurIPS
     2022). These have the same MLP and logits. start: the labels' embeddings [C, D] that regions
-    start from, by default CLIP's own. Raises UserError for a label that is too long."""
+    start from, by default CLIP's own."""
 
     def __init__(self, clip, labels, matching="region", per_label_context=False, start=None):
         super().__init__()
         self.clip, self.matching = clip.requires_grad_(False), matching
-        tokens = clip.tokenize([f"{label}." for label in labels])
-        self.eot = tokens.argmax(dim=1) + CONTEXT  # on the CPU, as encode_prompts likes it
-        if self.eot.max() >= clip.context_length:
-            raise UserError(f"the label '{labels[int(self.eot.argmax())]}' and {CONTEXT} words of "
-                            f"context are over {clip.context_length} tokens: shorten its name")
-        self.register_buffer("tokens", tokens[:, :int(self.eot.max()) + 1 - CONTEXT], False)
-        (width, size), device = clip.text_projection.shape, clip.text_projection.device
-        self.context = nn.Parameter(0.02 * torch.randn(
-            len(labels) if per_label_context else 1, CONTEXT, width, device=device))
+        tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
+        self.eot = tokens.argmax(dim=1)  # on the CPU, as encode_prompts likes it
+        self.register_buffer("tokens", tokens[:, :self.eot.max() + 1], persistent=False)
+        width, size = clip.text_projection.shape
+        contexts = len(labels) if per_label_context else 1
+        self.context = nn.Parameter(0.02 * torch.randn(contexts, CONTEXT, width))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.tensor(0.05).logit())  # about one label in twenty is there
         self.norm, self.hidden, self.last = (
@@ -125,7 +122,7 @@ class TRM(nn.Module):
             self.register_buffer("visual", start.clone())
             self.register_buffer("sure_present", torch.full((len(labels),), torch.inf))
             self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
-        self.to(device)
+        self.to(clip.text_projection.device)
 
     def texts(self, chunk=256):
         """T, the labels' embeddings with the learned context: unit length, [C, D].
@@ -133,7 +130,7 @@ class TRM(nn.Module):
         Chunks of many labels are recomputed in the backward pass, which bounds the memory."""
         def encode(tokens, context, eot):
             words = self.clip.token_embedding(tokens)  # [c, T, W]
-            words = torch.cat([words[:, :1], context, words[:, 1:]], dim=1)
+            words = torch.cat([words[:, :1], context, words[:, 1 + CONTEXT:]], dim=1)
             return F.normalize(self.clip.encode_prompts(words, eot).float(), dim=-1)
 
         context = self.context.expand(len(self.tokens), -1, -1)  # [C, 16, W]
