@@ -108,10 +108,10 @@ class TRM(nn.Module):
         self.context = nn.Parameter(0.02 * torch.randn(contexts, CONTEXT, width))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.tensor(0.05).logit())  # about one label in twenty is there
-        self.norm, self.hidden, self.last = (
-            nn.LayerNorm(size), nn.Linear(size, size), nn.Linear(size, size))
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
         if matching == "region":
             start = zero_shot_embeddings(clip, labels, TEMPLATES) if start is None else start
             self.queries = nn.Parameter(start.clone())
@@ -141,7 +141,7 @@ class TRM(nn.Module):
 
     def refine(self, x):
         """The simple MLP, residual: [..., D] -> [..., D], unit length."""
-        return F.normalize((x + self.last(F.gelu(self.hidden(self.norm(x))))).float(), dim=-1)
+        return F.normalize((x + self.mlp(x)).float(), dim=-1)
 
     def regions(self, x):
         """Embeddings [B, L, D] -> (query-level features [B, C, D], unit length; saliency maps

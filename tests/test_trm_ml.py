@@ -93,10 +93,11 @@ def test_contrastive_loss_equals_a_loop_over_present_entries(modalities):
 
 def refined(model, a):
     """normalise(a + MLP(LN(a))) of one vector, written out."""
-    z = (a - a.mean()) / (a.var(unbiased=False) + model.norm.eps).sqrt()
-    z = model.hidden.weight @ (z * model.norm.weight + model.norm.bias) + model.hidden.bias
+    norm, hidden, _, last = model.mlp
+    z = (a - a.mean()) / (a.var(unbiased=False) + norm.eps).sqrt()
+    z = hidden.weight @ (z * norm.weight + norm.bias) + hidden.bias
     z = z * (1 + torch.erf(z / math.sqrt(2))) / 2
-    z = a + model.last.weight @ z + model.last.bias
+    z = a + last.weight @ z + last.bias
     return z / z.norm()
 
 
