@@ -176,17 +176,6 @@ class TRM(nn.Module):
         self.visual.copy_(moved.where(present.any(dim=0)[:, None], self.visual))
 
     @torch.no_grad()
-    def estimates(self, features, texts):
-        """Query-level features [B, C, D] -> e [B, C], how surely the labels are there, on no fixed
-        scale."""
-        total = 0
-        for prototypes in (self.visual, texts):
-            matched = (features * prototypes).sum(dim=-1) / TEMPERATURE
-            among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-            total = total + 2 * matched - among_all
-        return total / 2
-
-    @torch.no_grad()
     def calibrate(self, estimates, known, expected_positives):
         """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C].
 
@@ -274,48 +263,49 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
     return -(present + absent).sum() / len(logits)
 
 
-def contrastive_loss(features, present, prototypes):
-    """Features float [B, C, D], present bool [B, C], prototypes float [M, C, D] -> scalar; vectors
-    of unit length.
-
-    Cross-entropy of every present (b, c) among the prototypes of a modality, at temperature t: the
-    mean over present labels and M modalities, 0 if nothing is present."""
-    missed = 0
-    for modality in prototypes:
-        matched = (features * modality).sum(dim=-1) / TEMPERATURE
-        among_all = (features @ modality.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-        missed = missed + among_all - matched  # [B, C]
-    # of all labels, masked: a list of those that are present would be waited for on a GPU
-    return (missed * present).sum() / (len(prototypes) * present.sum()).clamp(min=1)
+def compare(features, modalities):
+    """Features [B, C, D] with the prototypes [C, D] of modalities, all of unit length: how near
+    each is to its own, <Q_c, P_c> / t, and how much nearer than to the others', log softmax_c'(
+    <Q_c, P_c'> / t)[c]; [B, C] each, means over the modalities."""
+    near = nearer = 0
+    for prototypes in modalities:
+        own = (features * prototypes).sum(dim=-1) / TEMPERATURE
+        among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
+        near = near + own / len(modalities)
+        nearer = nearer + (own - among_all) / len(modalities)
+    return near, nearer
 
 
-def batch_loss(model, x, known, args, warm_up=False):
-    """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); the last
-    two are None without prototypes, estimates also in warm-up, whose thresholds are infinite."""
+def batch_loss(model, x, known, args):
+    """Embeddings x [B, L, D] with known targets [B, C] -> {term: weighted value} of the loss; and
+    estimates and pseudo labels [B, C], None without prototypes."""
     with autocast(args):
         texts = model.texts()
         logits, features, saliency = model(x, texts)
     logits = logits.float()
-    terms, pseudo, estimates = {"known": asymmetric_loss(logits, known)}, None, None
+    terms, estimates, pseudo = {"known": asymmetric_loss(logits, known)}, None, None
     if features is None:
-        return terms["known"], terms, pseudo, estimates
-    present, prototypes = known == 1, texts[None]
+        return terms, estimates, pseudo
+    present, modalities = known == 1, [texts]
     if args.pseudo:
         model.update_prototypes(features, present)
-        if not warm_up:
-            estimates = model.estimates(features, texts)
-        pseudo = model.pseudo_labels(torch.zeros_like(logits) if warm_up else estimates, known)
+        modalities = [model.visual, texts]
+    near, nearer = compare(features, modalities)
+    if args.pseudo:
+        estimates = (near + nearer).detach()
+        pseudo = model.pseudo_labels(estimates, known)
         terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
         present = present | (pseudo == 1)
-        prototypes = torch.stack([model.visual, texts])  # [2, C, D]
     if args.contrastive:
-        terms["contrastive"] = args.contrastive * contrastive_loss(features, present, prototypes)
+        # of all labels, masked: a list of those that are present would be waited for on a GPU
+        contrast = -(nearer * present).sum() / present.sum().clamp(min=1)
+        terms["contrastive"] = args.contrastive * contrast
     if args.distillation:
         # [B, C, L] @ [B, L, D]: the region-level features teach, the query-level ones learn
         region_level = F.normalize(saliency.detach().float() @ x, dim=-1)
         distance = (features - region_level).abs().sum(dim=-1).mean()
         terms["distillation"] = args.distillation * distance
-    return sum(terms.values()), terms, pseudo, estimates
+    return terms, estimates, pseudo
 
 
 # ---- train
@@ -369,7 +359,6 @@ def train(runs, clip, dataset, validation, truth, state, args):
             continue
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
-        warm_up = epoch + 1 < args.epochs // 2  # no pseudo labels until prototypes mean something
         for run in unfinished:
             run.losses, run.estimated = {}, []
             run.counts = torch.zeros(3, dtype=torch.int64, device=args.device)
@@ -381,7 +370,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
             rows = rows.to(args.device, non_blocking=True)
             for run in unfinished:
                 known = run.known[rows]
-                loss, terms, pseudo, estimates = batch_loss(run.model, x, known, args, warm_up)
+                terms, estimates, pseudo = batch_loss(run.model, x, known, args)
+                loss = sum(terms.values())
                 run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.zero_grad()
                 loss.backward()
@@ -390,8 +380,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
                     run.losses[name] = run.losses.get(name, 0) + value.detach()
                 if pseudo is not None:
                     run.counts += pseudo_label_counts(pseudo, known, truth[rows])
-                if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                    run.estimated.append((estimates, known))
+                    if step * args.batch_size < 20_000:  # images enough
+                        run.estimated.append((estimates, known))
                 if step % 50 != 49 and step < len(loader) - 1:
                     continue  # the check is a wait for a GPU
                 if not run.losses["loss"].isfinite():
@@ -402,7 +392,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
         for run in unfinished:
             means = {name: value.item() / len(loader) for name, value in run.losses.items()}
             line = {"epoch": epoch + 1, **means}
-            if run.estimated:
+            # no pseudo labels until prototypes mean something
+            if run.estimated and epoch + 1 >= args.epochs // 2:
                 estimates, known = (torch.cat(parts) for parts in zip(*run.estimated))
                 run.model.calibrate(estimates, known, args.expected_positives)
             right, found, hidden = run.counts.tolist()
