@@ -233,6 +233,18 @@ def encode(clip, images, args):
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
+def encode_all(clip, dataset, args, title):
+    """Yield encode() of all images, a batch at a time."""
+    bar = tqdm(make_loader(dataset, args), title, leave=False, disable=args.quiet or None)
+    for images, _ in bar:
+        yield encode(clip, images.to(args.device, non_blocking=True), args)
+
+
+def embed(clip, dataset, args):
+    """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
+    return torch.cat([x.half().cpu() for x in encode_all(clip, dataset, args, "embedding images")])
+
+
 # ---- augmentation
 
 def augmentation(preprocess):
@@ -353,6 +365,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
         embedded = TensorDataset(embed(clip, dataset, args), dataset.targets)
         batches = BatchSampler(RandomSampler(embedded), args.batch_size, drop_last=False)
         loader = DataLoader(embedded, sampler=batches, batch_size=None)
+    if validation is not None:
+        held_out = embed(clip, validation, args)  # once: they are not augmented
     for epoch in range(args.epochs):
         unfinished = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
         if not unfinished:
@@ -403,11 +417,12 @@ def train(runs, clip, dataset, validation, truth, state, args):
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
             if validation is not None:
-                with torch.no_grad():
+                known = run.known[validation.targets.to(args.device)]
+                with torch.no_grad(), autocast(args):
                     texts = run.model.texts()
-                scores, = all_scores(lambda x: [run.model(x, texts)[0]], clip, validation, args)
-                known = run.known[validation.targets.to(args.device)].cpu()
-                line["val_mAP"] = metrics.mean_average_precision(scores, known)
+                    logits = [run.model(x.to(args.device).float(), texts)[0].float()
+                              for x in held_out.split(args.batch_size)]
+                line["val_mAP"] = metrics.mean_average_precision(torch.cat(logits), known)
             title = f"{run.name}  " if len(runs) > 1 else ""
             print(title + "  ".join(f"{name} {value:.4g}" for name, value in line.items()),
                   flush=True)
@@ -426,41 +441,21 @@ def train(runs, clip, dataset, validation, truth, state, args):
         run.model.load_trained(best["model"])
 
 
-def embed(clip, dataset, args):
-    """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
-    parts = []
-    for images, _ in tqdm(make_loader(dataset, args), "embedding images", leave=False,
-                          disable=args.quiet or None):
-        parts.append(encode(clip, images.to(args.device, non_blocking=True), args).half().cpu())
-    return torch.cat(parts)
-
-
 # ---- evaluate
 
 @torch.no_grad()
-def all_scores(score, clip, dataset, args):
-    """score: embeddings [B, 1 + L, D] -> [scores [B, C], ...]; of all images: [[N, C], ...]."""
-    parts = []
-    bar = tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.quiet or None)
-    for images, _ in bar:
-        x = encode(clip, images.to(args.device, non_blocking=True), args)
-        with autocast(args):
-            parts.append([scores.float().cpu() for scores in score(x)])
-    return [torch.cat(matrices) for matrices in zip(*parts)]
-
-
 def table(runs, clip, test, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     ks = (10, 20) if test.name == "openimages" else (3, 5)
     labels = zero_shot_embeddings(clip, test.labels, TEMPLATES)
-    with torch.no_grad():
-        texts = [run.model.texts() for run in runs]
-
-    def score(x):
-        whole, best = x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)  # [B, L, C] -> [B, C]
-        return [whole, best, *(run.model(x, t)[0] for run, t in zip(runs, texts))]
-
-    whole, best, *scores = all_scores(score, clip, test, args)
+    texts = [run.model.texts() for run in runs]
+    parts = []
+    for x in encode_all(clip, test, args, "scoring"):
+        with autocast(args):
+            scores = [x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)]  # [B, L, C] -> [B, C]
+            scores += [run.model(x, text)[0] for run, text in zip(runs, texts)]
+        parts.append([matrix.float().cpu() for matrix in scores])
+    whole, best, *scores = (torch.cat(matrices) for matrices in zip(*parts))
     rows = metrics.zero_shot_rows(whole, best, test, ks)
     for run, matrix in zip(runs, scores):
         rows.append(metrics.table_row(run.name, run.kind, matrix, test, ks))
