@@ -322,11 +322,6 @@ def batch_loss(model, x, known, args):
 
 # ---- train
 
-def learning_rate(progress, peak):
-    """Half a cosine from the peak to 0; progress: 0 to 1, the share of all steps that are done."""
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def pseudo_label_counts(pseudo, known, truth):
     """What a log can tell of pseudo labels: int64 [3], right and all positives, and hidden
     positives; entries whose truth nobody knows are left out."""
@@ -378,7 +373,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
             run.counts = torch.zeros(3, dtype=torch.int64, device=args.device)
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
-            lr = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
+            progress = (epoch + step / len(loader)) / args.epochs
+            lr = args.lr * 0.5 * (1 + math.cos(math.pi * progress))
             x = images.to(args.device, non_blocking=True)
             x = x.float() if args.augment == "no" else encode(clip, x, args)
             rows = rows.to(args.device, non_blocking=True)
