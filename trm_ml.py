@@ -62,7 +62,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -355,17 +355,15 @@ def train(runs, clip, dataset, validation, truth, state, args):
     repeats the epoch it was killed in exactly."""
     truth = truth.to(args.device)
     loader = make_loader(dataset, args, shuffle=True)
-    if args.augment == "no" and any(len(run.log) < args.epochs for run in runs):
+    first = min(len(run.log) for run in runs)  # they differ in a resumed sweep
+    if args.augment == "no" and first < args.epochs:
         # embeddings stay what they are: compute them once
         embedded = TensorDataset(embed(clip, dataset, args), dataset.targets)
-        batches = BatchSampler(RandomSampler(embedded), args.batch_size, drop_last=False)
-        loader = DataLoader(embedded, sampler=batches, batch_size=None)
+        loader = DataLoader(embedded, args.batch_size, shuffle=True)
     if validation is not None:
         held_out = embed(clip, validation, args)  # once: they are not augmented
-    for epoch in range(args.epochs):
-        unfinished = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
-        if not unfinished:
-            continue
+    for epoch in range(first, args.epochs):
+        unfinished = [run for run in runs if len(run.log) == epoch]
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
         for run in unfinished:
