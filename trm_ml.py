@@ -56,6 +56,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -322,29 +323,18 @@ def batch_loss(model, x, known, args):
 
 # ---- train
 
-def pseudo_label_counts(pseudo, known, truth):
-    """What a log can tell of pseudo labels: int64 [3], right and all positives, and hidden
-    positives; entries whose truth nobody knows are left out."""
-    hidden = truth * (known == 0)
-    checked = pseudo * (hidden != 0)
-    return torch.stack([x.sum() for x in (
-        (checked == 1) & (hidden == 1), checked == 1, hidden == 1)])
-
-
 @dataclasses.dataclass
 class Run:
     """One of the models that are trained side by side."""
     name: str  # of its row in the table
     kind: str  # "method" or "ablation"
-    output: str  # its folder
-    known: torch.Tensor  # int8 [N, C], the training labels that it knows
     model: TRM
-    optimizer: torch.optim.Optimizer
-    log: list  # a dict an epoch
-    # of the epoch under way: summed losses by name, counts of pseudo labels, (estimates, known)
-    losses: dict = None
-    counts: torch.Tensor = None
-    estimated: list = None
+    output: str = None  # its folder
+    known: torch.Tensor = None  # int8 [N, C], the training labels that it knows
+    optimizer: torch.optim.Optimizer = None
+    log: list = None  # a dict an epoch
+    sums: Counter = None  # of the epoch under way: losses by name, counts of pseudo labels
+    estimated: list = None  # of the epoch under way: (estimates, known targets) of every batch
 
 
 def train(runs, clip, dataset, validation, truth, state, args):
@@ -367,8 +357,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
         for run in unfinished:
-            run.losses, run.estimated = {}, []
-            run.counts = torch.zeros(3, dtype=torch.int64, device=args.device)
+            run.sums, run.estimated = Counter(), []
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
             progress = (epoch + step / len(loader)) / args.epochs
@@ -384,29 +373,31 @@ def train(runs, clip, dataset, validation, truth, state, args):
                 run.optimizer.zero_grad()
                 loss.backward()
                 run.optimizer.step()
-                for name, value in {"loss": loss, **terms}.items():
-                    run.losses[name] = run.losses.get(name, 0) + value.detach()
+                values = {"loss": loss, **terms}
                 if pseudo is not None:
-                    run.counts += pseudo_label_counts(pseudo, known, truth[rows])
+                    claimed, hidden = pseudo == 1, truth[rows] * (known == 0)
+                    values["right"] = (claimed & (hidden == 1)).sum()
+                    values["claimed"] = (claimed & (hidden != 0)).sum()  # 0: nobody knows
+                    values["hidden"] = (hidden == 1).sum()
                     if step * args.batch_size < 20_000:  # images enough
                         run.estimated.append((estimates, known))
-                if step % 50 != 49 and step < len(loader) - 1:
-                    continue  # the check is a wait for a GPU
-                if not run.losses["loss"].isfinite():
-                    sums = {name: value.item() for name, value in run.losses.items()}
+                run.sums.update({name: value.detach() for name, value in values.items()})
+                is_checked = step % 50 == 49 or step == len(loader) - 1  # a GPU is waited for
+                if is_checked and not run.sums["loss"].isfinite():
+                    sums = {name: value.item() for name, value in run.sums.items()}
                     raise UserError(f"{run.name}: the loss is not finite at epoch {epoch + 1}, "
                                     f"step {step + 1}, in sums: {sums}; {run.output}/last.pt holds "
                                     f"the epoch before: try a smaller --lr or --precision fp32")
         for run in unfinished:
-            means = {name: value.item() / len(loader) for name, value in run.losses.items()}
+            means = {name: value.item() / len(loader) for name, value in run.sums.items()}
+            right, claimed, hidden = (means.pop(x, 0) for x in ("right", "claimed", "hidden"))
             line = {"epoch": epoch + 1, **means}
+            if claimed and hidden:
+                line |= {"pseudo_precision": right / claimed, "pseudo_recall": right / hidden}
             # no pseudo labels until prototypes mean something
             if run.estimated and epoch + 1 >= args.epochs // 2:
                 estimates, known = (torch.cat(parts) for parts in zip(*run.estimated))
                 run.model.calibrate(estimates, known, args.expected_positives)
-            right, found, hidden = run.counts.tolist()
-            if found and hidden:
-                line |= {"pseudo_precision": right / found, "pseudo_recall": right / hidden}
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
@@ -628,7 +619,7 @@ def make_runs(clip, dataset, args):
                 model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
-            run = Run(name, kind, output, known.to(args.device), model, optimizer, [])
+            run = Run(name, kind, model, output, known.to(args.device), optimizer, [])
             if args.resume and os.path.exists(f"{output}/last.pt"):
                 saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
                 model.load_trained(saved["model"])
@@ -672,7 +663,7 @@ def main(argv=None):
             model.regions = torch.compile(model.regions)
         if args.predict:
             return predict(clip, model, preprocess, labels, args)
-        runs = [Run(TITLES[matching], "method", None, None, model, None, None)]
+        runs = [Run(TITLES[matching], "method", model)]
 
     # train
     test.transform = preprocess
