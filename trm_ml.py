@@ -448,21 +448,20 @@ def table(runs, clip, test, args):
 
 
 def print_sweep(rows, args):
-    """A line per matching: its mAP by the share of known labels, and the average; as the papers
-    print it. -> rows of the averages."""
-    averages = []
+    """A line per matching, as the papers print it: mAP by the share of known labels, and the
+    average. -> rows of the averages."""
     metric = [name for name in rows[-1] if name.endswith("mAP")][-1]
-    shares = "".join(f"{100 * share:6g}%" for share in args.partial)
-    print(f"\n{metric + ' (%), known labels':30}{shares}{'average':>9}")
+    shares = "".join(f"{100 * share:7g}%" for share in args.partial)
+    print(f"\n{metric + ' (%), known labels':30}{shares} average")
+    averages = []
     for matching in args.matching:
         swept = [row for row in rows if row["name"].startswith(f"{TITLES[matching]}, ")]
         average = {"name": f"{TITLES[matching]}, average", "kind": swept[0]["kind"]}
-        for name in swept[0]:
-            if name not in average:
-                average[name] = sum(row[name] for row in swept) / len(swept)
+        for name in list(swept[0])[2:]:  # the metrics
+            average[name] = sum(row[name] for row in swept) / len(swept)
         averages.append(average)
-        values = "".join(f"{100 * row[metric]:7.1f}" for row in swept)
-        print(f"{TITLES[matching]:30}{values}{100 * average[metric]:9.1f}")
+        values = "".join(f"{100 * row[metric]:8.1f}" for row in [*swept, average])
+        print(f"{TITLES[matching]:30}{values}")
     return averages
 
 
