@@ -599,13 +599,13 @@ def make_runs(clip, dataset, args):
     runs = []
     start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
     for partial in args.partial:
-        known = dataset.full_targets  # masks are drawn over the full list, as published
-        if args.single_positive:
-            known = data.keep_single_positive(known, SINGLE_POSITIVE_SEED)
-        elif partial < 1:
-            known = data.keep_partial(known, partial, PARTIAL_SEED)
+        if args.single_positive:  # drawn over the full list, as published
+            known = data.keep_single_positive(dataset.full_targets, SINGLE_POSITIVE_SEED)
+        else:
+            known = data.keep_partial(dataset.full_targets, partial, PARTIAL_SEED)
         if not known[dataset.rows].any():
             raise UserError("none of the training labels is known: raise --partial or --limit")
+        known = known.to(args.device)
         for matching in args.matching:
             name, kind, output = TITLES[matching], "method", args.output
             if len(args.partial) > 1:
@@ -616,16 +616,13 @@ def make_runs(clip, dataset, args):
             model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
             if matching == "region" and not (known[dataset.rows] == -1).any():
                 model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
-            run = Run(name, kind, model, output, known.to(args.device), optimizer, [])
+            optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+            run = Run(name, kind, model, output, known, optimizer, [])
             if args.resume and os.path.exists(f"{output}/last.pt"):
                 saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
                 model.load_trained(saved["model"])
                 optimizer.load_state_dict(saved["optimizer"])
                 run.log = saved["log"]
-            if args.compile:
-                model.regions = torch.compile(model.regions)
             runs.append(run)
     return runs
 
@@ -658,16 +655,18 @@ def main(argv=None):
         labels, matching = saved["labels"], saved["matching"]
         model = TRM(clip, labels, matching, args.per_label_context, saved["model"].get("visual"))
         model.load_trained(saved["model"])
-        if args.compile:
-            model.regions = torch.compile(model.regions)
-        if args.predict:
-            return predict(clip, model, preprocess, labels, args)
         runs = [Run(TITLES[matching], "method", model)]
+    else:
+        runs = make_runs(clip, dataset, args)
+    if args.compile:
+        for run in runs:
+            run.model.regions = torch.compile(run.model.regions)
+    if args.predict:
+        return predict(clip, model, preprocess, labels, args)
 
     # train
     test.transform = preprocess
     if not args.eval:
-        runs = make_runs(clip, dataset, args)
         truth = dataset.full_targets
         shares = dict.fromkeys(f"{100 * (run.known != 0).float().mean():.2g}%" for run in runs)
         print(f"{args.data}: {len(dataset):,} training images, {len(dataset.labels)} labels, "
