@@ -290,15 +290,15 @@ def compare(features, modalities):
 
 
 def batch_loss(model, x, known, args):
-    """Embeddings x [B, L, D] with known targets [B, C] -> {term: weighted value} of the loss; and
-    estimates and pseudo labels [B, C], None without prototypes."""
+    """Embeddings x [B, L, D] with known targets [B, C] -> {term: weighted value} of the loss, and
+    the estimates [B, C] of unknown labels, None without prototypes."""
     with autocast(args):
         texts = model.texts()
         logits, features, saliency = model(x, texts)
     logits = logits.float()
-    terms, estimates, pseudo = {"known": asymmetric_loss(logits, known)}, None, None
+    terms, estimates = {"known": asymmetric_loss(logits, known)}, None
     if features is None:
-        return terms, estimates, pseudo
+        return terms, estimates
     present, modalities = known == 1, [texts]
     if args.pseudo:
         model.update_prototypes(features, present)
@@ -318,7 +318,7 @@ def batch_loss(model, x, known, args):
         region_level = F.normalize(saliency.detach().float() @ x, dim=-1)
         distance = (features - region_level).abs().sum(dim=-1).mean()
         terms["distillation"] = args.distillation * distance
-    return terms, estimates, pseudo
+    return terms, estimates
 
 
 # ---- train
@@ -333,8 +333,9 @@ class Run:
     known: torch.Tensor = None  # int8 [N, C], the training labels that it knows
     optimizer: torch.optim.Optimizer = None
     log: list = None  # a dict an epoch
-    sums: Counter = None  # of the epoch under way: losses by name, counts of pseudo labels
-    estimated: list = None  # of the epoch under way: (estimates, known targets) of every batch
+    # of the epoch under way: summed losses by name; (estimates, known targets, truth) of batches
+    sums: Counter = None
+    estimated: list = None
 
 
 def train(runs, clip, dataset, validation, truth, state, args):
@@ -367,21 +368,16 @@ def train(runs, clip, dataset, validation, truth, state, args):
             rows = rows.to(args.device, non_blocking=True)
             for run in unfinished:
                 known = run.known[rows]
-                terms, estimates, pseudo = batch_loss(run.model, x, known, args)
+                terms, estimates = batch_loss(run.model, x, known, args)
                 loss = sum(terms.values())
                 run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.zero_grad()
                 loss.backward()
                 run.optimizer.step()
-                values = {"loss": loss, **terms}
-                if pseudo is not None:
-                    claimed, hidden = pseudo == 1, truth[rows] * (known == 0)
-                    values["right"] = (claimed & (hidden == 1)).sum()
-                    values["claimed"] = (claimed & (hidden != 0)).sum()  # 0: nobody knows
-                    values["hidden"] = (hidden == 1).sum()
-                    if step * args.batch_size < 20_000:  # images enough
-                        run.estimated.append((estimates, known))
-                run.sums.update({name: value.detach() for name, value in values.items()})
+                for name, value in {"loss": loss, **terms}.items():
+                    run.sums[name] += value.detach()
+                if estimates is not None and step * args.batch_size < 20_000:  # images enough
+                    run.estimated.append((estimates, known, truth[rows]))
                 is_checked = step % 50 == 49 or step == len(loader) - 1  # a GPU is waited for
                 if is_checked and not run.sums["loss"].isfinite():
                     sums = {name: value.item() for name, value in run.sums.items()}
@@ -390,14 +386,17 @@ def train(runs, clip, dataset, validation, truth, state, args):
                                     f"the epoch before: try a smaller --lr or --precision fp32")
         for run in unfinished:
             means = {name: value.item() / len(loader) for name, value in run.sums.items()}
-            right, claimed, hidden = (means.pop(x, 0) for x in ("right", "claimed", "hidden"))
             line = {"epoch": epoch + 1, **means}
-            if claimed and hidden:
-                line |= {"pseudo_precision": right / claimed, "pseudo_recall": right / hidden}
-            # no pseudo labels until prototypes mean something
-            if run.estimated and epoch + 1 >= args.epochs // 2:
-                estimates, known = (torch.cat(parts) for parts in zip(*run.estimated))
-                run.model.calibrate(estimates, known, args.expected_positives)
+            if run.estimated:
+                estimates, known, hidden = (torch.cat(parts) for parts in zip(*run.estimated))
+                hidden *= known == 0  # 0: known, or the truth is not
+                claimed = run.model.pseudo_labels(estimates, known) == 1
+                right = (claimed & (hidden == 1)).sum().item()
+                if right:
+                    line["pseudo_precision"] = right / (claimed & (hidden != 0)).sum().item()
+                    line["pseudo_recall"] = right / (hidden == 1).sum().item()
+                if epoch + 1 >= args.epochs // 2:  # until then prototypes do not mean enough
+                    run.model.calibrate(estimates, known, args.expected_positives)
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
