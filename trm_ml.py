@@ -218,10 +218,10 @@ class TRM(nn.Module):
 @torch.no_grad()
 def zero_shot_embeddings(clip, labels, templates):
     """CLIP's own embeddings of the labels, the mean over templates: unit length, [C, D]."""
-    device, total = clip.text_projection.device, 0
+    total = 0
     for template in templates:
-        tokens = clip.tokenize([template.format(label) for label in labels]).split(256)
-        texts = torch.cat([clip.encode_text(part.to(device)) for part in tokens])
+        tokens = clip.tokenize([template.format(label) for label in labels])
+        texts = clip.encode_text(tokens.to(clip.text_projection.device))
         total = total + F.normalize(texts.float(), dim=-1)
     return F.normalize(total, dim=-1)
 
@@ -230,20 +230,16 @@ def zero_shot_embeddings(clip, labels, templates):
 def encode(clip, images, args):
     """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
     with autocast(args):
+        images = images.to(args.device, non_blocking=True)
         global_, local = clip.encode_image_dense(images, value_path=True)  # localises better
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
-def encode_all(clip, dataset, args, title):
-    """Yield encode() of all images, a batch at a time."""
-    bar = tqdm(make_loader(dataset, args), title, leave=False, disable=args.quiet or None)
-    for images, _ in bar:
-        yield encode(clip, images.to(args.device, non_blocking=True), args)
-
-
 def embed(clip, dataset, args):
     """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
-    return torch.cat([x.half().cpu() for x in encode_all(clip, dataset, args, "embedding images")])
+    bar = tqdm(make_loader(dataset, args), "embedding images", leave=False,
+               disable=args.quiet or None)
+    return torch.cat([encode(clip, images, args).half().cpu() for images, _ in bar])
 
 
 # ---- augmentation
@@ -363,8 +359,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
         for step, (images, rows) in enumerate(bar):
             progress = (epoch + step / len(loader)) / args.epochs
             lr = args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-            x = images.to(args.device, non_blocking=True)
-            x = x.float() if args.augment == "no" else encode(clip, x, args)
+            x = images if args.augment == "no" else encode(clip, images, args)
+            x = x.to(args.device, non_blocking=True).float()
             rows = rows.to(args.device, non_blocking=True)
             for run in unfinished:
                 known = run.known[rows]
@@ -407,9 +403,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
                     logits = [run.model(x.to(args.device).float(), texts)[0].float()
                               for x in held_out.split(args.batch_size)]
                 line["val_mAP"] = metrics.mean_average_precision(torch.cat(logits), known)
-            title = f"{run.name}  " if len(runs) > 1 else ""
-            print(title + "  ".join(f"{name} {value:.4g}" for name, value in line.items()),
-                  flush=True)
+            values = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+            print(f"{run.name}  {values}", flush=True)
             run.log.append(line)
             checkpoint = {**state, "matching": run.model.matching, "model": run.model.trained(),
                           "optimizer": run.optimizer.state_dict(), "log": run.log}
@@ -434,7 +429,9 @@ def table(runs, clip, test, args):
     labels = zero_shot_embeddings(clip, test.labels, TEMPLATES)
     texts = [run.model.texts() for run in runs]
     parts = []
-    for x in encode_all(clip, test, args, "scoring"):
+    bar = tqdm(make_loader(test, args), "scoring", leave=False, disable=args.quiet or None)
+    for images, _ in bar:
+        x = encode(clip, images, args)
         with autocast(args):
             scores = [x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)]  # [B, L, C] -> [B, C]
             scores += [run.model(x, text)[0] for run, text in zip(runs, texts)]
@@ -473,7 +470,7 @@ def predict(clip, model, preprocess, labels, args):
         raise UserError(f"--heatmap: --matching {model.matching} looks nowhere in particular")
     texts = model.texts()
     for path, photo in data.open_images(args.predict):
-        x = encode(clip, preprocess(photo)[None].to(args.device), args)
+        x = encode(clip, preprocess(photo)[None], args)
         with autocast(args):
             logits, _, saliency = model(x, texts)
         scores = logits[0].float().sigmoid().tolist()
