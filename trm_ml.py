@@ -56,7 +56,6 @@ import math
 import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -329,9 +328,10 @@ class Run:
     known: torch.Tensor = None  # int8 [N, C], the training labels that it knows
     optimizer: torch.optim.Optimizer = None
     log: list = None  # a dict an epoch
-    # of the epoch under way: summed losses by name; (estimates, known targets, truth) of batches
-    sums: Counter = None
-    estimated: list = None
+    # of the epoch under way
+    total: torch.Tensor = 0  # of the losses
+    means: dict = None  # of the losses, by name
+    estimated: list = None  # (estimates, known targets, truth) of its batches
 
 
 def train(runs, clip, dataset, validation, truth, state, args):
@@ -354,7 +354,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
         for run in unfinished:
-            run.sums, run.estimated = Counter(), []
+            run.total, run.estimated = 0, []
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
             progress = (epoch + step / len(loader)) / args.epochs
@@ -365,24 +365,23 @@ def train(runs, clip, dataset, validation, truth, state, args):
             for run in unfinished:
                 known = run.known[rows]
                 terms, estimates = batch_loss(run.model, x, known, args)
-                loss = sum(terms.values())
+                losses = torch.stack([sum(terms.values()), *terms.values()])
                 run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.zero_grad()
-                loss.backward()
+                losses[0].backward()
                 run.optimizer.step()
-                for name, value in {"loss": loss, **terms}.items():
-                    run.sums[name] += value.detach()
+                run.total = run.total + losses.detach()
                 if estimates is not None and step * args.batch_size < 20_000:  # images enough
                     run.estimated.append((estimates, known, truth[rows]))
-                is_checked = step % 50 == 49 or step == len(loader) - 1  # a GPU is waited for
-                if is_checked and not run.sums["loss"].isfinite():
-                    sums = {name: value.item() for name, value in run.sums.items()}
-                    raise UserError(f"{run.name}: the loss is not finite at epoch {epoch + 1}, "
-                                    f"step {step + 1}, in sums: {sums}; {run.output}/last.pt holds "
-                                    f"the epoch before: try a smaller --lr or --precision fp32")
+                if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
+                    mean = run.total / (step + 1)
+                    run.means = dict(zip(["loss", *terms], mean.tolist()))
+                    if not math.isfinite(run.means["loss"]):
+                        raise UserError(f"{run.name}, epoch {epoch + 1}, step {step + 1}: the loss "
+                                        f"is not finite, {run.means}; {run.output}/last.pt holds "
+                                        f"the epoch before: try a smaller --lr or --precision fp32")
         for run in unfinished:
-            means = {name: value.item() / len(loader) for name, value in run.sums.items()}
-            line = {"epoch": epoch + 1, **means}
+            line = {"epoch": epoch + 1, **run.means}
             if run.estimated:
                 estimates, known, hidden = (torch.cat(parts) for parts in zip(*run.estimated))
                 hidden *= known == 0  # 0: known, or the truth is not
