@@ -260,14 +260,12 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
     With p = sigmoid(logit) and q = max(p - clip, 0): -(1 - p)^gamma_pos log p of a present and
     -q^gamma_neg log(1 - q) of an absent label; all 0: binary cross-entropy. The focusing weights
     are constants for the gradient, as in the loss's own code."""
-    probabilities = logits.sigmoid()
-    shifted = (probabilities - clip).clamp(min=0)
-    focus_present = (1 - probabilities.detach()) ** gamma_pos
-    focus_absent = shifted.detach() ** gamma_neg
+    p = logits.sigmoid()
+    q = (p - clip).clamp(min=0)
     # log(1 - p) by logsigmoid where nothing is shifted: 1 - p would round to 0
-    log_absent = F.logsigmoid(-logits) if clip == 0 else torch.log1p(-shifted)
-    present = focus_present * F.logsigmoid(logits) * (targets == 1)
-    absent = focus_absent * log_absent * (targets == -1)
+    log_absent = F.logsigmoid(-logits) if clip == 0 else torch.log1p(-q)
+    present = (1 - p.detach()) ** gamma_pos * F.logsigmoid(logits) * (targets == 1)
+    absent = q.detach() ** gamma_neg * log_absent * (targets == -1)
     return -(present + absent).sum() / len(logits)
 
 
@@ -567,8 +565,6 @@ def arguments(argv=None):
         parser.error("--lr, --pseudo, --contrastive, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
-    if not 0 < min(args.partial) <= max(args.partial) <= 1:
-        parser.error("--partial: shares above 0 and up to 1")
     if args.single_positive and (args.partial != [1.0] or args.val_fraction):
         parser.error("--single-positive knows no absent label: no --partial, no --val-fraction")
     args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
