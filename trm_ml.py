@@ -41,13 +41,10 @@ Implementation details
     are the identity, the queries the labels' embeddings, the temperature CLIP's, the MLP's last
     layer 0. In a prototype on the toy world, the known labels' loss alone ended at 36 mAP from a
     random start, at 94 from this.
- 2. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
-    share among the known ones lets expect are present, and beyond twice as many absent. Known
-    entries would flatter: training fits them.
- 3. Which entries are known is drawn once, over the full official list, with the seeds of this line
+ 2. Which entries are known is drawn once, over the full official list, with the seeds of this line
     of work; every method and every --seed gets the same.
- 4. The encoders are frozen, so several shares or matchings train side by side on embeddings that
-    are computed once; without augmentation these are kept, in float16.
+ 3. The encoders are frozen: shares and matchings train side by side on images that are encoded
+    once, and without augmentation once for all epochs (float16).
 """
 import argparse
 import dataclasses
@@ -80,7 +77,7 @@ TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a 
 CONTEXT, HEADS = 16, 4  # learned words of a prompt; attention heads
 TEMPERATURE = 0.1  # t, of similarities with prototypes
 MOMENTUM = 0.99  # of the visual prototypes
-SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels, in units of the expected number of positives
+SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels: thresholds, in numbers of hidden positives
 # labels that an image shows, on average; the benchmarks' as Cole et al. (CVPR 2021) have them
 EXPECTED_POSITIVES = {"voc2007": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4, "toy": 2.7}
 PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et al. (CVPR 2021)
@@ -94,8 +91,7 @@ class TRM(nn.Module):
 
     matching: what a label's text is matched with, "region", or for comparison the whole "image",
     or every "pixel" (location), weighted by a softmax of their similarities (as DualCoOp, NeurIPS
-    2022). These have the same MLP and logits. start: the labels' embeddings [C, D] that regions
-    start from, by default CLIP's own."""
+    2022). start: the labels' embeddings [C, D] that regions start from, by default CLIP's own."""
 
     def __init__(self, clip, labels, matching="region", per_label_context=False, start=None):
         super().__init__()
@@ -177,7 +173,9 @@ class TRM(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, estimates, known, expected_positives):
-        """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C].
+        """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C]:
+        ranks among a label's unknown entries (training fits the known ones: they would flatter),
+        half and twice as many as it has hidden positives.
 
         Where known entries are drawn from all, a label's share of positives is the same among the
         unknown ones. Where they are not, which shows in absent labels being the fewer ones, an
@@ -333,7 +331,7 @@ class Run:
 
 
 def train(runs, clip, dataset, validation, truth, state, args):
-    """All runs on the same batches: the encoders are frozen, so an image is encoded once.
+    """All runs, on the same batches.
 
     dataset, validation: images whose targets are rows of known and truth, int8 [N, C]; the truth
     is for the log alone. Every epoch seeds its own shuffling and augmentation, so a resumed run
@@ -342,7 +340,6 @@ def train(runs, clip, dataset, validation, truth, state, args):
     loader = make_loader(dataset, args, shuffle=True)
     first = min(len(run.log) for run in runs)  # they differ in a resumed sweep
     if args.augment == "no" and first < args.epochs:
-        # embeddings stay what they are: compute them once
         embedded = TensorDataset(embed(clip, dataset, args), dataset.targets)
         loader = DataLoader(embedded, args.batch_size, shuffle=True)
     if validation is not None:
