@@ -327,7 +327,7 @@ class Run:
     # of the epoch under way
     total: torch.Tensor = 0  # of the losses
     means: dict = None  # of the losses, by name
-    estimated: list = None  # (estimates, known targets, truth) of its batches
+    estimated: list = None  # (estimates, known targets, hidden targets) of its batches
 
 
 def train(runs, clip, dataset, validation, truth, state, args):
@@ -367,7 +367,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
                 run.optimizer.step()
                 run.total = run.total + losses.detach()
                 if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                    run.estimated.append((estimates, known, truth[rows]))
+                    run.estimated.append((estimates, known, truth[rows] * (known == 0)))
                 if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
                     mean = run.total / (step + 1)
                     run.means = dict(zip(["loss", *terms], mean.tolist()))
@@ -379,12 +379,10 @@ def train(runs, clip, dataset, validation, truth, state, args):
             line = {"epoch": epoch + 1, **run.means}
             if run.estimated:
                 estimates, known, hidden = (torch.cat(parts) for parts in zip(*run.estimated))
-                hidden *= known == 0  # 0: known, or the truth is not
-                claimed = run.model.pseudo_labels(estimates, known) == 1
-                right = (claimed & (hidden == 1)).sum().item()
-                if right:
-                    line["pseudo_precision"] = right / (claimed & (hidden != 0)).sum().item()
-                    line["pseudo_recall"] = right / (hidden == 1).sum().item()
+                pseudo = run.model.pseudo_labels(estimates, known).float()
+                quality = metrics.f1_at_threshold(pseudo, hidden, threshold=1)
+                if quality["OP"]:  # there are pseudo labels, and somebody knows the truth
+                    line |= {"pseudo_precision": quality["OP"], "pseudo_recall": quality["OR"]}
                 if epoch + 1 >= args.epochs // 2:  # until then prototypes do not mean enough
                     run.model.calibrate(estimates, known, args.expected_positives)
             line["seconds"] = time.time() - begin
@@ -640,17 +638,17 @@ def main(argv=None):
         if saved["labels"] != state["labels"] and not args.predict:
             raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
     if args.predict or args.eval:
-        labels, matching = saved["labels"], saved["matching"]
-        model = TRM(clip, labels, matching, args.per_label_context, saved["model"].get("visual"))
+        model = TRM(clip, saved["labels"], saved["matching"], args.per_label_context,
+                    start=saved["model"].get("visual"))  # spares CLIP's own, all is loaded anyway
         model.load_trained(saved["model"])
-        runs = [Run(TITLES[matching], "method", model)]
+        runs = [Run(TITLES[model.matching], "method", model)]
     else:
         runs = make_runs(clip, dataset, args)
     if args.compile:
         for run in runs:
             run.model.regions = torch.compile(run.model.regions)
     if args.predict:
-        return predict(clip, model, preprocess, labels, args)
+        return predict(clip, model, preprocess, saved["labels"], args)
 
     # train
     test.transform = preprocess
