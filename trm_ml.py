@@ -47,13 +47,13 @@ Implementation details
     once, and without augmentation once for all epochs (float16).
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -314,22 +314,6 @@ def batch_loss(model, x, known, args):
 
 # ---- train
 
-@dataclasses.dataclass
-class Run:
-    """One of the models that are trained side by side."""
-    name: str  # of its row in the table
-    kind: str  # "method" or "ablation"
-    model: TRM
-    output: str = None  # its folder
-    known: torch.Tensor = None  # int8 [N, C], the training labels that it knows
-    optimizer: torch.optim.Optimizer = None
-    log: list = None  # a dict an epoch
-    # of the epoch under way
-    total: torch.Tensor = 0  # of the losses
-    means: dict = None  # of the losses, by name
-    estimated: list = None  # (estimates, known targets, hidden targets) of its batches
-
-
 def train(runs, clip, dataset, validation, truth, state, args):
     """All runs, on the same batches.
 
@@ -349,7 +333,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
         for run in unfinished:
-            run.total, run.estimated = 0, []
+            run.total = 0  # of the losses
+            run.estimated = []  # estimates, known targets and hidden ones of every batch
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
             progress = (epoch + step / len(loader)) / args.epochs
@@ -581,7 +566,9 @@ def make_loader(dataset, args, shuffle=False):
 
 
 def make_runs(clip, dataset, args):
-    """-> the Runs that the arguments ask for: one for every share of known labels and matching."""
+    """-> what is trained side by side, a namespace for every share of known labels and matching:
+    the name and kind ("method" or "ablation") of its row in the table, its folder (output), the
+    training labels known to it (int8 [N, C]), model, optimizer and log (a dict an epoch)."""
     runs = []
     start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
     for partial in args.partial:
@@ -593,19 +580,21 @@ def make_runs(clip, dataset, args):
             raise UserError("none of the training labels is known: raise --partial or --limit")
         known = known.to(args.device)
         for matching in args.matching:
-            name, kind, output = TITLES[matching], "method", args.output
+            run = SimpleNamespace(name=TITLES[matching], kind="method", output=args.output)
             if len(args.partial) > 1:
-                name, output = f"{name}, {100 * partial:g}% known", f"{output}/partial-{partial:g}"
+                run.name += f", {100 * partial:g}% known"
+                run.output += f"/partial-{partial:g}"
             if matching != args.matching[-1]:
-                kind, output = "ablation", f"{output}/{matching}"
+                run.kind = "ablation"
+                run.output += f"/{matching}"
             torch.manual_seed(args.seed)  # as if it were trained alone
             model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
             if matching == "region" and not (known[dataset.rows] == -1).any():
                 model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
             optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-            run = Run(name, kind, model, output, known, optimizer, [])
-            if args.resume and os.path.exists(f"{output}/last.pt"):
-                saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
+            run.known, run.model, run.optimizer, run.log = known, model, optimizer, []
+            if args.resume and os.path.exists(f"{run.output}/last.pt"):
+                saved = data.read_checkpoint(f"{run.output}/last.pt", "trm_ml")
                 model.load_trained(saved["model"])
                 optimizer.load_state_dict(saved["optimizer"])
                 run.log = saved["log"]
@@ -641,7 +630,7 @@ def main(argv=None):
         model = TRM(clip, saved["labels"], saved["matching"], args.per_label_context,
                     start=saved["model"].get("visual"))  # spares CLIP's own, all is loaded anyway
         model.load_trained(saved["model"])
-        runs = [Run(TITLES[model.matching], "method", model)]
+        runs = [SimpleNamespace(name=TITLES[model.matching], kind="method", model=model)]
     else:
         runs = make_runs(clip, dataset, args)
     if args.compile:
