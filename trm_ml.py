@@ -5,29 +5,27 @@ Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing 
 absent; nobody looked for the others. Both encoders of CLIP stay as they are.
 
 No code was published with the paper. Its abstract, the caption of its figure 2 and the abstract of
-the patent application of the same title (CN119399505A, 2025) say: prompts, category queries, one
-cross-attention and a simple MLP are trained; texts are matched one to one with category-aware
-regions; the attention's saliency map pools the visual features to REGION-LEVEL features, the MLP
-gives QUERY-LEVEL ones, and distillation moves what the former know into the latter; visual and
-text prototypes estimate unknown labels by relations within and between categories, and serve a
-contrastive loss. Every formula is our reading, (ours) where no source has a word on it:
+the patent application of the same title (CN119399505A, 2025) say that prompts, category queries,
+one cross-attention and a simple MLP are trained, and what for. Every formula is our reading, (ours)
+where no source has a word on it:
 
  1. regions: label c asks the image's embeddings x_1..x_L with its query q_c, by cross-attention,
         S_c = softmax(q_c K^T),   a_c = S_c V,   Q_c = normalise(a_c + MLP(LN(a_c))):
-    S_c is the saliency map, Q_c the query-level feature, which starts as CLIP's matching (ours);
- 2. matching: l_c = s <Q_c, T_c> + b (ours: of the two it is Q_c that is classified), with T_c the
-    embedding of 16 learned words and the name;
- 3. known labels: asymmetric loss (Ridnik et al., ICCV 2021); unknown ones are left out;
+    S_c is the saliency map, Q_c the QUERY-LEVEL feature, which starts as CLIP's matching (ours);
+ 2. matching, one to one: l_c = s <Q_c, T_c> + b (ours: that Q_c is classified, not G_c), with T_c
+    the embedding of 16 learned words and the name;
+ 3. known labels: asymmetric loss (ours; Ridnik et al., ICCV 2021); unknown ones are left out;
  4. prototypes V_c, the running mean of the query-level features of known positives, and T_c
-    estimate an unknown label by how near its own prototypes and how much nearer than the others'
-    they are (ours),
+    estimate an unknown label by relations within and between categories: how near Q_c is to its
+    own prototypes and how much nearer than to the others' (ours),
         e_c = mean over P in {V, T} of  <Q_c, P_c> / t + log softmax_c'(<Q_c, P_c'> / t)[c];
     where e_c leaves no doubt it is a pseudo label (ours: the thresholds, from the label's share
     among known entries; and where no absent label is known, all unknown ones are pseudo-absent
     until the first thresholds);
  5. contrast: among the prototypes of either modality, Q_c of a present label must find its own,
         -log softmax_c'(<Q_c, P_c'> / t)[c], mean over P in {V, T};
- 6. distillation: |Q_c - G_c|_1 with G_c = normalise(S_c x), the region-level feature.
+ 6. distillation of what the saliency map pools, the REGION-LEVEL feature G_c = normalise(S_c x),
+    into the query-level one: |Q_c - G_c|_1.
 
     python trm_ml.py --partial 0.3                 # toy world, nothing to download
     python trm_ml.py --data coco --root data/coco --partial 0.1 0.3 0.5 0.7 0.9
@@ -429,8 +427,8 @@ def print_sweep(rows, args):
     averages = []
     for matching in args.matching:
         swept = [row for row in rows if row["name"].startswith(f"{TITLES[matching]}, ")]
-        average = {"name": f"{TITLES[matching]}, average", "kind": swept[0]["kind"]}
-        for name in list(swept[0])[2:]:  # the metrics
+        average = {**swept[0], "name": f"{TITLES[matching]}, average"}
+        for name in list(average)[2:]:  # the metrics
             average[name] = sum(row[name] for row in swept) / len(swept)
         averages.append(average)
         values = "".join(f"{100 * row[metric]:8.1f}" for row in [*swept, average])
