@@ -94,6 +94,7 @@ class TRM(nn.Module):
     def __init__(self, clip, labels, matching="region", per_label_context=False, start=None):
         super().__init__()
         self.clip, self.matching = clip.requires_grad_(False), matching
+        # an x holds the place of a learned word
         tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
         self.eot = tokens.argmax(dim=1)  # on the CPU, as encode_prompts likes it
         self.register_buffer("tokens", tokens[:, :self.eot.max() + 1], persistent=False)
@@ -265,19 +266,6 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
     return -(present + absent).sum() / len(logits)
 
 
-def compare(features, modalities):
-    """Features [B, C, D] with the prototypes [C, D] of modalities, all of unit length: how near
-    each is to its own, <Q_c, P_c> / t, and how much nearer than to the others', log softmax_c'(
-    <Q_c, P_c'> / t)[c]; [B, C] each, means over the modalities."""
-    near = nearer = 0
-    for prototypes in modalities:
-        own = (features * prototypes).sum(dim=-1) / TEMPERATURE
-        among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-        near = near + own / len(modalities)
-        nearer = nearer + (own - among_all) / len(modalities)
-    return near, nearer
-
-
 def batch_loss(model, x, known, args):
     """Embeddings x [B, L, D] with known targets [B, C] -> {term: weighted value} of the loss, and
     the estimates [B, C] of unknown labels, None without prototypes."""
@@ -292,7 +280,12 @@ def batch_loss(model, x, known, args):
     if args.pseudo:
         model.update_prototypes(features, present)
         modalities = [model.visual, texts]
-    near, nearer = compare(features, modalities)
+    near = nearer = 0  # [B, C], means over the modalities
+    for prototypes in modalities:
+        own = (features * prototypes).sum(dim=-1) / TEMPERATURE
+        among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
+        near = near + own / len(modalities)
+        nearer = nearer + (own - among_all) / len(modalities)
     if args.pseudo:
         estimates = (near + nearer).detach()
         pseudo = model.pseudo_labels(estimates, known)

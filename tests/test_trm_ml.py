@@ -72,20 +72,6 @@ def test_asymmetric_loss_equals_a_loop_whose_focus_is_constant(setting):
     assert not gradient[targets == 0].any() and gradient[targets == 1].all()
 
 
-@pytest.mark.parametrize("modalities", [1, 2])
-def test_compare_equals_a_loop_over_images_labels_and_modalities(modalities):
-    torch.manual_seed(0)
-    features, prototypes = unit(4, 6, 8), unit(modalities, 6, 8)
-    near, nearer = trm_ml.compare(features, prototypes)
-    for b in range(4):
-        for c in range(6):
-            every = [torch.stack([features[b, c] @ p for p in of_modality]) / 0.1
-                     for of_modality in prototypes]
-            shares = [torch.log(x[c].exp() / x.exp().sum()) for x in every]
-            torch.testing.assert_close(near[b, c], sum(x[c] for x in every) / modalities)
-            torch.testing.assert_close(nearer[b, c], sum(shares) / modalities)
-
-
 # ---- model
 
 def refined(model, a):
@@ -209,15 +195,17 @@ def straightforward_loss(model, x, known, args):
     features, saliency = model.regions(x)
     every = torch.einsum("bcd,kd->bck", features, texts)
     logits = model.log_scale.exp() * every.diagonal(dim1=1, dim2=2) + model.bias
-    model.update_prototypes(features.detach(), known == 1)
-    e, contrast = 0, 0
-    for prototypes in (model.visual, texts):
+    if args.pseudo:
+        model.update_prototypes(features.detach(), known == 1)
+    e, contrast, modalities = 0, 0, [model.visual, texts] if args.pseudo else [texts]
+    for prototypes in modalities:
         every = torch.einsum("bcd,kd->bck", features, prototypes) / 0.1
         own, share = (y.diagonal(dim1=1, dim2=2) for y in (every, every.log_softmax(dim=2)))
-        e = e + (own + share).detach() / 2
-        contrast = contrast - share / 2
+        e = e + (own + share).detach() / len(modalities)
+        contrast = contrast - share / len(modalities)
     pseudo = (e > model.sure_present).char() - (e < model.sure_absent).char()
     pseudo[known != 0] = 0
+    pseudo = pseudo if args.pseudo else torch.zeros_like(pseudo)
     present = (known == 1) | (pseudo == 1)
     looked_at = torch.stack([torch.stack([
         F.normalize(sum(w * v for w, v in zip(saliency[b, c], x[b])), dim=-1)
@@ -228,8 +216,10 @@ def straightforward_loss(model, x, known, args):
             "distillation": args.distillation * (features - looked_at).abs().sum(-1).mean()}
 
 
-def test_steps_equal_the_straightforward_version(clip):
-    args, _ = trm_ml.arguments(["--pseudo", "0.5", "--contrastive", "2", "--distillation", "3"])
+@pytest.mark.parametrize("pseudo_weight", ["0.5", "0"])
+def test_steps_equal_the_straightforward_version(clip, pseudo_weight):
+    args, _ = trm_ml.arguments(["--pseudo", pseudo_weight, "--contrastive", "2",
+                                "--distillation", "3"])
     model = moved_model(clip)
     model.sure_present.fill_(-1)
     model.sure_absent.fill_(-2)
@@ -239,9 +229,12 @@ def test_steps_equal_the_straightforward_version(clip):
     for step in range(2):
         x, known = unit(6, 9, 128), random_targets(6, len(LABELS), step)
         terms, estimates = trm_ml.batch_loss(model, x, known, args)
-        pseudo = model.pseudo_labels(estimates, known)
         expected = straightforward_loss(plain, x, known, args)
-        assert (pseudo == 1).any() and (pseudo == -1).any()
+        if args.pseudo:
+            pseudo = model.pseudo_labels(estimates, known)
+            assert (pseudo == 1).any() and (pseudo == -1).any()
+        else:
+            assert estimates is None and expected.pop("pseudo") == 0
         assert {name: value.item() for name, value in terms.items()} == pytest.approx(
             {name: value.item() for name, value in expected.items()}, rel=1e-3)
         for optimizer, total in zip(optimizers, (terms, expected)):
@@ -256,8 +249,8 @@ def test_steps_equal_the_straightforward_version(clip):
                 assert parameter.grad.any(), f"{name} does not learn"
     model.sure_present.fill_(torch.inf)
     model.sure_absent.fill_(torch.inf)  # as where no absent label is known
-    pseudo = model.pseudo_labels(estimates, known)
-    assert torch.equal(pseudo == -1, known == 0)
+    assert torch.equal(model.pseudo_labels(torch.randn(known.shape), known) == -1, known == 0)
+    assert trm_ml.batch_loss(model, x, known.clamp(max=0), args)[0]["contrastive"] == 0
 
 
 def test_augmentation_cuts_a_quarter_out_of_every_other_image():
