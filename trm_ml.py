@@ -233,8 +233,7 @@ def encode(clip, images, args):
 
 def embed(clip, dataset, args):
     """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
-    bar = tqdm(make_loader(dataset, args), "embedding images", leave=False,
-               disable=args.quiet or None)
+    bar = tqdm(make_loader(dataset, args), "embedding", leave=False, disable=args.quiet or None)
     return torch.cat([encode(clip, images, args).half().cpu() for images, _ in bar])
 
 
