@@ -39,8 +39,8 @@ Implementation details
     are the identity, the queries the labels' embeddings, the temperature CLIP's, the MLP's last
     layer 0. In a prototype on the toy world, the known labels' loss alone ended at 36 mAP from a
     random start, at 94 from this.
- 2. Which entries are known is drawn once, over the full official list, with the seeds of this line
-    of work; every method and every --seed gets the same.
+ 2. Which entries are known is drawn over the full official list with the seeds of this line of
+    work: every method and every --seed gets the same.
  3. The encoders are frozen: shares and matchings train side by side on images that are encoded
     once, and without augmentation once for all epochs (float16).
 """
@@ -78,7 +78,6 @@ MOMENTUM = 0.99  # of the visual prototypes
 SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels: thresholds, in numbers of hidden positives
 # labels that an image shows, on average; the benchmarks' as Cole et al. (CVPR 2021) have them
 EXPECTED_POSITIVES = {"voc2007": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4, "toy": 2.7}
-PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et al. (CVPR 2021)
 
 
 # ---- model
@@ -562,10 +561,11 @@ def make_runs(clip, dataset, args):
     runs = []
     start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
     for partial in args.partial:
-        if args.single_positive:  # drawn over the full list, as published
-            known = data.keep_single_positive(dataset.full_targets, SINGLE_POSITIVE_SEED)
+        truth = dataset.full_targets  # before missing or unused images are left out
+        if args.single_positive:
+            known = data.keep_single_positive(truth, seed=1200)  # Cole et al., CVPR 2021
         else:
-            known = data.keep_partial(dataset.full_targets, partial, PARTIAL_SEED)
+            known = data.keep_partial(truth, partial, seed=0)  # SST, SARB, HCP
         if not known[dataset.rows].any():
             raise UserError("none of the training labels is known: raise --partial or --limit")
         known = known.to(args.device)
