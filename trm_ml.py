@@ -460,12 +460,14 @@ def arguments(argv=None):
         usage="trm_ml.py [options]", description=__doc__.split("\n\nB images")[0],
         epilog=f"Defaults are usual in this line of work; --data toy has {TOY}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("known labels").add_argument
+    group = parser.add_argument_group("known labels")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--partial", type=float, nargs="+", default=[1.0], metavar="P",
         help="the share of label entries that is known; several are trained side by side")
-    add("--single-positive", action="store_true", help="one present label an image is known")
-    add("--expected-positives", type=float, metavar="K", help="labels that an image shows on "
-        "average, for --single-positive (voc2007 1.5, coco 2.9, nuswide81 1.9, cub 31.4, else 3)")
+    add("--single-positive", dest="partial", action="store_const", const=["single positive"],
+        help="one present label an image is known")
+    group.add_argument("--expected-positives", type=float, metavar="K",
+        help=f"labels an image shows, for --single-positive ({EXPECTED_POSITIVES}, else 3)")
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN101", help="CLIP's name for it or a path to weights")
     add("--image-size", type=int, default=448, help="pixels, square; nothing is cropped (448)")
@@ -522,10 +524,7 @@ def arguments(argv=None):
         saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy":
-        toy = parser.parse_args(TOY.split())
-        if args.single_positive:
-            toy.partial = [1.0]
-        args = parser.parse_args(argv, toy)
+        args = parser.parse_args(argv, parser.parse_args(TOY.split()))
     if not (args.predict or args.eval):
         args.output = output
     if min(args.batch_size, args.top, args.epochs) < 1 or args.image_size < 32:
@@ -534,8 +533,8 @@ def arguments(argv=None):
         parser.error("--lr, --pseudo, --contrastive, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
-    if args.single_positive and (args.partial != [1.0] or args.val_fraction):
-        parser.error("--single-positive knows no absent label: no --partial, no --val-fraction")
+    if args.partial == ["single positive"] and args.val_fraction:
+        parser.error("--single-positive knows no absent label: no --val-fraction")
     args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
     return args, saved
 
@@ -561,11 +560,11 @@ def make_runs(clip, dataset, args):
     runs = []
     start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
     for partial in args.partial:
-        truth = dataset.full_targets  # before missing or unused images are left out
-        if args.single_positive:
-            known = data.keep_single_positive(truth, seed=1200)  # Cole et al., CVPR 2021
+        known = dataset.full_targets  # before missing or unused images are left out
+        if partial == "single positive":
+            known = data.keep_single_positive(known, seed=1200)  # Cole et al., CVPR 2021
         else:
-            known = data.keep_partial(truth, partial, seed=0)  # SST, SARB, HCP
+            known = data.keep_partial(known, partial, seed=0)  # SST, SARB, HCP
         if not known[dataset.rows].any():
             raise UserError("none of the training labels is known: raise --partial or --limit")
         known = known.to(args.device)
