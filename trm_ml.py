@@ -5,29 +5,27 @@ Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing 
 absent; nobody looked for the others. Both encoders of CLIP stay as they are.
 
 No code was published with the paper. Its abstract, the caption of its figure 2 and the abstract of
-the patent application of the same title (CN119399505A, 2025) say: prompts, category queries, one
-cross-attention and a simple MLP are trained; texts are matched one to one with category-aware
-regions; the attention's saliency map pools the visual features to REGION-LEVEL features, the MLP
-gives QUERY-LEVEL ones, and distillation moves what the former know into the latter; visual and
-text prototypes estimate unknown labels by relations within and between categories, and serve a
-contrastive loss. Every formula is our reading, (ours) where no source has a word on it:
+the patent application of the same title (CN119399505A, 2025) say that prompts, category queries,
+one cross-attention and a simple MLP are trained, and what for. Every formula is our reading, (ours)
+where no source has a word on it:
 
  1. regions: label c asks the image's embeddings x_1..x_L with its query q_c, by cross-attention,
         S_c = softmax(q_c K^T),   a_c = S_c V,   Q_c = normalise(a_c + MLP(LN(a_c))):
-    S_c is the saliency map, Q_c the query-level feature, which starts as CLIP's matching (ours);
- 2. matching: l_c = s <Q_c, T_c> + b (ours: of the two it is Q_c that is classified), with T_c the
-    embedding of 16 learned words and the name;
- 3. known labels: asymmetric loss (Ridnik et al., ICCV 2021); unknown ones are left out;
+    S_c is the saliency map, Q_c the QUERY-LEVEL feature, which starts as CLIP's matching (ours);
+ 2. matching, one to one: l_c = s <Q_c, T_c> + b (ours: that Q_c is classified, not G_c), with T_c
+    the embedding of 16 learned words and the name;
+ 3. known labels: asymmetric loss (ours; Ridnik et al., ICCV 2021); unknown ones are left out;
  4. prototypes V_c, the running mean of the query-level features of known positives, and T_c
-    estimate an unknown label by how near its own prototypes and how much nearer than the others'
-    they are (ours),
+    estimate an unknown label by relations within and between categories: how near Q_c is to its
+    own prototypes and how much nearer than to the others' (ours),
         e_c = mean over P in {V, T} of  <Q_c, P_c> / t + log softmax_c'(<Q_c, P_c'> / t)[c];
     where e_c leaves no doubt it is a pseudo label (ours: the thresholds, from the label's share
     among known entries; and where no absent label is known, all unknown ones are pseudo-absent
     until the first thresholds);
  5. contrast: among the prototypes of either modality, Q_c of a present label must find its own,
         -log softmax_c'(<Q_c, P_c'> / t)[c], mean over P in {V, T};
- 6. distillation: |Q_c - G_c|_1 with G_c = normalise(S_c x), the region-level feature.
+ 6. distillation of what the saliency map pools, the REGION-LEVEL feature G_c = normalise(S_c x),
+    into the query-level one: |Q_c - G_c|_1.
 
     python trm_ml.py --partial 0.3                 # toy world, nothing to download
     python trm_ml.py --data coco --root data/coco --partial 0.1 0.3 0.5 0.7 0.9
@@ -41,28 +39,25 @@ Implementation details
     are the identity, the queries the labels' embeddings, the temperature CLIP's, the MLP's last
     layer 0. In a prototype on the toy world, the known labels' loss alone ended at 36 mAP from a
     random start, at 94 from this.
- 2. A label's thresholds are ranks among its unknown entries: the upper half of as many as its
-    share among the known ones lets expect are present, and beyond twice as many absent. Known
-    entries would flatter: training fits them.
- 3. Which entries are known is drawn once, over the full official list, with the seeds of this line
-    of work; every method and every --seed gets the same.
- 4. The encoders are frozen, so several shares or matchings train side by side on embeddings that
-    are computed once; without augmentation these are kept, in float16.
+ 2. Which entries are known is drawn over the full official list with the seeds of this line of
+    work: every method and every --seed gets the same.
+ 3. The encoders are frozen: shares and matchings train side by side on images that are encoded
+    once, and without augmentation once for all epochs (float16).
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -80,10 +75,9 @@ TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a 
 CONTEXT, HEADS = 16, 4  # learned words of a prompt; attention heads
 TEMPERATURE = 0.1  # t, of similarities with prototypes
 MOMENTUM = 0.99  # of the visual prototypes
-SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels, in units of the expected number of positives
+SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels: thresholds, in numbers of hidden positives
 # labels that an image shows, on average; the benchmarks' as Cole et al. (CVPR 2021) have them
 EXPECTED_POSITIVES = {"voc2007": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4, "toy": 2.7}
-PARTIAL_SEED, SINGLE_POSITIVE_SEED = 0, 1200  # of SST, SARB and HCP; of Cole et al. (CVPR 2021)
 
 
 # ---- model
@@ -94,27 +88,24 @@ class TRM(nn.Module):
 
     matching: what a label's text is matched with, "region", or for comparison the whole "image",
     or every "pixel" (location), weighted by a softmax of their similarities (as DualCoOp, NeurIPS
-    2022). These have the same MLP and logits. start: the labels' embeddings [C, D] that regions
-    start from, by default CLIP's own. Raises UserError for a label that is too long."""
+    2022). start: the labels' embeddings [C, D] that regions start from, by default CLIP's own."""
 
     def __init__(self, clip, labels, matching="region", per_label_context=False, start=None):
         super().__init__()
         self.clip, self.matching = clip.requires_grad_(False), matching
-        tokens = clip.tokenize([f"{label}." for label in labels])
-        self.eot = tokens.argmax(dim=1) + CONTEXT  # on the CPU, as encode_prompts likes it
-        if self.eot.max() >= clip.context_length:
-            raise UserError(f"the label '{labels[int(self.eot.argmax())]}' and {CONTEXT} words of "
-                            f"context are over {clip.context_length} tokens: shorten its name")
-        self.register_buffer("tokens", tokens[:, :int(self.eot.max()) + 1 - CONTEXT], False)
-        (width, size), device = clip.text_projection.shape, clip.text_projection.device
-        self.context = nn.Parameter(0.02 * torch.randn(
-            len(labels) if per_label_context else 1, CONTEXT, width, device=device))
+        # an x holds the place of a learned word
+        tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
+        self.eot = tokens.argmax(dim=1)  # on the CPU, as encode_prompts likes it
+        self.register_buffer("tokens", tokens[:, :self.eot.max() + 1], persistent=False)
+        width, size = clip.text_projection.shape
+        contexts = len(labels) if per_label_context else 1
+        self.context = nn.Parameter(0.02 * torch.randn(contexts, CONTEXT, width))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.tensor(0.05).logit())  # about one label in twenty is there
-        self.norm, self.hidden, self.last = (
-            nn.LayerNorm(size), nn.Linear(size, size), nn.Linear(size, size))
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
         if matching == "region":
             start = zero_shot_embeddings(clip, labels, TEMPLATES) if start is None else start
             self.queries = nn.Parameter(start.clone())
@@ -125,7 +116,7 @@ class TRM(nn.Module):
             self.register_buffer("visual", start.clone())
             self.register_buffer("sure_present", torch.full((len(labels),), torch.inf))
             self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
-        self.to(device)
+        self.to(clip.text_projection.device)
 
     def texts(self, chunk=256):
         """T, the labels' embeddings with the learned context: unit length, [C, D].
@@ -133,7 +124,7 @@ class TRM(nn.Module):
         Chunks of many labels are recomputed in the backward pass, which bounds the memory."""
         def encode(tokens, context, eot):
             words = self.clip.token_embedding(tokens)  # [c, T, W]
-            words = torch.cat([words[:, :1], context, words[:, 1:]], dim=1)
+            words = torch.cat([words[:, :1], context, words[:, 1 + CONTEXT:]], dim=1)
             return F.normalize(self.clip.encode_prompts(words, eot).float(), dim=-1)
 
         context = self.context.expand(len(self.tokens), -1, -1)  # [C, 16, W]
@@ -144,7 +135,7 @@ class TRM(nn.Module):
 
     def refine(self, x):
         """The simple MLP, residual: [..., D] -> [..., D], unit length."""
-        return F.normalize((x + self.last(F.gelu(self.hidden(self.norm(x))))).float(), dim=-1)
+        return F.normalize((x + self.mlp(x)).float(), dim=-1)
 
     def regions(self, x):
         """Embeddings [B, L, D] -> (query-level features [B, C, D], unit length; saliency maps
@@ -179,19 +170,10 @@ class TRM(nn.Module):
         self.visual.copy_(moved.where(present.any(dim=0)[:, None], self.visual))
 
     @torch.no_grad()
-    def estimates(self, features, texts):
-        """Query-level features [B, C, D] -> e [B, C], how surely the labels are there, on no fixed
-        scale."""
-        total = 0
-        for prototypes in (self.visual, texts):
-            matched = (features * prototypes).sum(dim=-1) / TEMPERATURE
-            among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-            total = total + 2 * matched - among_all
-        return total / 2
-
-    @torch.no_grad()
     def calibrate(self, estimates, known, expected_positives):
-        """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C].
+        """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C]:
+        ranks among a label's unknown entries (training fits the known ones: they would flatter),
+        half and twice as many as it has hidden positives.
 
         Where known entries are drawn from all, a label's share of positives is the same among the
         unknown ones. Where they are not, which shows in absent labels being the fewer ones, an
@@ -231,10 +213,10 @@ class TRM(nn.Module):
 @torch.no_grad()
 def zero_shot_embeddings(clip, labels, templates):
     """CLIP's own embeddings of the labels, the mean over templates: unit length, [C, D]."""
-    device, total = clip.text_projection.device, 0
+    total = 0
     for template in templates:
-        tokens = clip.tokenize([template.format(label) for label in labels]).split(256)
-        texts = torch.cat([clip.encode_text(part.to(device)) for part in tokens])
+        tokens = clip.tokenize([template.format(label) for label in labels])
+        texts = clip.encode_text(tokens.to(clip.text_projection.device))
         total = total + F.normalize(texts.float(), dim=-1)
     return F.normalize(total, dim=-1)
 
@@ -243,8 +225,15 @@ def zero_shot_embeddings(clip, labels, templates):
 def encode(clip, images, args):
     """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
     with autocast(args):
+        images = images.to(args.device, non_blocking=True)
         global_, local = clip.encode_image_dense(images, value_path=True)  # localises better
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
+
+
+def embed(clip, dataset, args):
+    """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
+    bar = tqdm(make_loader(dataset, args), "embedding", leave=False, disable=args.quiet or None)
+    return torch.cat([encode(clip, images, args).half().cpu() for images, _ in bar])
 
 
 # ---- augmentation
@@ -266,163 +255,122 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
     With p = sigmoid(logit) and q = max(p - clip, 0): -(1 - p)^gamma_pos log p of a present and
     -q^gamma_neg log(1 - q) of an absent label; all 0: binary cross-entropy. The focusing weights
     are constants for the gradient, as in the loss's own code."""
-    probabilities = logits.sigmoid()
-    shifted = (probabilities - clip).clamp(min=0)
-    focus_present = (1 - probabilities.detach()) ** gamma_pos
-    focus_absent = shifted.detach() ** gamma_neg
+    p = logits.sigmoid()
+    q = (p - clip).clamp(min=0)
     # log(1 - p) by logsigmoid where nothing is shifted: 1 - p would round to 0
-    log_absent = F.logsigmoid(-logits) if clip == 0 else torch.log1p(-shifted)
-    present = focus_present * F.logsigmoid(logits) * (targets == 1)
-    absent = focus_absent * log_absent * (targets == -1)
+    log_absent = F.logsigmoid(-logits) if clip == 0 else torch.log1p(-q)
+    present = (1 - p.detach()) ** gamma_pos * F.logsigmoid(logits) * (targets == 1)
+    absent = q.detach() ** gamma_neg * log_absent * (targets == -1)
     return -(present + absent).sum() / len(logits)
 
 
-def contrastive_loss(features, present, prototypes):
-    """Features float [B, C, D], present bool [B, C], prototypes float [M, C, D] -> scalar; vectors
-    of unit length.
-
-    Cross-entropy of every present (b, c) among the prototypes of a modality, at temperature t: the
-    mean over present labels and M modalities, 0 if nothing is present."""
-    missed = 0
-    for modality in prototypes:
-        matched = (features * modality).sum(dim=-1) / TEMPERATURE
-        among_all = (features @ modality.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-        missed = missed + among_all - matched  # [B, C]
-    # of all labels, masked: a list of those that are present would be waited for on a GPU
-    return (missed * present).sum() / (len(prototypes) * present.sum()).clamp(min=1)
-
-
-def batch_loss(model, x, known, args, warm_up=False):
-    """One batch -> (loss, {term: weighted value}, pseudo labels [B, C], estimates [B, C]); the last
-    two are None without prototypes, estimates also in warm-up, whose thresholds are infinite."""
+def batch_loss(model, x, known, args):
+    """Embeddings x [B, L, D] with known targets [B, C] -> {term: weighted value} of the loss, and
+    the estimates [B, C] of unknown labels, None without prototypes."""
     with autocast(args):
         texts = model.texts()
         logits, features, saliency = model(x, texts)
     logits = logits.float()
-    terms, pseudo, estimates = {"known": asymmetric_loss(logits, known)}, None, None
+    terms, estimates = {"known": asymmetric_loss(logits, known)}, None
     if features is None:
-        return terms["known"], terms, pseudo, estimates
-    present, prototypes = known == 1, texts[None]
+        return terms, estimates
+    present, modalities = known == 1, [texts]
     if args.pseudo:
         model.update_prototypes(features, present)
-        if not warm_up:
-            estimates = model.estimates(features, texts)
-        pseudo = model.pseudo_labels(torch.zeros_like(logits) if warm_up else estimates, known)
+        modalities = [model.visual, texts]
+    near = nearer = 0  # [B, C], means over the modalities
+    for prototypes in modalities:
+        own = (features * prototypes).sum(dim=-1) / TEMPERATURE
+        among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
+        near = near + own / len(modalities)
+        nearer = nearer + (own - among_all) / len(modalities)
+    if args.pseudo:
+        estimates = (near + nearer).detach()
+        pseudo = model.pseudo_labels(estimates, known)
         terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
         present = present | (pseudo == 1)
-        prototypes = torch.stack([model.visual, texts])  # [2, C, D]
     if args.contrastive:
-        terms["contrastive"] = args.contrastive * contrastive_loss(features, present, prototypes)
+        # of all labels, masked: a list of those that are present would be waited for on a GPU
+        contrast = -(nearer * present).sum() / present.sum().clamp(min=1)
+        terms["contrastive"] = args.contrastive * contrast
     if args.distillation:
         # [B, C, L] @ [B, L, D]: the region-level features teach, the query-level ones learn
         region_level = F.normalize(saliency.detach().float() @ x, dim=-1)
         distance = (features - region_level).abs().sum(dim=-1).mean()
         terms["distillation"] = args.distillation * distance
-    return sum(terms.values()), terms, pseudo, estimates
+    return terms, estimates
 
 
 # ---- train
 
-def learning_rate(progress, peak):
-    """Half a cosine from the peak to 0; progress: 0 to 1, the share of all steps that are done."""
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def pseudo_label_counts(pseudo, known, truth):
-    """What a log can tell of pseudo labels: int64 [3], right and all positives, and hidden
-    positives; entries whose truth nobody knows are left out."""
-    hidden = truth * (known == 0)
-    checked = pseudo * (hidden != 0)
-    return torch.stack([x.sum() for x in (
-        (checked == 1) & (hidden == 1), checked == 1, hidden == 1)])
-
-
-@dataclasses.dataclass
-class Run:
-    """One of the models that are trained side by side."""
-    name: str  # of its row in the table
-    kind: str  # "method" or "ablation"
-    output: str  # its folder
-    known: torch.Tensor  # int8 [N, C], the training labels that it knows
-    model: TRM
-    optimizer: torch.optim.Optimizer
-    log: list  # a dict an epoch
-    # of the epoch under way: summed losses by name, counts of pseudo labels, (estimates, known)
-    losses: dict = None
-    counts: torch.Tensor = None
-    estimated: list = None
-
-
 def train(runs, clip, dataset, validation, truth, state, args):
-    """All runs on the same batches: the encoders are frozen, so an image is encoded once.
+    """All runs, on the same batches.
 
     dataset, validation: images whose targets are rows of known and truth, int8 [N, C]; the truth
     is for the log alone. Every epoch seeds its own shuffling and augmentation, so a resumed run
     repeats the epoch it was killed in exactly."""
     truth = truth.to(args.device)
     loader = make_loader(dataset, args, shuffle=True)
-    if args.augment == "no" and any(len(run.log) < args.epochs for run in runs):
-        # embeddings stay what they are: compute them once
+    first = min(len(run.log) for run in runs)  # they differ in a resumed sweep
+    if args.augment == "no" and first < args.epochs:
         embedded = TensorDataset(embed(clip, dataset, args), dataset.targets)
-        batches = BatchSampler(RandomSampler(embedded), args.batch_size, drop_last=False)
-        loader = DataLoader(embedded, sampler=batches, batch_size=None)
-    for epoch in range(args.epochs):
-        unfinished = [run for run in runs if len(run.log) == epoch]  # all, but in a resumed sweep
-        if not unfinished:
-            continue
+        loader = DataLoader(embedded, args.batch_size, shuffle=True)
+    if validation is not None:
+        held_out = embed(clip, validation, args)  # once: they are not augmented
+    for epoch in range(first, args.epochs):
+        unfinished = [run for run in runs if len(run.log) == epoch]
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
-        warm_up = epoch + 1 < args.epochs // 2  # no pseudo labels until prototypes mean something
         for run in unfinished:
-            run.losses, run.estimated = {}, []
-            run.counts = torch.zeros(3, dtype=torch.int64, device=args.device)
+            run.total = 0  # of the losses
+            run.estimated = []  # estimates, known targets and hidden ones of every batch
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (images, rows) in enumerate(bar):
-            lr = learning_rate((epoch + step / len(loader)) / args.epochs, args.lr)
-            x = images.to(args.device, non_blocking=True)
-            x = x.float() if args.augment == "no" else encode(clip, x, args)
+            progress = (epoch + step / len(loader)) / args.epochs
+            lr = args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+            x = images if args.augment == "no" else encode(clip, images, args)
+            x = x.to(args.device, non_blocking=True).float()
             rows = rows.to(args.device, non_blocking=True)
             for run in unfinished:
                 known = run.known[rows]
-                loss, terms, pseudo, estimates = batch_loss(run.model, x, known, args, warm_up)
+                terms, estimates = batch_loss(run.model, x, known, args)
+                losses = torch.stack([sum(terms.values()), *terms.values()])
                 run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.zero_grad()
-                loss.backward()
+                losses[0].backward()
                 run.optimizer.step()
-                for name, value in {"loss": loss, **terms}.items():
-                    run.losses[name] = run.losses.get(name, 0) + value.detach()
-                if pseudo is not None:
-                    run.counts += pseudo_label_counts(pseudo, known, truth[rows])
+                run.total = run.total + losses.detach()
                 if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                    run.estimated.append((estimates, known))
-                if step % 50 != 49 and step < len(loader) - 1:
-                    continue  # the check is a wait for a GPU
-                if not run.losses["loss"].isfinite():
-                    sums = {name: value.item() for name, value in run.losses.items()}
-                    raise UserError(f"{run.name}: the loss is not finite at epoch {epoch + 1}, "
-                                    f"step {step + 1}, in sums: {sums}; {run.output}/last.pt holds "
-                                    f"the epoch before: try a smaller --lr or --precision fp32")
+                    run.estimated.append((estimates, known, truth[rows] * (known == 0)))
+                if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
+                    mean = run.total / (step + 1)
+                    run.means = dict(zip(["loss", *terms], mean.tolist()))
+                    if not math.isfinite(run.means["loss"]):
+                        raise UserError(f"{run.name}, epoch {epoch + 1}, step {step + 1}: the loss "
+                                        f"is not finite, {run.means}; {run.output}/last.pt holds "
+                                        f"the epoch before: try a smaller --lr or --precision fp32")
         for run in unfinished:
-            means = {name: value.item() / len(loader) for name, value in run.losses.items()}
-            line = {"epoch": epoch + 1, **means}
+            line = {"epoch": epoch + 1, **run.means}
             if run.estimated:
-                estimates, known = (torch.cat(parts) for parts in zip(*run.estimated))
-                run.model.calibrate(estimates, known, args.expected_positives)
-            right, found, hidden = run.counts.tolist()
-            if found and hidden:
-                line |= {"pseudo_precision": right / found, "pseudo_recall": right / hidden}
+                estimates, known, hidden = (torch.cat(parts) for parts in zip(*run.estimated))
+                pseudo = run.model.pseudo_labels(estimates, known).float()
+                quality = metrics.f1_at_threshold(pseudo, hidden, threshold=1)
+                if quality["OP"]:  # there are pseudo labels, and somebody knows the truth
+                    line |= {"pseudo_precision": quality["OP"], "pseudo_recall": quality["OR"]}
+                if epoch + 1 >= args.epochs // 2:  # until then prototypes do not mean enough
+                    run.model.calibrate(estimates, known, args.expected_positives)
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
             if validation is not None:
-                with torch.no_grad():
+                known = run.known[validation.targets.to(args.device)]
+                with torch.no_grad(), autocast(args):
                     texts = run.model.texts()
-                scores, = all_scores(lambda x: [run.model(x, texts)[0]], clip, validation, args)
-                known = run.known[validation.targets.to(args.device)].cpu()
-                line["val_mAP"] = metrics.mean_average_precision(scores, known)
-            title = f"{run.name}  " if len(runs) > 1 else ""
-            print(title + "  ".join(f"{name} {value:.4g}" for name, value in line.items()),
-                  flush=True)
+                    logits = [run.model(x.to(args.device).float(), texts)[0].float()
+                              for x in held_out.split(args.batch_size)]
+                line["val_mAP"] = metrics.mean_average_precision(torch.cat(logits), known)
+            values = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+            print(f"{run.name}  {values}", flush=True)
             run.log.append(line)
             checkpoint = {**state, "matching": run.model.matching, "model": run.model.trained(),
                           "optimizer": run.optimizer.state_dict(), "log": run.log}
@@ -438,41 +386,23 @@ def train(runs, clip, dataset, validation, truth, state, args):
         run.model.load_trained(best["model"])
 
 
-def embed(clip, dataset, args):
-    """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
-    parts = []
-    for images, _ in tqdm(make_loader(dataset, args), "embedding images", leave=False,
-                          disable=args.quiet or None):
-        parts.append(encode(clip, images.to(args.device, non_blocking=True), args).half().cpu())
-    return torch.cat(parts)
-
-
 # ---- evaluate
 
 @torch.no_grad()
-def all_scores(score, clip, dataset, args):
-    """score: embeddings [B, 1 + L, D] -> [scores [B, C], ...]; of all images: [[N, C], ...]."""
-    parts = []
-    bar = tqdm(make_loader(dataset, args), "scoring", leave=False, disable=args.quiet or None)
-    for images, _ in bar:
-        x = encode(clip, images.to(args.device, non_blocking=True), args)
-        with autocast(args):
-            parts.append([scores.float().cpu() for scores in score(x)])
-    return [torch.cat(matrices) for matrices in zip(*parts)]
-
-
 def table(runs, clip, test, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     ks = (10, 20) if test.name == "openimages" else (3, 5)
     labels = zero_shot_embeddings(clip, test.labels, TEMPLATES)
-    with torch.no_grad():
-        texts = [run.model.texts() for run in runs]
-
-    def score(x):
-        whole, best = x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)  # [B, L, C] -> [B, C]
-        return [whole, best, *(run.model(x, t)[0] for run, t in zip(runs, texts))]
-
-    whole, best, *scores = all_scores(score, clip, test, args)
+    texts = [run.model.texts() for run in runs]
+    parts = []
+    bar = tqdm(make_loader(test, args), "scoring", leave=False, disable=args.quiet or None)
+    for images, _ in bar:
+        x = encode(clip, images, args)
+        with autocast(args):
+            scores = [x[:, 0] @ labels.T, (x[:, 1:] @ labels.T).amax(dim=1)]  # [B, L, C] -> [B, C]
+            scores += [run.model(x, text)[0] for run, text in zip(runs, texts)]
+        parts.append([matrix.float().cpu() for matrix in scores])
+    whole, best, *scores = (torch.cat(matrices) for matrices in zip(*parts))
     rows = metrics.zero_shot_rows(whole, best, test, ks)
     for run, matrix in zip(runs, scores):
         rows.append(metrics.table_row(run.name, run.kind, matrix, test, ks))
@@ -480,21 +410,20 @@ def table(runs, clip, test, args):
 
 
 def print_sweep(rows, args):
-    """A line per matching: its mAP by the share of known labels, and the average; as the papers
-    print it. -> rows of the averages."""
-    averages = []
+    """A line per matching, as the papers print it: mAP by the share of known labels, and the
+    average. -> rows of the averages."""
     metric = [name for name in rows[-1] if name.endswith("mAP")][-1]
-    shares = "".join(f"{100 * share:6g}%" for share in args.partial)
-    print(f"\n{metric + ' (%), known labels':30}{shares}{'average':>9}")
+    shares = "".join(f"{100 * share:7g}%" for share in args.partial)
+    print(f"\n{metric + ' (%), known labels':30}{shares} average")
+    averages = []
     for matching in args.matching:
         swept = [row for row in rows if row["name"].startswith(f"{TITLES[matching]}, ")]
-        average = {"name": f"{TITLES[matching]}, average", "kind": swept[0]["kind"]}
-        for name in swept[0]:
-            if name not in average:
-                average[name] = sum(row[name] for row in swept) / len(swept)
+        average = {**swept[0], "name": f"{TITLES[matching]}, average"}
+        for name in list(average)[2:]:  # the metrics
+            average[name] = sum(row[name] for row in swept) / len(swept)
         averages.append(average)
-        values = "".join(f"{100 * row[metric]:7.1f}" for row in swept)
-        print(f"{TITLES[matching]:30}{values}{100 * average[metric]:9.1f}")
+        values = "".join(f"{100 * row[metric]:8.1f}" for row in [*swept, average])
+        print(f"{TITLES[matching]:30}{values}")
     return averages
 
 
@@ -507,7 +436,7 @@ def predict(clip, model, preprocess, labels, args):
         raise UserError(f"--heatmap: --matching {model.matching} looks nowhere in particular")
     texts = model.texts()
     for path, photo in data.open_images(args.predict):
-        x = encode(clip, preprocess(photo)[None].to(args.device), args)
+        x = encode(clip, preprocess(photo)[None], args)
         with autocast(args):
             logits, _, saliency = model(x, texts)
         scores = logits[0].float().sigmoid().tolist()
@@ -531,12 +460,14 @@ def arguments(argv=None):
         usage="trm_ml.py [options]", description=__doc__.split("\n\nB images")[0],
         epilog=f"Defaults are usual in this line of work; --data toy has {TOY}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("known labels").add_argument
+    group = parser.add_argument_group("known labels")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--partial", type=float, nargs="+", default=[1.0], metavar="P",
         help="the share of label entries that is known; several are trained side by side")
-    add("--single-positive", action="store_true", help="one present label an image is known")
-    add("--expected-positives", type=float, metavar="K", help="labels that an image shows on "
-        "average, for --single-positive (voc2007 1.5, coco 2.9, nuswide81 1.9, cub 31.4, else 3)")
+    add("--single-positive", dest="partial", action="store_const", const=["single positive"],
+        help="one present label an image is known")
+    group.add_argument("--expected-positives", type=float, metavar="K",
+        help=f"labels an image shows, for --single-positive ({EXPECTED_POSITIVES}, else 3)")
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN101", help="CLIP's name for it or a path to weights")
     add("--image-size", type=int, default=448, help="pixels, square; nothing is cropped (448)")
@@ -593,10 +524,7 @@ def arguments(argv=None):
         saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy":
-        toy = parser.parse_args(TOY.split())
-        if args.single_positive:
-            toy.partial = [1.0]
-        args = parser.parse_args(argv, toy)
+        args = parser.parse_args(argv, parser.parse_args(TOY.split()))
     if not (args.predict or args.eval):
         args.output = output
     if min(args.batch_size, args.top, args.epochs) < 1 or args.image_size < 32:
@@ -605,10 +533,8 @@ def arguments(argv=None):
         parser.error("--lr, --pseudo, --contrastive, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
-    if not 0 < min(args.partial) <= max(args.partial) <= 1:
-        parser.error("--partial: shares above 0 and up to 1")
-    if args.single_positive and (args.partial != [1.0] or args.val_fraction):
-        parser.error("--single-positive knows no absent label: no --partial, no --val-fraction")
+    if args.partial == ["single positive"] and args.val_fraction:
+        parser.error("--single-positive knows no absent label: no --val-fraction")
     args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
     return args, saved
 
@@ -628,37 +554,39 @@ def make_loader(dataset, args, shuffle=False):
 
 
 def make_runs(clip, dataset, args):
-    """-> the Runs that the arguments ask for: one for every share of known labels and matching."""
+    """-> what is trained side by side, a namespace for every share of known labels and matching:
+    the name and kind ("method" or "ablation") of its row in the table, its folder (output), the
+    training labels known to it (int8 [N, C]), model, optimizer and log (a dict an epoch)."""
     runs = []
     start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
     for partial in args.partial:
-        known = dataset.full_targets  # masks are drawn over the full list, as published
-        if args.single_positive:
-            known = data.keep_single_positive(known, SINGLE_POSITIVE_SEED)
-        elif partial < 1:
-            known = data.keep_partial(known, partial, PARTIAL_SEED)
+        known = dataset.full_targets  # before missing or unused images are left out
+        if partial == "single positive":
+            known = data.keep_single_positive(known, seed=1200)  # Cole et al., CVPR 2021
+        else:
+            known = data.keep_partial(known, partial, seed=0)  # SST, SARB, HCP
         if not known[dataset.rows].any():
             raise UserError("none of the training labels is known: raise --partial or --limit")
+        known = known.to(args.device)
         for matching in args.matching:
-            name, kind, output = TITLES[matching], "method", args.output
+            run = SimpleNamespace(name=TITLES[matching], kind="method", output=args.output)
             if len(args.partial) > 1:
-                name, output = f"{name}, {100 * partial:g}% known", f"{output}/partial-{partial:g}"
+                run.name += f", {100 * partial:g}% known"
+                run.output += f"/partial-{partial:g}"
             if matching != args.matching[-1]:
-                kind, output = "ablation", f"{output}/{matching}"
+                run.kind = "ablation"
+                run.output += f"/{matching}"
             torch.manual_seed(args.seed)  # as if it were trained alone
             model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
             if matching == "region" and not (known[dataset.rows] == -1).any():
                 model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01, fused=True)
-            run = Run(name, kind, output, known.to(args.device), model, optimizer, [])
-            if args.resume and os.path.exists(f"{output}/last.pt"):
-                saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
+            optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+            run.known, run.model, run.optimizer, run.log = known, model, optimizer, []
+            if args.resume and os.path.exists(f"{run.output}/last.pt"):
+                saved = data.read_checkpoint(f"{run.output}/last.pt", "trm_ml")
                 model.load_trained(saved["model"])
                 optimizer.load_state_dict(saved["optimizer"])
                 run.log = saved["log"]
-            if args.compile:
-                model.regions = torch.compile(model.regions)
             runs.append(run)
     return runs
 
@@ -688,19 +616,21 @@ def main(argv=None):
         if saved["labels"] != state["labels"] and not args.predict:
             raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
     if args.predict or args.eval:
-        labels, matching = saved["labels"], saved["matching"]
-        model = TRM(clip, labels, matching, args.per_label_context, saved["model"].get("visual"))
+        model = TRM(clip, saved["labels"], saved["matching"], args.per_label_context,
+                    start=saved["model"].get("visual"))  # spares CLIP's own, all is loaded anyway
         model.load_trained(saved["model"])
-        if args.compile:
-            model.regions = torch.compile(model.regions)
-        if args.predict:
-            return predict(clip, model, preprocess, labels, args)
-        runs = [Run(TITLES[matching], "method", None, None, model, None, None)]
+        runs = [SimpleNamespace(name=TITLES[model.matching], kind="method", model=model)]
+    else:
+        runs = make_runs(clip, dataset, args)
+    if args.compile:
+        for run in runs:
+            run.model.regions = torch.compile(run.model.regions)
+    if args.predict:
+        return predict(clip, model, preprocess, saved["labels"], args)
 
     # train
     test.transform = preprocess
     if not args.eval:
-        runs = make_runs(clip, dataset, args)
         truth = dataset.full_targets
         shares = dict.fromkeys(f"{100 * (run.known != 0).float().mean():.2g}%" for run in runs)
         print(f"{args.data}: {len(dataset):,} training images, {len(dataset.labels)} labels, "
