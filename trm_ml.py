@@ -280,10 +280,10 @@ def batch_loss(model, x, known, args):
         modalities = [model.visual, texts]
     near = nearer = 0  # [B, C], means over the modalities
     for prototypes in modalities:
-        own = (features * prototypes).sum(dim=-1) / TEMPERATURE
+        matched = (features * prototypes).sum(dim=-1) / TEMPERATURE
         among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-        near = near + own / len(modalities)
-        nearer = nearer + (own - among_all) / len(modalities)
+        near = near + matched / len(modalities)
+        nearer = nearer + (matched - among_all) / len(modalities)
     if args.pseudo:
         estimates = (near + nearer).detach()
         pseudo = model.pseudo_labels(estimates, known)
@@ -467,7 +467,7 @@ def arguments(argv=None):
     add("--single-positive", dest="partial", action="store_const", const=["single positive"],
         help="one present label an image is known")
     group.add_argument("--expected-positives", type=float, metavar="K",
-        help=f"labels an image shows, for --single-positive ({EXPECTED_POSITIVES}, else 3)")
+        help="labels that an image shows, for --single-positive (coco 2.9, voc2007 1.5, else 3)")
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN101", help="CLIP's name for it or a path to weights")
     add("--image-size", type=int, default=448, help="pixels, square; nothing is cropped (448)")
@@ -533,8 +533,11 @@ def arguments(argv=None):
         parser.error("--lr, --pseudo, --contrastive, --distillation, --seed: not below 0")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
-    if args.partial == ["single positive"] and args.val_fraction:
+    single_positive = args.partial == ["single positive"]
+    if single_positive and args.val_fraction:
         parser.error("--single-positive knows no absent label: no --val-fraction")
+    if not single_positive and not 0 < min(args.partial) <= max(args.partial) <= 1:
+        parser.error("--partial: shares above 0 and up to 1")
     args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
     return args, saved
 
