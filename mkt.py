@@ -111,13 +111,9 @@ class MKT(nn.Module):
         self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:])
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
-        prompt = clip.tokenize(PROMPT.format("label"))[0]
-        prompt = prompt[:prompt.argmax() + 1].tolist()  # end of text has the highest id
-        self.context_ids = prompt[:4] + prompt[-4:]
-        # CLIP's embeddings of what is learned: start of text, six words, end of text; [8, W]
-        context = clip.token_embedding.weight[self.context_ids].detach()
-        self.register_buffer("clip_context", context, persistent=False)
-        self.context = nn.Parameter(context.clone())
+        # tokens whose embeddings are learned: start of text, six words, end of text
+        self.context_ids = clip.tokenize(PROMPT.format(""))[0, :8]
+        self.context = nn.Parameter(clip.token_embedding.weight[self.context_ids])  # [8, W]
 
     @torch.no_grad()
     def trunk(self, images):
@@ -436,10 +432,12 @@ def table(model, test, clip_preprocess, args):
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
     local, global_ = zero_shot(model.clip, original, args)
     rows = metrics.zero_shot_rows(global_, local, test, ks)
-    contexts = {("MKT", "method"): model.context}
+    contexts = {}
     if args.epochs and args.prompt_epochs:
         # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
-        contexts = {("MKT without prompt tuning", "ablation"): model.clip_context, **contexts}
+        clips_own = model.clip.token_embedding.weight[model.context_ids]
+        contexts["MKT without prompt tuning", "ablation"] = clips_own
+    contexts["MKT", "method"] = model.context
     scores = evaluate(model, test, contexts.values(), args)
     for (name, kind), streams in zip(contexts, scores):
         rows.append(metrics.table_row(name, kind, streams, test, ks,
