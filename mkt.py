@@ -96,7 +96,8 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 
 class MKT(nn.Module):
     """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and
-    the prompt's context. CLIP's own last two blocks are the teacher."""
+    the prompt's context. CLIP's own last two blocks are the teacher. Embeddings are float32,
+    whatever --precision is."""
 
     def __init__(self, clip, topk=16):
         super().__init__()
@@ -127,7 +128,7 @@ class MKT(nn.Module):
         """Trunk tokens -> (global [B, D], local [B, L, D])."""
         for block in self.blocks:
             x = block(x)
-        x = self.ln_post(x) @ self.proj
+        x = (self.ln_post(x) @ self.proj).float()
         return x[:, 0], x[:, 1:]
 
     @torch.no_grad()
@@ -135,8 +136,8 @@ class MKT(nn.Module):
         """Trunk tokens -> CLIP's image embedding [B, D]."""
         visual = self.clip.visual
         x = visual.transformer.resblocks[-2](x)
-        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return visual.ln_post(visual.transformer.resblocks[-1].one_token(x, first)) @ visual.proj
+        x = visual.transformer.resblocks[-1].one_token(x, 0)
+        return (visual.ln_post(x) @ visual.proj).float()
 
     def forward(self, images):
         """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
@@ -163,10 +164,9 @@ class MKT(nn.Module):
             x = x.scatter(1, last, context[4:].expand(len(x), -1, -1))
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
-        if len(prompts[0]) <= chunk:
-            return encode(*prompts)
         pieces = zip(*(x.split(chunk) for x in prompts))
-        return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
+        labels = [recompute(encode, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(labels).float()
 
     def trained(self):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
@@ -337,12 +337,10 @@ def train(model, stage, epochs, dataset, validation, state, args):
                     labels = model.label_embeddings(prompts)
                 elif args.distillation:
                     teacher = model.teacher(tokens)
-            scores = two_stream_scores(local.float(), global_.float(), labels.float(), args.topk,
-                                       args.streams)
+            scores = two_stream_scores(local, global_, labels, args.topk, args.streams)
             terms = {"ranking": ranking_loss(scores, targets[:, dataset.seen])}
             if stage == 1 and args.distillation:
-                distance = F.l1_loss(global_.float(), teacher.float())
-                terms["distillation"] = args.distillation * distance
+                terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
             # means over this process's images -> its part of the means over the whole batch
             whole = min(batch_size, len(dataset) - step * batch_size)
             share = len(range(RANK, whole, WORLD)) / whole
@@ -398,8 +396,8 @@ def stream_scores(encode, label_embeddings, topk, dataset, args):
         rows = rows[RANK::WORLD]
         with autocast(args):
             global_, local = encode(images.to(args.device, non_blocking=True))
-        scores[0, rows] = local_scores(local.float(), label_embeddings, topk)[:len(rows)].cpu()
-        scores[1, rows] = (global_.float() @ label_embeddings.T)[:len(rows)].cpu()
+        scores[0, rows] = local_scores(local, label_embeddings, topk)[:len(rows)].cpu()
+        scores[1, rows] = (global_ @ label_embeddings.T)[:len(rows)].cpu()
     sum_over_processes([scores])
     return scores
 
@@ -408,7 +406,7 @@ def stream_scores(encode, label_embeddings, topk, dataset, args):
 def evaluate(model, dataset, contexts, args):
     """One pass over the images for several prompt contexts -> scores [2, N, C] of each."""
     prompts = model.prompts(dataset.labels)
-    labels = [model.label_embeddings(prompts, context).float() for context in contexts]
+    labels = [model.label_embeddings(prompts, context) for context in contexts]
     scores = stream_scores(model, torch.cat(labels), args.topk, dataset, args)
     return scores.chunk(len(labels), dim=2)
 
@@ -420,7 +418,7 @@ def zero_shot(clip, dataset, args):
     texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
 
     def encode(images):
-        return [F.normalize(x, dim=-1) for x in clip.encode_image_dense(images)]
+        return [F.normalize(x.float(), dim=-1) for x in clip.encode_image_dense(images)]
 
     return stream_scores(encode, F.normalize(texts, dim=-1), 1, dataset, args)
 
@@ -453,10 +451,10 @@ def predict(model, preprocess, labels, args):
     if len(set(labels)) < max(2, len(labels)) or "" in labels:
         raise UserError("--labels: scores are relative to the other labels, give at least two "
                         "names, each once")
-    embeddings = model.label_embeddings(model.prompts(labels)).float()
+    embeddings = model.label_embeddings(model.prompts(labels))
     for path, photo in data.open_images(args.predict):
         with autocast(args):
-            global_, local = (x.float() for x in model(preprocess(photo)[None].to(args.device)))
+            global_, local = model(preprocess(photo)[None].to(args.device))
         scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0].tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
         predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
