@@ -65,7 +65,6 @@ PROMPT = "There is a {} in the scene"
 # what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are the paper's
 TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
        "--augment no --workers 0")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMPTY = (124, 116, 104)  # colour of corners that augmentation leaves empty: ImageNet's mean
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -228,18 +227,16 @@ class Seeded(Dataset):
 
 def transforms_of(preprocess, args):
     """CLIP's preprocess -> (of training images, of test images)."""
-    size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
-    bicubic = transforms.InterpolationMode.BICUBIC
-    if args.preprocess == "authors":
-        normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-        resize = transforms.Resize(size * 256 // 224, bicubic)
-        preprocess = transforms.Compose([resize, *preprocess.transforms[1:-1], normalize])
+    size, bicubic = preprocess.transforms[0].size, transforms.InterpolationMode.BICUBIC
+    if args.preprocess == "authors":  # of ImageNet
+        preprocess = transforms.Compose([
+            transforms.Resize(size * 256 // 224, bicubic), *preprocess.transforms[1:-1],
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     if args.augment == "no":
         return preprocess, preprocess
     return transforms.Compose([
         transforms.RandomResizedCrop(size, interpolation=bicubic),
-        transforms.RandomHorizontalFlip(), rand_augment, transforms.ToTensor(),
-        normalize]), preprocess
+        transforms.RandomHorizontalFlip(), rand_augment, *preprocess.transforms[-2:]]), preprocess
 
 
 # ---- losses
