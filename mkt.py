@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -72,15 +72,16 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ---- model
 
-def local_scores(local, label_embeddings, topk):
-    """Mean of each label's top-k patch scores: local [B, L, D], labels [C, D] -> [B, C]."""
+def stream_scores(local, global_, label_embeddings, topk):
+    """-> [2, B, C]: the mean of a label's top-k patch scores, and the class token's score."""
     patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
-    return patches.topk(topk, dim=-1).values.mean(dim=-1)
+    best = patches.topk(topk, dim=-1).values
+    return torch.stack([best.mean(dim=-1), global_ @ label_embeddings.T])
 
 
-def merge_streams(local_scores, global_scores, streams="both"):
-    """Scores [B, C] of either stream, each divided by its norm over the C labels -> their mean."""
-    local, global_ = F.normalize(local_scores, dim=-1), F.normalize(global_scores, dim=-1)
+def merge_streams(scores, streams="both"):
+    """stream_scores -> [B, C], the mean of both, each divided by its norm over the C labels."""
+    local, global_ = F.normalize(scores, dim=-1)
     return {"local": local, "global": global_, "both": (local + global_) / 2}[streams]
 
 
@@ -89,8 +90,7 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 
     local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> float [B, C] within
     [-1, 1], relative to the other labels in play. streams: "global" or "local" for one alone."""
-    return merge_streams(local_scores(local, label_embeddings, topk),
-                         global_ @ label_embeddings.T, streams)
+    return merge_streams(stream_scores(local, global_, label_embeddings, topk), streams)
 
 
 class MKT(nn.Module):
@@ -359,10 +359,11 @@ def train(model, stage, epochs, dataset, validation, state, args):
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         if validation is not None:
-            scores, = evaluate(model, validation, [model.context], args)
+            with torch.no_grad():
+                labels = model.label_embeddings(prompts)
+            scores = evaluate(model, labels, args.topk, validation, args)
             line["val_mAP"] = metrics.mean_average_precision(
-                merge_streams(*scores[..., dataset.seen], args.streams),
-                validation.targets[:, dataset.seen])
+                merge_streams(scores, args.streams), validation.targets[:, dataset.seen])
         log.append(line)
         if RANK > 0:
             continue
@@ -384,59 +385,47 @@ def train(model, stage, epochs, dataset, validation, state, args):
 # ---- evaluate
 
 @torch.no_grad()
-def stream_scores(encode, label_embeddings, topk, dataset, args):
-    """All images' scores of labels [C, D] -> [2, N, C], local and global."""
+def evaluate(encode, label_embeddings, topk, dataset, args):
+    """One pass over the images -> their stream_scores of labels [C, D]: [2, N, C]."""
     scores = torch.zeros(2, len(dataset), len(label_embeddings))
-    size = args.batch_size * WORLD
-    bar = tqdm(make_loader(dataset, args, size), "scoring", leave=False, disable=args.quiet or None)
-    for (images, _), rows in zip(bar, torch.arange(len(dataset)).split(size)):
-        rows = rows[RANK::WORLD]
+    loader = DataLoader(Subset(dataset, range(RANK, len(dataset), WORLD)), args.batch_size,
+                        num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
+    bar = tqdm(loader, "scoring", leave=False, disable=args.quiet or None)
+    for (images, _), part in zip(bar, scores[:, RANK::WORLD].split(args.batch_size, dim=1)):
         with autocast(args):
             global_, local = encode(images.to(args.device, non_blocking=True))
-        scores[0, rows] = local_scores(local, label_embeddings, topk)[:len(rows)].cpu()
-        scores[1, rows] = (global_ @ label_embeddings.T)[:len(rows)].cpu()
+        part.copy_(stream_scores(local, global_, label_embeddings, topk))
     sum_over_processes([scores])
     return scores
 
 
 @torch.no_grad()
-def evaluate(model, dataset, contexts, args):
-    """One pass over the images for several prompt contexts -> scores [2, N, C] of each."""
-    prompts = model.prompts(dataset.labels)
-    labels = [model.label_embeddings(prompts, context) for context in contexts]
-    scores = stream_scores(model, torch.cat(labels), args.topk, dataset, args)
-    return scores.chunk(len(labels), dim=2)
-
-
-@torch.no_grad()
-def zero_shot(clip, dataset, args):
-    """CLIP as it is, by cosines -> [2, N, C], of the best patch and of the whole image."""
-    tokens = clip.tokenize([f"a photo of a {label}." for label in dataset.labels])
-    texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
-
-    def encode(images):
-        return [F.normalize(x.float(), dim=-1) for x in clip.encode_image_dense(images)]
-
-    return stream_scores(encode, F.normalize(texts, dim=-1), 1, dataset, args)
-
-
 def table(model, test, clip_preprocess, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     ks = (10, 20) if test.name == "openimages" else (3, 5)
+
+    def cosines(images):
+        return [F.normalize(x.float(), dim=-1) for x in model.clip.encode_image_dense(images)]
+
+    tokens = model.clip.tokenize([f"a photo of a {label}." for label in test.labels])
+    texts = [model.clip.encode_text(part.to(args.device)) for part in tokens.split(256)]
     original = copy.copy(test)
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
-    local, global_ = zero_shot(model.clip, original, args)
+    local, global_ = evaluate(cosines, F.normalize(torch.cat(texts), dim=-1), 1, original, args)
     rows = metrics.zero_shot_rows(global_, local, test, ks)
-    contexts = {}
+
+    contexts = {"MKT": model.context}
     if args.epochs and args.prompt_epochs:
         # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
         clips_own = model.clip.token_embedding.weight[model.context_ids]
-        contexts["MKT without prompt tuning", "ablation"] = clips_own
-    contexts["MKT", "method"] = model.context
-    scores = evaluate(model, test, contexts.values(), args)
-    for (name, kind), streams in zip(contexts, scores):
+        contexts = {"MKT without prompt tuning": clips_own, "MKT": model.context}
+    prompts = model.prompts(test.labels)
+    labels = [model.label_embeddings(prompts, context) for context in contexts.values()]
+    scores = evaluate(model, torch.cat(labels), args.topk, test, args).chunk(len(labels), dim=2)
+    for name, streams in zip(contexts, scores):
+        kind = "method" if name == "MKT" else "ablation"
         rows.append(metrics.table_row(name, kind, streams, test, ks,
-                                      lambda x: merge_streams(*x, args.streams)))
+                                      lambda x: merge_streams(x, args.streams)))
     return rows
 
 
@@ -589,12 +578,12 @@ class Share(BatchSampler):
             yield batch[RANK::WORLD] or batch[:1]
 
 
-def make_loader(dataset, args, batch_size, shuffle=None):
+def make_loader(dataset, args, batch_size, shuffle):
     """Batches of (images [B, 3, H, W], targets int8 [B, C]); shuffle: a torch.Generator."""
-    sampler = RandomSampler(dataset, generator=shuffle) if shuffle else SequentialSampler(dataset)
+    sampler = RandomSampler(dataset, generator=shuffle)
     return DataLoader(dataset, batch_sampler=Share(sampler, batch_size, drop_last=False),
                       num_workers=args.workers, pin_memory=args.device.startswith("cuda"),
-                      persistent_workers=bool(shuffle and args.workers))
+                      persistent_workers=args.workers > 0)
 
 
 def main(argv=None):
