@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -208,21 +208,17 @@ def rand_augment(image):
     return image
 
 
-class Seeded(Dataset):
-    """A dataset whose random transform depends on seed, epoch and image alone, not on the process
-    that loads it: so worker processes can stay, and their number does not matter."""
+class Seeded:
+    """The dataset again and again: [i] is image i % N, whose random transform depends on i alone,
+    not on the process that loads it. So worker processes can stay, and any number will do."""
 
     def __init__(self, dataset):
         self.dataset = dataset
-        self.seed = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
-
-    def __len__(self):
-        return len(self.dataset)
 
     def __getitem__(self, i):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed.item() + i)
-            return self.dataset[i]
+            torch.manual_seed(i)
+            return self.dataset[i % len(self.dataset)]
 
 
 def transforms_of(preprocess, args):
@@ -297,9 +293,10 @@ def train(model, stage, epochs, dataset, validation, state, args):
     if done < epochs and log and log[-1]["stage"] > stage:
         raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
     batch_size = args.batch_size if stage == 1 else args.prompt_batch_size
-    seeded = Seeded(dataset)
-    shuffle = torch.Generator()
-    loader = make_loader(seeded, args, batch_size, shuffle)
+    parts = []  # this process's part of every batch of an epoch
+    loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
+                        pin_memory=args.device.startswith("cuda"),
+                        persistent_workers=args.workers > 0)
     prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
     if stage == 1:
         with torch.no_grad():
@@ -318,12 +315,15 @@ def train(model, stage, epochs, dataset, validation, state, args):
 
     for epoch in range(done, epochs):
         seed = 1_000_003 * args.seed + 1_000 * stage + epoch
-        shuffle.manual_seed(seed)
-        seeded.seed.fill_(seed % 2 ** 31 * len(dataset))
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        order = (seed % 2 ** 31 * len(dataset) + order).tolist()
+        batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        # where it gets none of a small batch it takes the first image, which then counts 0
+        parts[:] = [batch[RANK::WORLD] or batch[:1] for batch in batches]
         begin, total = time.time(), 0
         bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False,
                    disable=args.quiet or None)
-        for step, (images, targets) in enumerate(bar):
+        for step, ((images, targets), batch) in enumerate(zip(bar, batches)):
             lr = learning_rate(epoch + step / len(loader), args.lr, minimum, epochs, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
@@ -339,8 +339,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
             if stage == 1 and args.distillation:
                 terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
             # means over this process's images -> its part of the means over the whole batch
-            whole = min(batch_size, len(dataset) - step * batch_size)
-            share = len(range(RANK, whole, WORLD)) / whole
+            share = len(batch[RANK::WORLD]) / len(batch)
             losses = share * torch.stack([sum(terms.values()), *terms.values()])
             optimizer.zero_grad()
             losses[0].backward()
@@ -414,11 +413,11 @@ def table(model, test, clip_preprocess, args):
     local, global_ = evaluate(cosines, F.normalize(torch.cat(texts), dim=-1), 1, original, args)
     rows = metrics.zero_shot_rows(global_, local, test, ks)
 
-    contexts = {"MKT": model.context}
+    contexts = {}
     if args.epochs and args.prompt_epochs:
         # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
-        clips_own = model.clip.token_embedding.weight[model.context_ids]
-        contexts = {"MKT without prompt tuning": clips_own, "MKT": model.context}
+        contexts["MKT without prompt tuning"] = model.clip.token_embedding.weight[model.context_ids]
+    contexts["MKT"] = model.context
     prompts = model.prompts(test.labels)
     labels = [model.label_embeddings(prompts, context) for context in contexts.values()]
     scores = evaluate(model, torch.cat(labels), args.topk, test, args).chunk(len(labels), dim=2)
@@ -567,23 +566,6 @@ def autocast(args):
     """What is computed in --precision."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-class Share(BatchSampler):
-    """A process's part of every batch: each RANK-th image of WORLD. One that gets none of a small
-    batch takes its first image, which then counts 0."""
-
-    def __iter__(self):
-        for batch in super().__iter__():
-            yield batch[RANK::WORLD] or batch[:1]
-
-
-def make_loader(dataset, args, batch_size, shuffle):
-    """Batches of (images [B, 3, H, W], targets int8 [B, C]); shuffle: a torch.Generator."""
-    sampler = RandomSampler(dataset, generator=shuffle)
-    return DataLoader(dataset, batch_sampler=Share(sampler, batch_size, drop_last=False),
-                      num_workers=args.workers, pin_memory=args.device.startswith("cuda"),
-                      persistent_workers=args.workers > 0)
 
 
 def main(argv=None):
