@@ -265,16 +265,6 @@ def sum_over_processes(tensors):
             dist.all_reduce(tensor)
 
 
-def parameter_groups(model, weight_decay=0.05, layer_decay=0.65):
-    """Stage 1: the learning rate decays by layer_decay with every layer below the projection.
-    No weight decay on one-dimensional tensors (norms, biases)."""
-    layers = [[*model.ln_post.parameters(), model.proj], model.blocks[1].parameters(),
-              model.blocks[0].parameters()]
-    return [{"params": [parameter], "scale": layer_decay ** depth,
-             "weight_decay": weight_decay if parameter.ndim > 1 else 0.0}
-            for depth, parameters in enumerate(layers) for parameter in parameters]
-
-
 def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     """Linear warm-up, then half a cosine down to the minimum; epoch may be a fraction."""
     if epoch < warmup_epochs:
@@ -292,19 +282,24 @@ def train(model, stage, epochs, dataset, validation, state, args):
     done = sum(line["stage"] == stage for line in log)
     if done < epochs and log and log[-1]["stage"] > stage:
         raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
-    batch_size = args.batch_size if stage == 1 else args.prompt_batch_size
+    if stage == 1:  # by layer, from the projection down
+        layers = [[*model.ln_post.parameters(), model.proj], model.blocks[1].parameters(),
+                  model.blocks[0].parameters()]
+        batch_size, minimum, warmup = args.batch_size, 1e-6, args.warmup_epochs
+    else:
+        layers = [[model.context]]
+        batch_size, minimum, warmup = args.prompt_batch_size, 1e-8, 0
     parts = []  # this process's part of every batch of an epoch
     loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
                         pin_memory=args.device.startswith("cuda"),
                         persistent_workers=args.workers > 0)
     prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
-    if stage == 1:
-        with torch.no_grad():
-            labels = model.label_embeddings(prompts)  # this stage leaves them where they are
-        groups, minimum, warmup = parameter_groups(model), 1e-6, args.warmup_epochs
-    else:
-        groups = [{"params": [model.context], "weight_decay": 0.05, "scale": 1.0}]
-        minimum, warmup = 1e-8, 0
+    with torch.no_grad():
+        labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
+    # rates decay with every layer; norms and biases, one-dimensional, have no weight decay
+    groups = [{"params": [parameter], "scale": 0.65 ** depth,
+               "weight_decay": 0.05 if parameter.ndim > 1 else 0.0}
+              for depth, parameters in enumerate(layers) for parameter in parameters]
     trained = [parameter for group in groups for parameter in group["params"]]
     model.requires_grad_(False)
     for parameter in trained:
