@@ -529,32 +529,28 @@ def arguments(argv=None):
 
 # ---- main
 
+@torch.no_grad()
 def load_release(model, paths):
-    """The authors' released weights into the model: stage 1 is their image encoder, of which all
-    but what MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings
-    count. UserError for files of something else, or of another CLIP."""
-    layers = len(model.clip.visual.transformer.resblocks)
-    names = {f"transformer.resblocks.{layers - 2}.": "blocks.0.",
-             f"transformer.resblocks.{layers - 1}.": "blocks.1.", "projection_dist": "proj"}
-    frozen, trained = model.clip.visual.state_dict(), {}
-    for key, value in data.read_checkpoint(paths[0]).items():
-        key = key.removeprefix("module.")
-        for theirs, ours in names.items():
-            key = key.replace(theirs, ours)
-        if key in model.state_dict():
-            trained[key] = value
-        elif key.startswith("projection."):  # never used in their forward pass
-            continue
-        elif key not in frozen or value.shape != frozen[key].shape or not torch.allclose(
-                value.float(), frozen[key].cpu(), atol=1e-3):
-            raise UserError(f"{paths[0]}: {key} is not that of --clip: another CLIP?")
-    if len(paths) > 1:
-        for key, value in data.read_checkpoint(paths[1]).items():
-            if key.removeprefix("module.") == "token_embedding.weight":
-                trained["context"] = value[model.context_ids]
-        if "context" not in trained:
-            raise UserError(f"{paths[1]} holds no text encoder")
-    model.load_state_dict(trained, strict=False)
+    """The authors' weights into the model: stage 1 is their image encoder, of which all but what
+    MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings count."""
+    image, *text = [{key.removeprefix("module."): value for key, value in
+                     data.read_checkpoint(path).items()} for path in paths]
+    image = {key.replace("projection_dist", "proj"): value for key, value in image.items()
+             if not key.startswith("projection.")}  # which their forward pass never uses
+    clip = copy.deepcopy(model.clip)
+    try:
+        clip.visual.load_state_dict(image)
+        if text:
+            clip.token_embedding.weight.copy_(text[0]["token_embedding.weight"])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{', '.join(paths)}: not the authors' for --clip: {reason}") from None
+    released = MKT(clip, topk=1)
+    size = clip.visual.input_resolution
+    photo = torch.rand(1, 3, size, size, device=model.proj.device)
+    if not torch.allclose(released.trunk(photo), model.trunk(photo), rtol=0.01, atol=0.01):
+        raise UserError(f"{paths[0]}: the frozen blocks are not those of --clip: another CLIP?")
+    model.load_state_dict(released.trained(), strict=False)
 
 
 def autocast(args):
