@@ -570,6 +570,7 @@ def main(argv=None):
                               for rows in dataset.rows.split(4096)])
         if len(dataset.seen) < 2 or not has_seen.any():
             raise UserError(f"{args.data}: ranking takes two seen labels and images of them")
+        dataset = dataset.subset(has_seen)
         if os.path.exists(f"{args.output}/last.pt") and not args.resume:
             raise UserError(f"{args.output} holds a run: --resume it or name another --output")
 
@@ -587,8 +588,6 @@ def main(argv=None):
     model = MKT(clip, args.topk).to(args.device).eval()
     state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": None if args.predict else test.labels, "log": []}
-    if released := not saved and (args.checkpoint or args.eval):
-        load_release(model, released)
     if saved:
         if saved["clip_fingerprint"] != state["clip_fingerprint"]:
             raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
@@ -596,22 +595,22 @@ def main(argv=None):
             raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
         model.load_state_dict(saved["model"], strict=False)
         state = {**saved, "args": vars(args)}
+    elif released := args.checkpoint or args.eval:
+        load_release(model, released)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
     train_preprocess, preprocess = transforms_of(clip_preprocess, args)
     if args.predict:
-        labels = state["labels"] or []
-        if args.labels:
-            labels = [label.strip() for label in args.labels.split(",")]
-        return predict(model, preprocess, labels, args)
+        labels = args.labels.split(",") if args.labels else state["labels"] or []
+        return predict(model, preprocess, [label.strip() for label in labels], args)
 
     # train
     test.transform = preprocess
     if not args.eval:
-        print(f"{args.data}: {int(has_seen.sum()):,} training images, {len(dataset.seen)} seen "
-              f"labels; {len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
+        print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
+              f"{len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
         dataset.transform = train_preprocess
-        dataset, validation = dataset.subset(has_seen).hold_out(args.val_fraction, preprocess)
+        dataset, validation = dataset.hold_out(args.val_fraction, preprocess)
         if RANK == 0:
             data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
         train(model, 1, args.epochs, dataset, validation, state, args)
