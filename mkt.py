@@ -157,10 +157,10 @@ class MKT(nn.Module):
 
         def encode(tokens, ends):
             x = self.clip.token_embedding(tokens)  # [c, T, W]
-            x = torch.cat([context[:4].expand(len(x), -1, -1), x[:, 4:]], dim=1)
             last = ends[:, None] + torch.arange(-3, 1)  # [c, 4]: after the label's name
-            last = last.to(x.device, non_blocking=True)[..., None].expand(-1, -1, x.shape[2])
-            x = x.scatter(1, last, context[4:].expand(len(x), -1, -1))
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            x[:, :4] = context[:4]
+            x[rows, last.to(x.device, non_blocking=True)] = context[4:]
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
         pieces = zip(*(x.split(chunk) for x in prompts))
