@@ -249,10 +249,9 @@ def ranking_loss(scores, targets):
     rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
     is_absent = (targets == -1).to(device, non_blocking=True)
     absent = scores.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
-    margins = (absent[rows] + (1 - scores[rows, columns])[:, None]).relu()  # [P, C]
-    total = margins.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
-    violated = margins.new_zeros(len(scores)).index_add(
-        0, rows, (margins > 0).sum(dim=1).to(margins.dtype))
+    margins = (1 - scores[rows, columns, None] + absent[rows]).relu()  # [P, C]
+    sums = torch.stack([margins.sum(dim=1), (margins > 0).sum(dim=1)])
+    total, violated = margins.new_zeros(2, len(scores)).index_add(1, rows, sums)
     return (total / (violated + 1e-8)).mean()
 
 
