@@ -200,11 +200,10 @@ def rand_augment(image):
         lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
         lambda: shift(1, 0, 0, 0, 1, 0.45 * signed * image.height)]
     for _ in range(2):
-        if torch.rand(()) < 0.5:
-            continue
-        amount = (torch.normal(9.0, 0.5, (1,)).clamp(0, 10) / 10).item()
-        signed = amount if torch.rand(()) < 0.5 else -amount
-        image = changes[torch.randint(len(changes), ())]()
+        if torch.rand(()) >= 0.5:
+            amount = (torch.normal(9.0, 0.5, (1,)).clamp(0, 10) / 10).item()
+            signed = amount if torch.rand(()) < 0.5 else -amount
+            image = changes[torch.randint(len(changes), ())]()
     return image
 
 
@@ -268,7 +267,7 @@ def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     """Linear warm-up, then half a cosine down to the minimum; epoch may be a fraction."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-8)
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -293,8 +292,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
                         pin_memory=args.device.startswith("cuda"),
                         persistent_workers=args.workers > 0)
     prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
-    with torch.no_grad():
-        labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
+    labels = model.label_embeddings(prompts).detach()  # stage 1 leaves them where they are
     # rates decay with every layer; norms and biases, one-dimensional, have no weight decay
     groups = [{"params": [parameter], "scale": 0.65 ** depth,
                "weight_decay": 0.05 if parameter.ndim > 1 else 0.0}
@@ -352,9 +350,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         if validation is not None:
-            with torch.no_grad():
-                labels = model.label_embeddings(prompts)
-            scores = evaluate(model, labels, args.topk, validation, args)
+            scores = evaluate(model, model.label_embeddings(prompts), args.topk, validation, args)
             line["val_mAP"] = metrics.mean_average_precision(
                 merge_streams(scores, args.streams), validation.targets[:, dataset.seen])
         log.append(line)
