@@ -209,15 +209,14 @@ def rand_augment(image):
 
 class Seeded:
     """The dataset again and again: [i] is image i % N, whose random transform depends on i alone,
-    not on the process that loads it. So worker processes can stay, and any number will do."""
+    not on the process that loads it. So workers can stay, and their number does not matter."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __getitem__(self, i):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(i)
-            return self.dataset[i % len(self.dataset)]
+        torch.manual_seed(i)
+        return self.dataset[i % len(self.dataset)]
 
 
 def transforms_of(preprocess, args):
