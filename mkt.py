@@ -79,7 +79,7 @@ def stream_scores(local, global_, label_embeddings, topk):
     return torch.stack([best.mean(dim=-1), global_ @ label_embeddings.T])
 
 
-def merge_streams(scores, streams="both"):
+def merge_streams(scores, streams):
     """stream_scores -> [B, C], the mean of both, each divided by its norm over the C labels."""
     local, global_ = F.normalize(scores, dim=-1)
     return {"local": local, "global": global_, "both": (local + global_) / 2}[streams]
@@ -102,8 +102,7 @@ class MKT(nn.Module):
         super().__init__()
         visual = clip.visual
         if not isinstance(visual, clip_model.VisionTransformer):
-            raise UserError("MKT trains the last two blocks of a ViT, and this CLIP is a ResNet: "
-                            "use --clip ViT-B/16")
+            raise UserError("MKT trains a ViT's blocks, this CLIP is a ResNet: use --clip ViT-B/16")
         patches = (visual.input_resolution // visual.patch_size) ** 2
         if not 1 <= topk <= patches:
             raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
@@ -133,10 +132,9 @@ class MKT(nn.Module):
     @torch.no_grad()
     def teacher(self, x):
         """Trunk tokens -> CLIP's image embedding [B, D]."""
-        visual = self.clip.visual
-        x = visual.transformer.resblocks[-2](x)
-        x = visual.transformer.resblocks[-1].one_token(x, 0)
-        return (visual.ln_post(x) @ visual.proj).float()
+        *_, block, last = self.clip.visual.transformer.resblocks
+        x = last.one_token(block(x), 0)
+        return (self.clip.visual.ln_post(x) @ self.clip.visual.proj).float()
 
     def forward(self, images):
         """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
@@ -423,8 +421,7 @@ def table(model, test, clip_preprocess, args):
 def predict(model, preprocess, labels, args):
     """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
     if len(set(labels)) < max(2, len(labels)) or "" in labels:
-        raise UserError("--labels: scores are relative to the other labels, give at least two "
-                        "names, each once")
+        raise UserError("--labels: give at least two, each once: a score is relative to the others")
     embeddings = model.label_embeddings(model.prompts(labels))
     for path, photo in data.open_images(args.predict):
         with autocast(args):
