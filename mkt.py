@@ -35,8 +35,7 @@ Where this differs from the authors' code
     (--preprocess authors for theirs).
  2. They train the whole token embedding; only these eight rows get a gradient that matters.
  3. Images without a seen label are dropped before batching, so batches stay full.
- 4. The last epoch is reported; --val-fraction selects, within a stage, on held-out training
-    images.
+ 4. The last epoch is reported; --val-fraction selects a stage's on held-out training images.
 """
 import argparse
 import copy
@@ -173,11 +172,10 @@ class MKT(nn.Module):
 # ---- augmentation
 
 def rand_augment(image):
-    """RandAugment (Cubuk et al., 2020) in the variant of the authors' library, "rand-m9-mstd0.5-
-    inc1": RGB PIL image -> the same with up to two changes, each with probability 1/2.
+    """RandAugment (Cubuk et al., 2020) as the authors' library has it, "rand-m9-mstd0.5-inc1": RGB
+    PIL image -> the same with up to two changes, of magnitudes from N(9, 0.5) of 10.
 
-    Magnitudes are drawn from N(9, 0.5), of 10; every change grows with them. torchvision's
-    RandAugment is another policy: it leaves hardly an image as it is, and few change much."""
+    torchvision's is another policy: it leaves hardly an image as it is, and few change much."""
     def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
         return image.transform(image.size, Image.Transform.AFFINE, matrix,
                                Image.Resampling.BILINEAR, fillcolor=EMPTY)
@@ -190,9 +188,10 @@ def rand_augment(image):
         lambda: ImageOps.posterize(image, max(1, 4 - int(4 * amount))),
         lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
         lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
-        *(lambda kind=kind: kind(image).enhance(1 + 0.9 * signed) for kind in (
-            ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness,
-            ImageEnhance.Sharpness)),
+        lambda: ImageEnhance.Color(image).enhance(1 + 0.9 * signed),
+        lambda: ImageEnhance.Contrast(image).enhance(1 + 0.9 * signed),
+        lambda: ImageEnhance.Brightness(image).enhance(1 + 0.9 * signed),
+        lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed),
         lambda: shift(1, 0.3 * signed, 0, 0, 1, 0),
         lambda: shift(1, 0, 0, 0.3 * signed, 1, 0),
         lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
@@ -284,12 +283,6 @@ def train(model, stage, epochs, dataset, validation, state, args):
     else:
         layers = [[model.context]]
         batch_size, minimum, warmup = args.prompt_batch_size, 1e-8, 0
-    parts = []  # this process's part of every batch of an epoch
-    loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
-                        pin_memory=args.device.startswith("cuda"),
-                        persistent_workers=args.workers > 0)
-    prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
-    labels = model.label_embeddings(prompts).detach()  # stage 1 leaves them where they are
     # rates decay with every layer; norms and biases, one-dimensional, have no weight decay
     groups = [{"params": [parameter], "scale": 0.65 ** depth,
                "weight_decay": 0.05 if parameter.ndim > 1 else 0.0}
@@ -301,6 +294,11 @@ def train(model, stage, epochs, dataset, validation, state, args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
+    prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
+    labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
+    parts = []  # this process's part of every batch of an epoch
+    loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
+                        pin_memory="cuda" in args.device, persistent_workers=args.workers > 0)
 
     for epoch in range(done, epochs):
         seed = 1_000_003 * args.seed + 1_000 * stage + epoch
@@ -375,7 +373,7 @@ def evaluate(encode, label_embeddings, topk, dataset, args):
     """One pass over the images -> their stream_scores of labels [C, D]: [2, N, C]."""
     scores = torch.zeros(2, len(dataset), len(label_embeddings))
     loader = DataLoader(Subset(dataset, range(RANK, len(dataset), WORLD)), args.batch_size,
-                        num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
+                        num_workers=args.workers, pin_memory="cuda" in args.device)
     bar = tqdm(loader, "scoring", leave=False, disable=args.quiet or None)
     for (images, _), part in zip(bar, scores[:, RANK::WORLD].split(args.batch_size, dim=1)):
         with autocast(args):
