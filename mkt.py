@@ -252,13 +252,6 @@ def ranking_loss(scores, targets):
 
 # ---- train
 
-def sum_over_processes(tensors):
-    """Where torchrun has started several, every tensor becomes its sum over them, in place."""
-    if WORLD > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
 def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     """Linear warm-up, then half a cosine down to the minimum; epoch may be a fraction."""
     if epoch < warmup_epochs:
@@ -330,12 +323,15 @@ def train(model, stage, epochs, dataset, validation, state, args):
             losses = share * torch.stack([sum(terms.values()), *terms.values()])
             optimizer.zero_grad()
             losses[0].backward()
-            sum_over_processes([parameter.grad for parameter in trained])
+            if WORLD > 1:
+                for parameter in trained:
+                    dist.all_reduce(parameter.grad)
             optimizer.step()
             total = total + losses.detach()
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
                 mean = total / (step + 1)
-                sum_over_processes([mean])
+                if WORLD > 1:
+                    dist.all_reduce(mean)
                 means = dict(zip(["loss", *terms], mean.tolist()))
                 if not math.isfinite(means["loss"]):
                     raise UserError(f"stage {stage}, epoch {epoch + 1}, step {step + 1}: the loss "
@@ -379,7 +375,8 @@ def evaluate(encode, label_embeddings, topk, dataset, args):
         with autocast(args):
             global_, local = encode(images.to(args.device, non_blocking=True))
         part.copy_(stream_scores(local, global_, label_embeddings, topk))
-    sum_over_processes([scores])
+    if WORLD > 1:
+        dist.all_reduce(scores)
     return scores
 
 
