@@ -233,16 +233,14 @@ def transforms_of(preprocess, args):
 # ---- losses
 
 def ranking_loss(scores, targets):
-    """Pairwise ranking with margin 1 (section 3.3): scores float [B, C], targets int8 [B, C] ->
-    scalar.
+    """Pairwise ranking, margin 1 (section 3.3): scores float [B, C], targets int8 [B, C] -> scalar.
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
     pairs. Targets may stay on the CPU, which spares a GPU the wait for how many are present."""
-    device = scores.device
-    rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P]: one entry a present label
-    rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
-    is_absent = (targets == -1).to(device, non_blocking=True)
+    present = (targets == 1).nonzero().to(scores.device, non_blocking=True)  # [P, 2]
+    is_absent = (targets == -1).to(scores.device, non_blocking=True)
+    rows, columns = present.T
     absent = scores.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
     margins = (1 - scores[rows, columns, None] + absent[rows]).relu()  # [P, C]
     sums = torch.stack([margins.sum(dim=1), (margins > 0).sum(dim=1)])
