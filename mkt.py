@@ -93,9 +93,8 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 
 
 class MKT(nn.Module):
-    """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and
-    the prompt's context. CLIP's own last two blocks are the teacher. Embeddings are float32,
-    whatever --precision is."""
+    """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and the
+    prompt's context. CLIP's own blocks are the teacher. Embeddings are float32 in any precision."""
 
     def __init__(self, clip, topk=16):
         super().__init__()
@@ -147,9 +146,7 @@ class MKT(nn.Module):
 
     def label_embeddings(self, prompts, context=None, chunk=256):
         """prompts(labels) -> [C, D], differentiable in the context, by default the learned one.
-
-        With gradients, chunks of labels are recomputed in the backward pass: 7,000 labels would
-        otherwise keep the activations of 7,000 texts."""
+        The backward pass recomputes chunks: 7,000 labels would keep 7,000 texts' activations."""
         context = self.context if context is None else context
 
         def encode(tokens, ends):
@@ -173,9 +170,8 @@ class MKT(nn.Module):
 
 def rand_augment(image):
     """RandAugment (Cubuk et al., 2020) as the authors' library has it, "rand-m9-mstd0.5-inc1": RGB
-    PIL image -> the same with up to two changes, of magnitudes from N(9, 0.5) of 10.
-
-    torchvision's is another policy: it leaves hardly an image as it is, and few change much."""
+    PIL image -> the same with up to two changes, of magnitudes from N(9, 0.5) of 10. torchvision's
+    is another policy: it leaves hardly an image as it is, and few change much."""
     def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
         return image.transform(image.size, Image.Transform.AFFINE, matrix,
                                Image.Resampling.BILINEAR, fillcolor=EMPTY)
