@@ -105,7 +105,7 @@ class MKT(nn.Module):
         if not 1 <= topk <= patches:
             raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
         self.clip = clip.requires_grad_(False)
-        self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:])
+        self.blocks = nn.Sequential(*copy.deepcopy(visual.transformer.resblocks[-2:]))
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
         # tokens whose embeddings are learned: start of text, six words, end of text
@@ -122,9 +122,7 @@ class MKT(nn.Module):
 
     def student(self, x):
         """Trunk tokens -> (global [B, D], local [B, L, D])."""
-        for block in self.blocks:
-            x = block(x)
-        x = (self.ln_post(x) @ self.proj).float()
+        x = (self.ln_post(self.blocks(x)) @ self.proj).float()
         return x[:, 0], x[:, 1:]
 
     @torch.no_grad()
