@@ -268,14 +268,11 @@ def train(model, stage, epochs, dataset, validation, state, args):
     else:
         layers = [[model.context]]
         batch_size, minimum, warmup = args.prompt_batch_size, 1e-8, 0
+    model.requires_grad_(False)
     # rates decay with every layer; norms and biases, one-dimensional, have no weight decay
-    groups = [{"params": [parameter], "scale": 0.65 ** depth,
+    groups = [{"params": [parameter.requires_grad_()], "scale": 0.65 ** depth,
                "weight_decay": 0.05 if parameter.ndim > 1 else 0.0}
               for depth, parameters in enumerate(layers) for parameter in parameters]
-    trained = [parameter for group in groups for parameter in group["params"]]
-    model.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_()
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
@@ -288,8 +285,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
     for epoch in range(done, epochs):
         seed = 1_000_003 * args.seed + 1_000 * stage + epoch
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        order = (seed % 2 ** 31 * len(dataset) + order).tolist()
-        batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        order += seed % 2 ** 31 * len(dataset)  # the same images, drawn in another way: Seeded
+        batches = [batch.tolist() for batch in order.split(batch_size)]
         # where it gets none of a small batch it takes the first image, which then counts 0
         parts[:] = [batch[RANK::WORLD] or batch[:1] for batch in batches]
         begin, total = time.time(), 0
@@ -316,8 +313,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
             optimizer.zero_grad()
             losses[0].backward()
             if WORLD > 1:
-                for parameter in trained:
-                    dist.all_reduce(parameter.grad)
+                for group in groups:
+                    dist.all_reduce(group["params"][0].grad)
             optimizer.step()
             total = total + losses.detach()
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
