@@ -28,11 +28,9 @@ Implementation details
     block the teacher needs the class token alone.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
- 4. Started by torchrun, every process takes its part of each batch and gradients are summed, which
-    but for rounding gives what one process gives.
+ 4. Under torchrun every process takes its part of each batch: the same result but for rounding.
 Where this differs from the authors' code
- 1. CLIP's own pixels (mean, std, crop), not ImageNet's: the frozen blocks were trained on them
-    (--preprocess authors for theirs).
+ 1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
  2. They train the whole token embedding; only these eight rows get a gradient that matters.
  3. Images without a seen label are dropped before batching, so batches stay full.
  4. The last epoch is reported; --val-fraction selects a stage's on held-out training images.
