@@ -77,7 +77,7 @@ def stream_scores(local, global_, label_embeddings, topk):
 
 
 def merge_streams(scores, streams):
-    """stream_scores -> [B, C], the mean of both, each divided by its norm over the C labels."""
+    """stream_scores -> [B, C]: each divided by its norm over the C labels, then their mean."""
     local, global_ = F.normalize(scores, dim=-1)
     return {"local": local, "global": global_, "both": (local + global_) / 2}[streams]
 
@@ -211,15 +211,15 @@ class Seeded:
 def transforms_of(preprocess, args):
     """CLIP's preprocess -> (of training images, of test images)."""
     size, bicubic = preprocess.transforms[0].size, transforms.InterpolationMode.BICUBIC
-    if args.preprocess == "authors":  # of ImageNet
+    if args.preprocess == "authors":  # ImageNet's
         preprocess = transforms.Compose([
             transforms.Resize(size * 256 // 224, bicubic), *preprocess.transforms[1:-1],
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     if args.augment == "no":
         return preprocess, preprocess
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, interpolation=bicubic),
-        transforms.RandomHorizontalFlip(), rand_augment, *preprocess.transforms[-2:]]), preprocess
+    training = [transforms.RandomResizedCrop(size, interpolation=bicubic),
+                transforms.RandomHorizontalFlip(), rand_augment, *preprocess.transforms[-2:]]
+    return transforms.Compose(training), preprocess
 
 
 # ---- losses
@@ -283,7 +283,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
     for epoch in range(done, epochs):
         seed = 1_000_003 * args.seed + 1_000 * stage + epoch
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        order += seed % 2 ** 31 * len(dataset)  # the same images, drawn in another way: Seeded
+        order += seed % 2 ** 31 * len(dataset)  # the same images, with other draws
         batches = [batch.tolist() for batch in order.split(batch_size)]
         # where it gets none of a small batch it takes the first image, which then counts 0
         parts[:] = [batch[RANK::WORLD] or batch[:1] for batch in batches]
@@ -353,7 +353,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
 
 @torch.no_grad()
 def evaluate(encode, label_embeddings, topk, dataset, args):
-    """One pass over the images -> their stream_scores of labels [C, D]: [2, N, C]."""
+    """All images' stream_scores of labels [C, D]: [2, N, C]. encode: images -> (global, local)."""
     scores = torch.zeros(2, len(dataset), len(label_embeddings))
     loader = DataLoader(Subset(dataset, range(RANK, len(dataset), WORLD)), args.batch_size,
                         num_workers=args.workers, pin_memory="cuda" in args.device)
