@@ -502,7 +502,6 @@ def arguments(argv=None):
 
 # ---- main
 
-@torch.no_grad()
 def load_release(model, paths):
     """The authors' weights into the model: stage 1 is their image encoder, of which all but what
     MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings count."""
