@@ -310,16 +310,14 @@ def train(model, stage, epochs, dataset, validation, state, args):
             losses = share * torch.stack([sum(terms.values()), *terms.values()])
             optimizer.zero_grad()
             losses[0].backward()
+            losses = losses.detach()
             if WORLD > 1:
-                for group in groups:
-                    dist.all_reduce(group["params"][0].grad)
+                for tensor in (losses, *(group["params"][0].grad for group in groups)):
+                    dist.all_reduce(tensor)
             optimizer.step()
-            total = total + losses.detach()
+            total = total + losses
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
-                mean = total / (step + 1)
-                if WORLD > 1:
-                    dist.all_reduce(mean)
-                means = dict(zip(["loss", *terms], mean.tolist()))
+                means = dict(zip(["loss", *terms], (total / (step + 1)).tolist()))
                 if not math.isfinite(means["loss"]):
                     raise UserError(f"stage {stage}, epoch {epoch + 1}, step {step + 1}: the loss "
                                     f"is not finite, {means}; {args.output}/last.pt holds the "
