@@ -28,15 +28,12 @@ Implementation details
     block the teacher needs the class token alone.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
- 4. Started by torchrun, every process takes its part of each batch and gradients are summed, which
-    but for rounding gives what one process gives.
+ 4. Under torchrun every process takes its part of each batch: the same result but for rounding.
 Where this differs from the authors' code
- 1. CLIP's own pixels (mean, std, crop), not ImageNet's: the frozen blocks were trained on them
-    (--preprocess authors for theirs).
+ 1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
  2. They train the whole token embedding; only these eight rows get a gradient that matters.
  3. Images without a seen label are dropped before batching, so batches stay full.
- 4. The last epoch is reported; --val-fraction selects, within a stage, on held-out training
-    images.
+ 4. The last epoch is reported; --val-fraction selects a stage's on held-out training images.
 """
 import argparse
 import copy
@@ -52,7 +49,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -65,7 +62,6 @@ PROMPT = "There is a {} in the scene"
 # what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are the paper's
 TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
        "--augment no --workers 0")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMPTY = (124, 116, 104)  # colour of corners that augmentation leaves empty: ImageNet's mean
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -73,15 +69,16 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ---- model
 
-def local_scores(local, label_embeddings, topk):
-    """Mean of each label's top-k patch scores: local [B, L, D], labels [C, D] -> [B, C]."""
+def stream_scores(local, global_, label_embeddings, topk):
+    """-> [2, B, C]: the mean of a label's top-k patch scores, and the class token's score."""
     patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
-    return patches.topk(topk, dim=-1).values.mean(dim=-1)
+    best = patches.topk(topk, dim=-1).values
+    return torch.stack([best.mean(dim=-1), global_ @ label_embeddings.T])
 
 
-def merge_streams(local_scores, global_scores, streams="both"):
-    """Scores [B, C] of either stream, each divided by its norm over the C labels -> their mean."""
-    local, global_ = F.normalize(local_scores, dim=-1), F.normalize(global_scores, dim=-1)
+def merge_streams(scores, streams):
+    """stream_scores -> [B, C]: each divided by its norm over the C labels, then their mean."""
+    local, global_ = F.normalize(scores, dim=-1)
     return {"local": local, "global": global_, "both": (local + global_) / 2}[streams]
 
 
@@ -90,34 +87,28 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 
     local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> float [B, C] within
     [-1, 1], relative to the other labels in play. streams: "global" or "local" for one alone."""
-    return merge_streams(local_scores(local, label_embeddings, topk),
-                         global_ @ label_embeddings.T, streams)
+    return merge_streams(stream_scores(local, global_, label_embeddings, topk), streams)
 
 
 class MKT(nn.Module):
-    """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and
-    the prompt's context. CLIP's own last two blocks are the teacher."""
+    """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and the
+    prompt's context. CLIP's own blocks are the teacher. Embeddings are float32 in any precision."""
 
     def __init__(self, clip, topk=16):
         super().__init__()
         visual = clip.visual
         if not isinstance(visual, clip_model.VisionTransformer):
-            raise UserError("MKT trains the last two blocks of a ViT, and this CLIP is a ResNet: "
-                            "use --clip ViT-B/16")
+            raise UserError("MKT trains a ViT's blocks, this CLIP is a ResNet: use --clip ViT-B/16")
         patches = (visual.input_resolution // visual.patch_size) ** 2
         if not 1 <= topk <= patches:
             raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
         self.clip = clip.requires_grad_(False)
-        self.blocks = copy.deepcopy(visual.transformer.resblocks[-2:])
+        self.blocks = nn.Sequential(*copy.deepcopy(visual.transformer.resblocks[-2:]))
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
-        prompt = clip.tokenize(PROMPT.format("label"))[0]
-        prompt = prompt[:prompt.argmax() + 1].tolist()  # end of text has the highest id
-        self.context_ids = prompt[:4] + prompt[-4:]
-        # CLIP's embeddings of what is learned: start of text, six words, end of text; [8, W]
-        context = clip.token_embedding.weight[self.context_ids].detach()
-        self.register_buffer("clip_context", context, persistent=False)
-        self.context = nn.Parameter(context.clone())
+        # tokens whose embeddings are learned: start of text, six words, end of text
+        self.context_ids = clip.tokenize(PROMPT.format(""))[0, :8]
+        self.context = nn.Parameter(clip.token_embedding.weight[self.context_ids])  # [8, W]
 
     @torch.no_grad()
     def trunk(self, images):
@@ -129,18 +120,15 @@ class MKT(nn.Module):
 
     def student(self, x):
         """Trunk tokens -> (global [B, D], local [B, L, D])."""
-        for block in self.blocks:
-            x = block(x)
-        x = self.ln_post(x) @ self.proj
+        x = (self.ln_post(self.blocks(x)) @ self.proj).float()
         return x[:, 0], x[:, 1:]
 
     @torch.no_grad()
     def teacher(self, x):
         """Trunk tokens -> CLIP's image embedding [B, D]."""
-        visual = self.clip.visual
-        x = visual.transformer.resblocks[-2](x)
-        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return visual.ln_post(visual.transformer.resblocks[-1].one_token(x, first)) @ visual.proj
+        *_, block, last = self.clip.visual.transformer.resblocks
+        x = last.one_token(block(x), 0)
+        return (self.clip.visual.ln_post(x) @ self.clip.visual.proj).float()
 
     def forward(self, images):
         """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
@@ -154,23 +142,20 @@ class MKT(nn.Module):
 
     def label_embeddings(self, prompts, context=None, chunk=256):
         """prompts(labels) -> [C, D], differentiable in the context, by default the learned one.
-
-        With gradients, chunks of labels are recomputed in the backward pass: 7,000 labels would
-        otherwise keep the activations of 7,000 texts."""
+        The backward pass recomputes chunks: 7,000 labels would keep 7,000 texts' activations."""
         context = self.context if context is None else context
 
         def encode(tokens, ends):
             x = self.clip.token_embedding(tokens)  # [c, T, W]
-            x = torch.cat([context[:4].expand(len(x), -1, -1), x[:, 4:]], dim=1)
             last = ends[:, None] + torch.arange(-3, 1)  # [c, 4]: after the label's name
-            last = last.to(x.device, non_blocking=True)[..., None].expand(-1, -1, x.shape[2])
-            x = x.scatter(1, last, context[4:].expand(len(x), -1, -1))
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            x[:, :4] = context[:4]
+            x[rows, last.to(x.device, non_blocking=True)] = context[4:]
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
-        if len(prompts[0]) <= chunk:
-            return encode(*prompts)
         pieces = zip(*(x.split(chunk) for x in prompts))
-        return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
+        labels = [recompute(encode, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(labels).float()
 
     def trained(self):
         """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
@@ -180,11 +165,9 @@ class MKT(nn.Module):
 # ---- augmentation
 
 def rand_augment(image):
-    """RandAugment (Cubuk et al., 2020) in the variant of the authors' library, "rand-m9-mstd0.5-
-    inc1": RGB PIL image -> the same with up to two changes, each with probability 1/2.
-
-    Magnitudes are drawn from N(9, 0.5), of 10; every change grows with them. torchvision's
-    RandAugment is another policy: it leaves hardly an image as it is, and few change much."""
+    """RandAugment (Cubuk et al., 2020) as the authors' library has it, "rand-m9-mstd0.5-inc1": RGB
+    PIL image -> the same with up to two changes, of magnitudes from N(9, 0.5) of 10. torchvision's
+    is another policy: it leaves hardly an image as it is, and few change much."""
     def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
         return image.transform(image.size, Image.Transform.AFFINE, matrix,
                                Image.Resampling.BILINEAR, fillcolor=EMPTY)
@@ -197,100 +180,73 @@ def rand_augment(image):
         lambda: ImageOps.posterize(image, max(1, 4 - int(4 * amount))),
         lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
         lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
-        *(lambda kind=kind: kind(image).enhance(1 + 0.9 * signed) for kind in (
-            ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness,
-            ImageEnhance.Sharpness)),
+        lambda: ImageEnhance.Color(image).enhance(1 + 0.9 * signed),
+        lambda: ImageEnhance.Contrast(image).enhance(1 + 0.9 * signed),
+        lambda: ImageEnhance.Brightness(image).enhance(1 + 0.9 * signed),
+        lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed),
         lambda: shift(1, 0.3 * signed, 0, 0, 1, 0),
         lambda: shift(1, 0, 0, 0.3 * signed, 1, 0),
         lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
         lambda: shift(1, 0, 0, 0, 1, 0.45 * signed * image.height)]
     for _ in range(2):
-        if torch.rand(()) < 0.5:
-            continue
-        amount = (torch.normal(9.0, 0.5, (1,)).clamp(0, 10) / 10).item()
-        signed = amount if torch.rand(()) < 0.5 else -amount
-        image = changes[torch.randint(len(changes), ())]()
+        if torch.rand(()) >= 0.5:
+            amount = (torch.normal(9.0, 0.5, (1,)).clamp(0, 10) / 10).item()
+            signed = amount if torch.rand(()) < 0.5 else -amount
+            image = changes[torch.randint(len(changes), ())]()
     return image
 
 
-class Seeded(Dataset):
-    """A dataset whose random transform depends on seed, epoch and image alone, not on the process
-    that loads it: so worker processes can stay, and their number does not matter."""
+class Seeded:
+    """The dataset again and again: [i] is image i % N, whose random transform depends on i alone,
+    not on the process that loads it. So workers can stay, and their number does not matter."""
 
     def __init__(self, dataset):
         self.dataset = dataset
-        self.seed = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see it change
-
-    def __len__(self):
-        return len(self.dataset)
 
     def __getitem__(self, i):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed.item() + i)
-            return self.dataset[i]
+        torch.manual_seed(i)
+        return self.dataset[i % len(self.dataset)]
 
 
 def transforms_of(preprocess, args):
     """CLIP's preprocess -> (of training images, of test images)."""
-    size, normalize = preprocess.transforms[0].size, preprocess.transforms[-1]
-    bicubic = transforms.InterpolationMode.BICUBIC
-    if args.preprocess == "authors":
-        normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-        resize = transforms.Resize(size * 256 // 224, bicubic)
-        preprocess = transforms.Compose([resize, *preprocess.transforms[1:-1], normalize])
+    size, bicubic = preprocess.transforms[0].size, transforms.InterpolationMode.BICUBIC
+    if args.preprocess == "authors":  # ImageNet's
+        preprocess = transforms.Compose([
+            transforms.Resize(size * 256 // 224, bicubic), *preprocess.transforms[1:-1],
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     if args.augment == "no":
         return preprocess, preprocess
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, interpolation=bicubic),
-        transforms.RandomHorizontalFlip(), rand_augment, transforms.ToTensor(),
-        normalize]), preprocess
+    training = [transforms.RandomResizedCrop(size, interpolation=bicubic),
+                transforms.RandomHorizontalFlip(), rand_augment, *preprocess.transforms[-2:]]
+    return transforms.Compose(training), preprocess
 
 
 # ---- losses
 
 def ranking_loss(scores, targets):
-    """Pairwise ranking with margin 1 (section 3.3): scores float [B, C], targets int8 [B, C] ->
-    scalar.
+    """Pairwise ranking, margin 1 (section 3.3): scores float [B, C], targets int8 [B, C] -> scalar.
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
     pairs. Targets may stay on the CPU, which spares a GPU the wait for how many are present."""
-    device = scores.device
-    rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P]: one entry a present label
-    rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
-    is_absent = (targets == -1).to(device, non_blocking=True)
+    present = (targets == 1).nonzero().to(scores.device, non_blocking=True)  # [P, 2]
+    is_absent = (targets == -1).to(scores.device, non_blocking=True)
+    rows, columns = present.T
     absent = scores.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
-    margins = (absent[rows] + (1 - scores[rows, columns])[:, None]).relu()  # [P, C]
-    total = margins.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
-    violated = margins.new_zeros(len(scores)).index_add(
-        0, rows, (margins > 0).sum(dim=1).to(margins.dtype))
+    margins = (1 - scores[rows, columns, None] + absent[rows]).relu()  # [P, C]
+    sums = torch.stack([margins.sum(dim=1), (margins > 0).sum(dim=1)])
+    total, violated = margins.new_zeros(2, len(scores)).index_add(1, rows, sums)
     return (total / (violated + 1e-8)).mean()
 
 
 # ---- train
 
-def sum_over_processes(tensors):
-    """Where torchrun has started several, every tensor becomes its sum over them, in place."""
-    if WORLD > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def parameter_groups(model, weight_decay=0.05, layer_decay=0.65):
-    """Stage 1: the learning rate decays by layer_decay with every layer below the projection.
-    No weight decay on one-dimensional tensors (norms, biases)."""
-    layers = [[*model.ln_post.parameters(), model.proj], model.blocks[1].parameters(),
-              model.blocks[0].parameters()]
-    return [{"params": [parameter], "scale": layer_decay ** depth,
-             "weight_decay": weight_decay if parameter.ndim > 1 else 0.0}
-            for depth, parameters in enumerate(layers) for parameter in parameters]
-
-
 def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     """Linear warm-up, then half a cosine down to the minimum; epoch may be a fraction."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-8)
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -303,34 +259,38 @@ def train(model, stage, epochs, dataset, validation, state, args):
     done = sum(line["stage"] == stage for line in log)
     if done < epochs and log and log[-1]["stage"] > stage:
         raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
-    batch_size = args.batch_size if stage == 1 else args.prompt_batch_size
-    seeded = Seeded(dataset)
-    shuffle = torch.Generator()
-    loader = make_loader(seeded, args, batch_size, shuffle)
-    prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
-    if stage == 1:
-        with torch.no_grad():
-            labels = model.label_embeddings(prompts)  # this stage leaves them where they are
-        groups, minimum, warmup = parameter_groups(model), 1e-6, args.warmup_epochs
+    if stage == 1:  # by layer, from the projection down
+        layers = [[*model.ln_post.parameters(), model.proj], model.blocks[1].parameters(),
+                  model.blocks[0].parameters()]
+        batch_size, minimum, warmup = args.batch_size, 1e-6, args.warmup_epochs
     else:
-        groups = [{"params": [model.context], "weight_decay": 0.05, "scale": 1.0}]
-        minimum, warmup = 1e-8, 0
-    trained = [parameter for group in groups for parameter in group["params"]]
+        layers = [[model.context]]
+        batch_size, minimum, warmup = args.prompt_batch_size, 1e-8, 0
     model.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_()
+    # rates decay with every layer; norms and biases, one-dimensional, have no weight decay
+    groups = [{"params": [parameter.requires_grad_()], "scale": 0.65 ** depth,
+               "weight_decay": 0.05 if parameter.ndim > 1 else 0.0}
+              for depth, parameters in enumerate(layers) for parameter in parameters]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
+    prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
+    labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
+    parts = []  # this process's part of every batch of an epoch
+    loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
+                        pin_memory="cuda" in args.device, persistent_workers=args.workers > 0)
 
     for epoch in range(done, epochs):
         seed = 1_000_003 * args.seed + 1_000 * stage + epoch
-        shuffle.manual_seed(seed)
-        seeded.seed.fill_(seed % 2 ** 31 * len(dataset))
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        order += seed % 2 ** 31 * len(dataset)  # the same images, with other draws
+        batches = [batch.tolist() for batch in order.split(batch_size)]
+        # where it gets none of a small batch it takes the first image, which then counts 0
+        parts[:] = [batch[RANK::WORLD] or batch[:1] for batch in batches]
         begin, total = time.time(), 0
         bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False,
                    disable=args.quiet or None)
-        for step, (images, targets) in enumerate(bar):
+        for step, ((images, targets), batch) in enumerate(zip(bar, batches)):
             lr = learning_rate(epoch + step / len(loader), args.lr, minimum, epochs, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
@@ -341,25 +301,23 @@ def train(model, stage, epochs, dataset, validation, state, args):
                     labels = model.label_embeddings(prompts)
                 elif args.distillation:
                     teacher = model.teacher(tokens)
-            scores = two_stream_scores(local.float(), global_.float(), labels.float(), args.topk,
-                                       args.streams)
+            scores = two_stream_scores(local, global_, labels, args.topk, args.streams)
             terms = {"ranking": ranking_loss(scores, targets[:, dataset.seen])}
             if stage == 1 and args.distillation:
-                distance = F.l1_loss(global_.float(), teacher.float())
-                terms["distillation"] = args.distillation * distance
+                terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
             # means over this process's images -> its part of the means over the whole batch
-            whole = min(batch_size, len(dataset) - step * batch_size)
-            share = len(range(RANK, whole, WORLD)) / whole
+            share = len(batch[RANK::WORLD]) / len(batch)
             losses = share * torch.stack([sum(terms.values()), *terms.values()])
             optimizer.zero_grad()
             losses[0].backward()
-            sum_over_processes([parameter.grad for parameter in trained])
+            losses = losses.detach()
+            if WORLD > 1:
+                for tensor in (losses, *(group["params"][0].grad for group in groups)):
+                    dist.all_reduce(tensor)
             optimizer.step()
-            total = total + losses.detach()
+            total = total + losses
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
-                mean = total / (step + 1)
-                sum_over_processes([mean])
-                means = dict(zip(["loss", *terms], mean.tolist()))
+                means = dict(zip(["loss", *terms], (total / (step + 1)).tolist()))
                 if not math.isfinite(means["loss"]):
                     raise UserError(f"stage {stage}, epoch {epoch + 1}, step {step + 1}: the loss "
                                     f"is not finite, {means}; {args.output}/last.pt holds the "
@@ -368,10 +326,9 @@ def train(model, stage, epochs, dataset, validation, state, args):
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         if validation is not None:
-            scores, = evaluate(model, validation, [model.context], args)
+            scores = evaluate(model, model.label_embeddings(prompts), args.topk, validation, args)
             line["val_mAP"] = metrics.mean_average_precision(
-                merge_streams(*scores[..., dataset.seen], args.streams),
-                validation.targets[:, dataset.seen])
+                merge_streams(scores, args.streams), validation.targets[:, dataset.seen])
         log.append(line)
         if RANK > 0:
             continue
@@ -393,57 +350,48 @@ def train(model, stage, epochs, dataset, validation, state, args):
 # ---- evaluate
 
 @torch.no_grad()
-def stream_scores(encode, label_embeddings, topk, dataset, args):
-    """All images' scores of labels [C, D] -> [2, N, C], local and global."""
+def evaluate(encode, label_embeddings, topk, dataset, args):
+    """All images' stream_scores of labels [C, D]: [2, N, C]. encode: images -> (global, local)."""
     scores = torch.zeros(2, len(dataset), len(label_embeddings))
-    size = args.batch_size * WORLD
-    bar = tqdm(make_loader(dataset, args, size), "scoring", leave=False, disable=args.quiet or None)
-    for (images, _), rows in zip(bar, torch.arange(len(dataset)).split(size)):
-        rows = rows[RANK::WORLD]
+    loader = DataLoader(Subset(dataset, range(RANK, len(dataset), WORLD)), args.batch_size,
+                        num_workers=args.workers, pin_memory="cuda" in args.device)
+    bar = tqdm(loader, "scoring", leave=False, disable=args.quiet or None)
+    for (images, _), part in zip(bar, scores[:, RANK::WORLD].split(args.batch_size, dim=1)):
         with autocast(args):
             global_, local = encode(images.to(args.device, non_blocking=True))
-        scores[0, rows] = local_scores(local.float(), label_embeddings, topk)[:len(rows)].cpu()
-        scores[1, rows] = (global_.float() @ label_embeddings.T)[:len(rows)].cpu()
-    sum_over_processes([scores])
+        part.copy_(stream_scores(local, global_, label_embeddings, topk))
+    if WORLD > 1:
+        dist.all_reduce(scores)
     return scores
 
 
 @torch.no_grad()
-def evaluate(model, dataset, contexts, args):
-    """One pass over the images for several prompt contexts -> scores [2, N, C] of each."""
-    prompts = model.prompts(dataset.labels)
-    labels = [model.label_embeddings(prompts, context).float() for context in contexts]
-    scores = stream_scores(model, torch.cat(labels), args.topk, dataset, args)
-    return scores.chunk(len(labels), dim=2)
-
-
-@torch.no_grad()
-def zero_shot(clip, dataset, args):
-    """CLIP as it is, by cosines -> [2, N, C], of the best patch and of the whole image."""
-    tokens = clip.tokenize([f"a photo of a {label}." for label in dataset.labels])
-    texts = torch.cat([clip.encode_text(part.to(args.device)) for part in tokens.split(256)])
-
-    def encode(images):
-        return [F.normalize(x, dim=-1) for x in clip.encode_image_dense(images)]
-
-    return stream_scores(encode, F.normalize(texts, dim=-1), 1, dataset, args)
-
-
 def table(model, test, clip_preprocess, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     ks = (10, 20) if test.name == "openimages" else (3, 5)
+
+    def cosines(images):
+        return [F.normalize(x.float(), dim=-1) for x in model.clip.encode_image_dense(images)]
+
+    tokens = model.clip.tokenize([f"a photo of a {label}." for label in test.labels])
+    texts = [model.clip.encode_text(part.to(args.device)) for part in tokens.split(256)]
     original = copy.copy(test)
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
-    local, global_ = zero_shot(model.clip, original, args)
+    local, global_ = evaluate(cosines, F.normalize(torch.cat(texts), dim=-1), 1, original, args)
     rows = metrics.zero_shot_rows(global_, local, test, ks)
-    contexts = {("MKT", "method"): model.context}
+
+    contexts = {}
     if args.epochs and args.prompt_epochs:
         # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
-        contexts = {("MKT without prompt tuning", "ablation"): model.clip_context, **contexts}
-    scores = evaluate(model, test, contexts.values(), args)
-    for (name, kind), streams in zip(contexts, scores):
+        contexts["MKT without prompt tuning"] = model.clip.token_embedding.weight[model.context_ids]
+    contexts["MKT"] = model.context
+    prompts = model.prompts(test.labels)
+    labels = [model.label_embeddings(prompts, context) for context in contexts.values()]
+    scores = evaluate(model, torch.cat(labels), args.topk, test, args).chunk(len(labels), dim=2)
+    for name, streams in zip(contexts, scores):
+        kind = "method" if name == "MKT" else "ablation"
         rows.append(metrics.table_row(name, kind, streams, test, ks,
-                                      lambda x: merge_streams(*x, args.streams)))
+                                      lambda x: merge_streams(x, args.streams)))
     return rows
 
 
@@ -453,12 +401,11 @@ def table(model, test, clip_preprocess, args):
 def predict(model, preprocess, labels, args):
     """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
     if len(set(labels)) < max(2, len(labels)) or "" in labels:
-        raise UserError("--labels: scores are relative to the other labels, give at least two "
-                        "names, each once")
-    embeddings = model.label_embeddings(model.prompts(labels)).float()
+        raise UserError("--labels: give at least two, each once: a score is relative to the others")
+    embeddings = model.label_embeddings(model.prompts(labels))
     for path, photo in data.open_images(args.predict):
         with autocast(args):
-            global_, local = (x.float() for x in model(preprocess(photo)[None].to(args.device)))
+            global_, local = model(preprocess(photo)[None].to(args.device))
         scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0].tolist()
         best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
         predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
@@ -554,54 +501,32 @@ def arguments(argv=None):
 # ---- main
 
 def load_release(model, paths):
-    """The authors' released weights into the model: stage 1 is their image encoder, of which all
-    but what MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings
-    count. UserError for files of something else, or of another CLIP."""
-    layers = len(model.clip.visual.transformer.resblocks)
-    names = {f"transformer.resblocks.{layers - 2}.": "blocks.0.",
-             f"transformer.resblocks.{layers - 1}.": "blocks.1.", "projection_dist": "proj"}
-    frozen, trained = model.clip.visual.state_dict(), {}
-    for key, value in data.read_checkpoint(paths[0]).items():
-        key = key.removeprefix("module.")
-        for theirs, ours in names.items():
-            key = key.replace(theirs, ours)
-        if key in model.state_dict():
-            trained[key] = value
-        elif key.startswith("projection."):  # never used in their forward pass
-            continue
-        elif key not in frozen or value.shape != frozen[key].shape or not torch.allclose(
-                value.float(), frozen[key].cpu(), atol=1e-3):
-            raise UserError(f"{paths[0]}: {key} is not that of --clip: another CLIP?")
-    if len(paths) > 1:
-        for key, value in data.read_checkpoint(paths[1]).items():
-            if key.removeprefix("module.") == "token_embedding.weight":
-                trained["context"] = value[model.context_ids]
-        if "context" not in trained:
-            raise UserError(f"{paths[1]} holds no text encoder")
-    model.load_state_dict(trained, strict=False)
+    """The authors' weights into the model: stage 1 is their image encoder, of which all but what
+    MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings count."""
+    image, *text = [{key.removeprefix("module."): value for key, value in
+                     data.read_checkpoint(path).items()} for path in paths]
+    image = {key.replace("projection_dist", "proj"): value for key, value in image.items()
+             if not key.startswith("projection.")}  # which their forward pass never uses
+    clip = copy.deepcopy(model.clip)
+    try:
+        clip.visual.load_state_dict(image)
+        if text:
+            clip.token_embedding.weight.copy_(text[0]["token_embedding.weight"])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{', '.join(paths)}: not the authors' for --clip: {reason}") from None
+    released = MKT(clip, topk=1)
+    size = clip.visual.input_resolution
+    photo = torch.rand(1, 3, size, size, device=model.proj.device)
+    if not torch.allclose(released.trunk(photo), model.trunk(photo), rtol=0.01, atol=0.01):
+        raise UserError(f"{paths[0]}: the frozen blocks are not those of --clip: another CLIP?")
+    model.load_state_dict(released.trained(), strict=False)
 
 
 def autocast(args):
     """What is computed in --precision."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-class Share(BatchSampler):
-    """A process's part of every batch: each RANK-th image of WORLD. One that gets none of a small
-    batch takes its first image, which then counts 0."""
-
-    def __iter__(self):
-        for batch in super().__iter__():
-            yield batch[RANK::WORLD] or batch[:1]
-
-
-def make_loader(dataset, args, batch_size, shuffle=None):
-    """Batches of (images [B, 3, H, W], targets int8 [B, C]); shuffle: a torch.Generator."""
-    sampler = RandomSampler(dataset, generator=shuffle) if shuffle else SequentialSampler(dataset)
-    return DataLoader(dataset, batch_sampler=Share(sampler, batch_size, drop_last=False),
-                      num_workers=args.workers, pin_memory=args.device.startswith("cuda"),
-                      persistent_workers=bool(shuffle and args.workers))
 
 
 def main(argv=None):
@@ -615,6 +540,7 @@ def main(argv=None):
                               for rows in dataset.rows.split(4096)])
         if len(dataset.seen) < 2 or not has_seen.any():
             raise UserError(f"{args.data}: ranking takes two seen labels and images of them")
+        dataset = dataset.subset(has_seen)
         if os.path.exists(f"{args.output}/last.pt") and not args.resume:
             raise UserError(f"{args.output} holds a run: --resume it or name another --output")
 
@@ -632,8 +558,6 @@ def main(argv=None):
     model = MKT(clip, args.topk).to(args.device).eval()
     state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": None if args.predict else test.labels, "log": []}
-    if released := not saved and (args.checkpoint or args.eval):
-        load_release(model, released)
     if saved:
         if saved["clip_fingerprint"] != state["clip_fingerprint"]:
             raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
@@ -641,22 +565,22 @@ def main(argv=None):
             raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
         model.load_state_dict(saved["model"], strict=False)
         state = {**saved, "args": vars(args)}
+    elif released := args.checkpoint or args.eval:
+        load_release(model, released)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
     train_preprocess, preprocess = transforms_of(clip_preprocess, args)
     if args.predict:
-        labels = state["labels"] or []
-        if args.labels:
-            labels = [label.strip() for label in args.labels.split(",")]
-        return predict(model, preprocess, labels, args)
+        labels = args.labels.split(",") if args.labels else state["labels"] or []
+        return predict(model, preprocess, [label.strip() for label in labels], args)
 
     # train
     test.transform = preprocess
     if not args.eval:
-        print(f"{args.data}: {int(has_seen.sum()):,} training images, {len(dataset.seen)} seen "
-              f"labels; {len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
+        print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
+              f"{len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
         dataset.transform = train_preprocess
-        dataset, validation = dataset.subset(has_seen).hold_out(args.val_fraction, preprocess)
+        dataset, validation = dataset.hold_out(args.val_fraction, preprocess)
         if RANK == 0:
             data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
         train(model, 1, args.epochs, dataset, validation, state, args)

@@ -360,7 +360,8 @@ def test_under_bf16_scores_are_float32(scenes, toy):
     test = data.load_dataset("folder", scenes, "test", toy[1], limit=1)
     model = mkt.MKT(toy[0], topk=4)
     args, _ = mkt.arguments(["--precision", "bf16", "--output", "unused", "--device", "cpu"])
-    for scores in mkt.evaluate(model, test, [model.context], args)[0]:
+    labels = model.label_embeddings(model.prompts(test.labels))
+    for scores in mkt.evaluate(model, labels, 4, test, args):
         assert scores.dtype == torch.float32 and (scores.bfloat16() != scores).any()
 
 
