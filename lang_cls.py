@@ -152,13 +152,12 @@ def ranking_loss(logits, targets):
     logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs, rows without a
     present or without an absent label add nothing. Liu et al. (2024), their ranking loss with
     margin 1. Targets may stay on the CPU, which spares a GPU the wait for their number."""
-    device = logits.device
-    rows, columns = (targets == 1).nonzero(as_tuple=True)  # [P]; B x C x C is never built
-    rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
-    is_absent = (targets == -1).to(device, non_blocking=True)
+    present = (targets == 1).nonzero().to(logits.device, non_blocking=True)  # [P, 2]
+    is_absent = (targets == -1).to(logits.device, non_blocking=True)
+    rows, columns = present.T  # B x C x C is never built
     absent = logits.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
-    margins = 1 - logits[rows, columns, None] + absent[rows]  # [P, C]
-    return margins.relu().sum() / len(logits)
+    margins = (1 - logits[rows, columns, None] + absent[rows]).relu()  # [P, C]
+    return margins.sum() / len(logits)
 
 
 # ---- texts
@@ -421,7 +420,7 @@ def table(clip, model, test, args):
     encoder = torch.compile(encode) if args.compile else encode
     whole, best, scores = [], [], {name: [] for name in settings}
     loader = DataLoader(test, 64, num_workers=args.workers,
-                        pin_memory=args.device.startswith("cuda"))
+                        pin_memory="cuda" in args.device)
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
         clip_global, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
         whole.append((clip_global @ model.memory.T).cpu())

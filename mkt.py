@@ -33,7 +33,7 @@ Where this differs from the authors' code
  1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
  2. They train the whole token embedding; only these eight rows get a gradient that matters.
  3. Images without a seen label are dropped before batching, so batches stay full.
- 4. The last epoch is reported; --val-fraction selects a stage's on held-out training images.
+ 4. The last epoch is reported; --val-fraction selects, in each stage, on held-out images.
 """
 import argparse
 import copy
@@ -153,6 +153,8 @@ class MKT(nn.Module):
             x[rows, last.to(x.device, non_blocking=True)] = context[4:]
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
+        if len(prompts[0]) <= chunk:
+            return encode(*prompts).float()
         pieces = zip(*(x.split(chunk) for x in prompts))
         labels = [recompute(encode, *piece, use_reentrant=False) for piece in pieces]
         return torch.cat(labels).float()
@@ -275,7 +277,8 @@ def train(model, stage, epochs, dataset, validation, state, args):
     if done and log[-1]["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
     prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
-    labels = model.label_embeddings(prompts)  # stage 1 leaves them where they are
+    if stage == 1:
+        labels = model.label_embeddings(prompts)  # which stay where they are
     parts = []  # this process's part of every batch of an epoch
     loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
                         pin_memory="cuda" in args.device, persistent_workers=args.workers > 0)

@@ -553,7 +553,7 @@ def autocast(args):
 def make_loader(dataset, args, shuffle=False):
     """Batches of (images [B, 3, H, W], targets)."""
     return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
-                      pin_memory=args.device.startswith("cuda"))
+                      pin_memory="cuda" in args.device)
 
 
 def make_runs(clip, dataset, args):
