@@ -635,9 +635,10 @@ def main(argv=None):
     test.transform = preprocess
     if not args.eval:
         truth = dataset.full_targets
-        shares = dict.fromkeys(f"{100 * (run.known != 0).float().mean():.2g}%" for run in runs)
+        shares = [(run.known != 0).float().mean().item() for run in runs]
+        shares = ", ".join(dict.fromkeys(f"{100 * share:.2g}%" for share in shares))
         print(f"{args.data}: {len(dataset):,} training images, {len(dataset.labels)} labels, "
-              f"{', '.join(shares)} of the entries known; {len(test):,} test images", flush=True)
+              f"{shares} of the entries known; {len(test):,} test images", flush=True)
         # dataset[i] is (image, full_targets[rows[i]]): from here on the row's number in known
         dataset.full_targets = torch.arange(len(truth))
         dataset.transform = augmentation(preprocess) if args.augment == "yes" else preprocess
