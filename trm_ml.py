@@ -341,7 +341,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
                 run.optimizer.step()
                 run.total = run.total + losses.detach()
                 if estimates is not None and step * args.batch_size < 20_000:  # images enough
-                    run.estimated.append((estimates, known, truth[rows] * (known == 0)))
+                    hidden = truth[rows].masked_fill(known != 0, 0)
+                    run.estimated.append((estimates, known, hidden))
                 if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
                     mean = run.total / (step + 1)
                     run.means = dict(zip(["loss", *terms], mean.tolist()))
