@@ -6,7 +6,7 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
 
  1. two streams: an image scores a label by its class token and by its best patches,
         a_c = mean of the top-k over patches i of <o_i, z_c>,   g_c = <o_cls, z_c>,
-        s   = (a / |a| + g / |g|) / 2,  each norm taken over the labels in play;
+        s   = (a / |a| + g / |g|) / 2,  norms over the labels that compete (ZSL: the unseen);
  2. ranking: every present label above every absent one, max(0, 1 + s_n - s_p) averaged over the
     pairs that violate the margin;
  3. distillation: the mean of |o_cls - CLIP's own embedding of the image| keeps the image encoder
@@ -24,16 +24,15 @@ B images, L patches, C labels, T tokens, W width, D joint embedding. Targets: +1
 -1 absent, 0 unknown.
 
 Implementation details
- 1. Teacher and student share the frozen blocks, which run once and without gradients; of its last
-    block the teacher needs the class token alone.
+ 1. Teacher and student share the frozen blocks, which run once and without gradients.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
- 4. Under torchrun every process takes its part of each batch: the same result but for rounding.
+ 4. Under torchrun every process takes its part of each batch: the same sums but for rounding.
 Where this differs from the authors' code
  1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
- 2. They train the whole token embedding; only these eight rows get a gradient that matters.
+ 2. They train the whole token embedding; we only the eight rows of the context.
  3. Images without a seen label are dropped before batching, so batches stay full.
- 4. The last epoch is reported; --val-fraction selects, in each stage, on held-out images.
+ 4. The last epoch is reported, or with --val-fraction each stage's best on held-out images.
 """
 import argparse
 import copy
@@ -70,7 +69,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---- model
 
 def stream_scores(local, global_, label_embeddings, topk):
-    """-> [2, B, C]: the mean of a label's top-k patch scores, and the class token's score."""
+    """As two_stream_scores takes them -> [2, B, C]: mean of the top-k patches', class token's."""
     patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
     best = patches.topk(topk, dim=-1).values
     return torch.stack([best.mean(dim=-1), global_ @ label_embeddings.T])
@@ -127,7 +126,7 @@ class MKT(nn.Module):
     def teacher(self, x):
         """Trunk tokens -> CLIP's image embedding [B, D]."""
         *_, block, last = self.clip.visual.transformer.resblocks
-        x = last.one_token(block(x), 0)
+        x = last.one_token(block(x), 0)  # [B, W]: CLIP reads the class token alone
         return (self.clip.visual.ln_post(x) @ self.clip.visual.proj).float()
 
     def forward(self, images):
@@ -135,9 +134,9 @@ class MKT(nn.Module):
         return self.student(self.trunk(images))
 
     def prompts(self, labels):
-        """-> (token ids int64 [C, T], index of each end of text int64 [C], on the CPU)."""
+        """Names -> token ids int64 [C, T] on the device, and their ends of text [C] on the CPU."""
         tokens = self.clip.tokenize([PROMPT.format(label) for label in labels])
-        ends = tokens.argmax(dim=1)
+        ends = tokens.argmax(dim=1)  # end of text has the highest id
         return tokens[:, :ends.max() + 1].to(self.context.device), ends
 
     def label_embeddings(self, prompts, context=None, chunk=256):
@@ -167,14 +166,14 @@ class MKT(nn.Module):
 # ---- augmentation
 
 def rand_augment(image):
-    """RandAugment (Cubuk et al., 2020) as the authors' library has it, "rand-m9-mstd0.5-inc1": RGB
-    PIL image -> the same with up to two changes, of magnitudes from N(9, 0.5) of 10. torchvision's
-    is another policy: it leaves hardly an image as it is, and few change much."""
+    """RandAugment (Cubuk et al., 2020) as timm, which the authors use, has "rand-m9-mstd0.5-inc1":
+    RGB PIL image -> RGB PIL image. Two changes are drawn, each is made with probability 1/2, of a
+    magnitude from N(9, 0.5) out of 10. torchvision's always makes two, at 9 out of 30."""
     def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
         return image.transform(image.size, Image.Transform.AFFINE, matrix,
                                Image.Resampling.BILINEAR, fillcolor=EMPTY)
 
-    changes = [
+    changes = [  # amount, in [0, 1], and signed, the same or its negative, are drawn below
         lambda: ImageOps.autocontrast(image),
         lambda: ImageOps.equalize(image),
         lambda: ImageOps.invert(image),
@@ -199,8 +198,8 @@ def rand_augment(image):
 
 
 class Seeded:
-    """The dataset again and again: [i] is image i % N, whose random transform depends on i alone,
-    not on the process that loads it. So workers can stay, and their number does not matter."""
+    """The dataset repeated without end: [i] is image i % N, augmented with seed i, whatever process
+    loads it. So the number of workers does not change a result."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -231,7 +230,7 @@ def ranking_loss(scores, targets):
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
-    pairs. Targets may stay on the CPU, which spares a GPU the wait for how many are present."""
+    pairs. Targets may stay on the CPU, so that no GPU is waited for to count the present ones."""
     present = (targets == 1).nonzero().to(scores.device, non_blocking=True)  # [P, 2]
     is_absent = (targets == -1).to(scores.device, non_blocking=True)
     rows, columns = present.T
@@ -253,10 +252,8 @@ def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
 
 
 def train(model, stage, epochs, dataset, validation, state, args):
-    """One stage, from where a checkpoint's state ends; a checkpoint after every epoch.
-
-    Every epoch seeds its own shuffling and augmentation, so a resumed run repeats the epoch it
-    was killed in exactly."""
+    """One stage, from where state["log"] ends; a checkpoint an epoch. Every epoch seeds its
+    own shuffling and augmentation, so a resumed run repeats the epoch it was killed in exactly."""
     log = state["log"]
     done = sum(line["stage"] == stage for line in log)
     if done < epochs and log and log[-1]["stage"] > stage:
@@ -278,15 +275,15 @@ def train(model, stage, epochs, dataset, validation, state, args):
         optimizer.load_state_dict(state["optimizer"])
     prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
     if stage == 1:
-        labels = model.label_embeddings(prompts)  # which stay where they are
-    parts = []  # this process's part of every batch of an epoch
+        embeddings = model.label_embeddings(prompts)  # constant: the prompt is not trained
+    parts = []  # this process's indices of every batch; the loader rereads it each epoch
     loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
                         pin_memory="cuda" in args.device, persistent_workers=args.workers > 0)
 
     for epoch in range(done, epochs):
         seed = 1_000_003 * args.seed + 1_000 * stage + epoch
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        order += seed % 2 ** 31 * len(dataset)  # the same images, with other draws
+        order += (seed % 2 ** 31) * len(dataset)  # Seeded: the same images, other augmentations
         batches = [batch.tolist() for batch in order.split(batch_size)]
         # where it gets none of a small batch it takes the first image, which then counts 0
         parts[:] = [batch[RANK::WORLD] or batch[:1] for batch in batches]
@@ -301,12 +298,13 @@ def train(model, stage, epochs, dataset, validation, state, args):
                 tokens = model.trunk(images.to(args.device, non_blocking=True))
                 global_, local = model.student(tokens)
                 if stage == 2:
-                    labels = model.label_embeddings(prompts)
+                    embeddings = model.label_embeddings(prompts)
                 elif args.distillation:
                     teacher = model.teacher(tokens)
-            scores = two_stream_scores(local, global_, labels, args.topk, args.streams)
+            scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)
             terms = {"ranking": ranking_loss(scores, targets[:, dataset.seen])}
             if stage == 1 and args.distillation:
+                # at first global_ = teacher: the gradient, a sign, is rounding's (torchrun differs)
                 terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
             # means over this process's images -> its part of the means over the whole batch
             share = len(batch[RANK::WORLD]) / len(batch)
@@ -323,9 +321,11 @@ def train(model, stage, epochs, dataset, validation, state, args):
                 means = dict(zip(["loss", *terms], (total / (step + 1)).tolist()))
                 if not math.isfinite(means["loss"]):
                     raise UserError(f"stage {stage}, epoch {epoch + 1}, step {step + 1}: the loss "
-                                    f"is not finite, {means}; {args.output}/last.pt holds the "
-                                    f"epoch before: try a smaller --lr or --precision fp32")
+                                    f"is not finite, {means}; finished epochs are in "
+                                    f"{args.output}: try a smaller --lr or --precision fp32")
         line = {"stage": stage, "epoch": epoch + 1, **means, "seconds": time.time() - begin}
+        if WORLD > 1:  # the images that any process found unreadable
+            dist.all_reduce(dataset.unreadable.view(torch.uint8), dist.ReduceOp.MAX)
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         if validation is not None:
@@ -338,7 +338,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         state.update(model=model.trained(), optimizer=optimizer.state_dict())
         best = max(x.get("val_mAP", 0) for x in log if x["stage"] == stage)
-        if not line.get("val_mAP", 0) < best:  # without validation images: the last epoch
+        if not line.get("val_mAP", 0) < best:  # without --val-fraction, or NaN: always
             data.write_file(f"{args.output}/best.pt", state)
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
@@ -355,7 +355,7 @@ def train(model, stage, epochs, dataset, validation, state, args):
 @torch.no_grad()
 def evaluate(encode, label_embeddings, topk, dataset, args):
     """All images' stream_scores of labels [C, D]: [2, N, C]. encode: images -> (global, local)."""
-    scores = torch.zeros(2, len(dataset), len(label_embeddings))
+    scores = torch.zeros(2, len(dataset), len(label_embeddings))  # each part below is a view
     loader = DataLoader(Subset(dataset, range(RANK, len(dataset), WORLD)), args.batch_size,
                         num_workers=args.workers, pin_memory="cuda" in args.device)
     bar = tqdm(loader, "scoring", leave=False, disable=args.quiet or None)
@@ -364,7 +364,7 @@ def evaluate(encode, label_embeddings, topk, dataset, args):
             global_, local = encode(images.to(args.device, non_blocking=True))
         part.copy_(stream_scores(local, global_, label_embeddings, topk))
     if WORLD > 1:
-        dist.all_reduce(scores)
+        dist.all_reduce(scores)  # a sum: 0 where another process has the score
     return scores
 
 
@@ -380,17 +380,18 @@ def table(model, test, clip_preprocess, args):
     texts = [model.clip.encode_text(part.to(args.device)) for part in tokens.split(256)]
     original = copy.copy(test)
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
-    local, global_ = evaluate(cosines, F.normalize(torch.cat(texts), dim=-1), 1, original, args)
-    rows = metrics.zero_shot_rows(global_, local, test, ks)
+    texts = F.normalize(torch.cat(texts), dim=-1)
+    local_scores, global_scores = evaluate(cosines, texts, 1, original, args)  # of the best patch
+    rows = metrics.zero_shot_rows(global_scores, local_scores, test, ks)
 
-    contexts = {}
-    if args.epochs and args.prompt_epochs:
-        # stage 2 moves the labels alone: with CLIP's own context it is as if it had not been
-        contexts["MKT without prompt tuning"] = model.clip.token_embedding.weight[model.context_ids]
+    contexts, clips_own = {}, model.clip.token_embedding.weight[model.context_ids]
+    if args.epochs and not torch.equal(model.context, clips_own):  # what stage 2 has trained
+        contexts["MKT without prompt tuning"] = clips_own
     contexts["MKT"] = model.context
     prompts = model.prompts(test.labels)
-    labels = [model.label_embeddings(prompts, context) for context in contexts.values()]
-    scores = evaluate(model, torch.cat(labels), args.topk, test, args).chunk(len(labels), dim=2)
+    embeddings = [model.label_embeddings(prompts, context) for context in contexts.values()]
+    scores = evaluate(model, torch.cat(embeddings), args.topk, test, args)
+    scores = scores.chunk(len(contexts), dim=2)
     for name, streams in zip(contexts, scores):
         kind = "method" if name == "MKT" else "ablation"
         rows.append(metrics.table_row(name, kind, streams, test, ks,
@@ -416,7 +417,7 @@ def predict(model, preprocess, labels, args):
         print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
         if args.heatmap:
             maps = embeddings @ local[0].T  # [C, L]
-            # what a patch scores for any label, as background does, says nothing of this one
+            # less the patch's mean over all labels: background scores alike for every one
             maps = (maps - maps.mean(dim=0)).relu().cpu()
             maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
             shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
@@ -435,7 +436,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="ViT-B/16", help="a ViT: CLIP's name for it or a path to weights")
     add("--topk", type=int, default=16, help="patches that the local score averages (16)")
-    add("--streams", default="both", choices=["both", "global", "local"], help="scores that count")
+    add("--streams", default="both", choices=["both", "global", "local"], help="those that count")
     add("--preprocess", default="clip", choices=["clip", "authors"], help="whose mean, std, crop")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=20, help="of stage 1 (20)")
@@ -449,14 +450,14 @@ def arguments(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", choices=list(data.DATASETS), help="folder: images of your own")
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
-    add("--val-fraction", type=float, default=0.0, help="of training images, to select the epoch")
+    add("--val-fraction", type=float, default=0.0, help="share held out, to select the epoch")
     add("--limit", type=int, help="only so many images of each split: a quick look")
     flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
-    add("--allow-missing", **flag, help="go on without over 5%% of the images")
+    add("--allow-missing", **flag, help="go on if over 5%% of the images are missing")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
     add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
-    add("--difficult", choices=["absent", "unknown", "present"], help="voc2007's (absent)")
+    add("--difficult", choices=["absent", "unknown", "present"], help="of voc2007 (absent)")
     add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -465,7 +466,7 @@ def arguments(argv=None):
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--seed", type=int, default=0)
     add("--output", metavar="DIR", help="the run's folder (runs/mkt-DATA)")
-    add("--resume", action="store_true", help="go on in --output; what is typed again wins")
+    add("--resume", action="store_true", help="go on in --output; options typed now win")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("a trained model").add_argument
     add("--eval", nargs="+", metavar="FILE", help="evaluate it, or releases: STAGE1.pth STAGE2.pth")
@@ -533,7 +534,8 @@ def autocast(args):
 
 
 def main(argv=None):
-    (args, saved), begin = arguments(argv), time.time()
+    begin = time.time()
+    args, saved = arguments(argv)
     if not args.predict:  # data first: files may be missing
         options = {name: getattr(args, name) for name in data.OPTIONS}
         test = data.load_dataset(args.data, args.root, "test", **options)
@@ -542,7 +544,7 @@ def main(argv=None):
         has_seen = torch.cat([(dataset.full_targets[rows][:, dataset.seen] == 1).any(dim=1)
                               for rows in dataset.rows.split(4096)])
         if len(dataset.seen) < 2 or not has_seen.any():
-            raise UserError(f"{args.data}: ranking takes two seen labels and images of them")
+            raise UserError(f"{args.data}: ranking needs two seen labels and images that show one")
         dataset = dataset.subset(has_seen)
         if os.path.exists(f"{args.output}/last.pt") and not args.resume:
             raise UserError(f"{args.output} holds a run: --resume it or name another --output")

@@ -75,7 +75,7 @@ TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a 
 CONTEXT, HEADS = 16, 4  # learned words of a prompt; attention heads
 TEMPERATURE = 0.1  # t, of similarities with prototypes
 MOMENTUM = 0.99  # of the visual prototypes
-SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # pseudo labels: thresholds, in numbers of hidden positives
+SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # ranks of the thresholds, times the hidden positives
 # labels that an image shows, on average; the benchmarks' as Cole et al. (CVPR 2021) have them
 EXPECTED_POSITIVES = {"voc2007": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4, "toy": 2.7}
 
@@ -95,7 +95,7 @@ class TRM(nn.Module):
         self.clip, self.matching = clip.requires_grad_(False), matching
         # an x holds the place of a learned word
         tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
-        self.eot = tokens.argmax(dim=1)  # on the CPU, as encode_prompts likes it
+        self.eot = tokens.argmax(dim=1)  # the highest id; stays on the CPU, so no GPU is waited for
         self.register_buffer("tokens", tokens[:, :self.eot.max() + 1], persistent=False)
         width, size = clip.text_projection.shape
         contexts = len(labels) if per_label_context else 1
@@ -113,7 +113,7 @@ class TRM(nn.Module):
             for layer in (self.query, self.key, self.value, self.out):  # change nothing at first
                 nn.init.eye_(layer.weight)
                 nn.init.zeros_(layer.bias)
-            self.register_buffer("visual", start.clone())
+            self.register_buffer("visual", start.clone())  # the prototypes V
             self.register_buffer("sure_present", torch.full((len(labels),), torch.inf))
             self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
         self.to(clip.text_projection.device)
@@ -171,14 +171,12 @@ class TRM(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, estimates, known, expected_positives):
-        """Set the thresholds of pseudo labels from an epoch's estimates and known targets [N, C]:
-        ranks among a label's unknown entries (training fits the known ones: they would flatter),
-        half and twice as many as it has hidden positives.
-
-        Where known entries are drawn from all, a label's share of positives is the same among the
-        unknown ones. Where they are not, which shows in absent labels being the fewer ones, an
-        image has expected_positives, and those that are not known are spread over the labels as
-        the known ones are. A label without a known positive gets no pseudo labels."""
+        """Set each label's thresholds from an epoch's estimates and known targets [N, C]: those of
+        its unknown entries, sorted, at ranks of half and twice the positives hidden among them.
+        Entries known at random have the unknown ones' share of positives. If fewer are known absent
+        than present, it was not at random: then an image shows expected_positives, and the hidden
+        ones are spread over labels as the known ones are. Known ones do not rank: they are fitted.
+        A label without a known positive gets no pseudo labels."""
         positives, negatives = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
         count = (known == 0).sum(dim=0)
         if positives.sum() < negatives.sum():
@@ -204,8 +202,9 @@ class TRM(nn.Module):
 
     def load_trained(self, weights):
         """Take weights as trained() gives them."""
+        clip = {k: v for k, v in self.state_dict().items() if k.startswith("clip.")}
         try:
-            self.load_state_dict({**self.state_dict(), **weights})
+            self.load_state_dict({**clip, **weights})
         except RuntimeError as error:
             raise UserError(f"the checkpoint is of another kind of model: {error}") from None
 
@@ -226,7 +225,8 @@ def encode(clip, images, args):
     """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
     with autocast(args):
         images = images.to(args.device, non_blocking=True)
-        global_, local = clip.encode_image_dense(images, value_path=True)  # localises better
+        # value_path: a ViT's patches localise better
+        global_, local = clip.encode_image_dense(images, value_path=True)
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
@@ -278,20 +278,20 @@ def batch_loss(model, x, known, args):
     if args.pseudo:
         model.update_prototypes(features, present)
         modalities = [model.visual, texts]
-    near = nearer = 0  # [B, C], means over the modalities
+    cosine = log_softmax = 0  # [B, C], means over the modalities of the two terms of e_c
     for prototypes in modalities:
         matched = (features * prototypes).sum(dim=-1) / TEMPERATURE
         among_all = (features @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
-        near = near + matched / len(modalities)
-        nearer = nearer + (matched - among_all) / len(modalities)
+        cosine = cosine + matched / len(modalities)
+        log_softmax = log_softmax + (matched - among_all) / len(modalities)
     if args.pseudo:
-        estimates = (near + nearer).detach()
+        estimates = (cosine + log_softmax).detach()  # e_c
         pseudo = model.pseudo_labels(estimates, known)
         terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
         present = present | (pseudo == 1)
     if args.contrastive:
         # of all labels, masked: a list of those that are present would be waited for on a GPU
-        contrast = -(nearer * present).sum() / present.sum().clamp(min=1)
+        contrast = -(log_softmax * present).sum() / present.sum().clamp(min=1)
         terms["contrastive"] = args.contrastive * contrast
     if args.distillation:
         # [B, C, L] @ [B, L, D]: the region-level features teach, the query-level ones learn
@@ -303,12 +303,56 @@ def batch_loss(model, x, known, args):
 
 # ---- train
 
+def make_loader(dataset, args, shuffle=False):
+    """Batches of (images [B, 3, H, W], targets)."""
+    return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
+                      pin_memory="cuda" in args.device)
+
+
+def make_runs(clip, dataset, args):
+    """-> what is trained side by side, a namespace for every share of known labels and matching:
+    the name and kind ("method" or "ablation") of its row in the table, its folder (output), the
+    training labels known to it (int8 [N, C]), model, optimizer and log (a dict an epoch)."""
+    runs = []
+    start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
+    for partial in args.partial:
+        known = dataset.full_targets  # before missing or unused images are left out
+        if partial == "single positive":
+            known = data.keep_single_positive(known, seed=1200)  # Cole et al., CVPR 2021
+        else:
+            known = data.keep_partial(known, partial, seed=0)  # SST, SARB, HCP
+        if not known[dataset.rows].any():
+            raise UserError("none of the training labels is known: raise --partial or --limit")
+        known = known.to(args.device)
+        for matching in args.matching:
+            run = SimpleNamespace(name=TITLES[matching], kind="method", output=args.output)
+            if len(args.partial) > 1:
+                run.name += f", {100 * partial:g}% known"
+                run.output += f"/partial-{partial:g}"
+            if matching != args.matching[-1]:
+                run.kind = "ablation"
+                run.output += f"/{matching}"
+            torch.manual_seed(args.seed)  # as if it were trained alone
+            model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
+            if matching == "region" and not (known[dataset.rows] == -1).any():
+                model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
+            optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+            run.known, run.model, run.optimizer, run.log = known, model, optimizer, []
+            if args.resume and os.path.exists(f"{run.output}/last.pt"):
+                saved = data.read_checkpoint(f"{run.output}/last.pt", "trm_ml")
+                model.load_trained(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+                run.log = saved["log"]
+            runs.append(run)
+    return runs
+
+
 def train(runs, clip, dataset, validation, truth, state, args):
     """All runs, on the same batches.
 
-    dataset, validation: images whose targets are rows of known and truth, int8 [N, C]; the truth
-    is for the log alone. Every epoch seeds its own shuffling and augmentation, so a resumed run
-    repeats the epoch it was killed in exactly."""
+    dataset, validation: (image, row) pairs. A run trains on run.known[row]; truth[row] is for the
+    log alone; both int8 [F, C]. Every epoch seeds its own shuffling and augmentation, so a resumed
+    run repeats the epoch it was killed in exactly."""
     truth = truth.to(args.device)
     loader = make_loader(dataset, args, shuffle=True)
     first = min(len(run.log) for run in runs)  # they differ in a resumed sweep
@@ -340,7 +384,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
                 losses[0].backward()
                 run.optimizer.step()
                 run.total = run.total + losses.detach()
-                if estimates is not None and step * args.batch_size < 20_000:  # images enough
+                if estimates is not None and step * args.batch_size < 20_000:  # bounds memory
                     hidden = truth[rows].masked_fill(known != 0, 0)
                     run.estimated.append((estimates, known, hidden))
                 if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
@@ -348,8 +392,8 @@ def train(runs, clip, dataset, validation, truth, state, args):
                     run.means = dict(zip(["loss", *terms], mean.tolist()))
                     if not math.isfinite(run.means["loss"]):
                         raise UserError(f"{run.name}, epoch {epoch + 1}, step {step + 1}: the loss "
-                                        f"is not finite, {run.means}; {run.output}/last.pt holds "
-                                        f"the epoch before: try a smaller --lr or --precision fp32")
+                                        f"is not finite, {run.means}; finished epochs are in "
+                                        f"{run.output}: try a smaller --lr or --precision fp32")
         for run in unfinished:
             line = {"epoch": epoch + 1, **run.means}
             if run.estimated:
@@ -370,16 +414,16 @@ def train(runs, clip, dataset, validation, truth, state, args):
                     logits = [run.model(x.to(args.device).float(), texts)[0].float()
                               for x in held_out.split(args.batch_size)]
                 line["val_mAP"] = metrics.mean_average_precision(torch.cat(logits), known)
-            values = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
-            print(f"{run.name}  {values}", flush=True)
+            print(run.name, *(f"{name} {value:.4g}" for name, value in line.items()), sep="  ",
+                  flush=True)
             run.log.append(line)
             checkpoint = {**state, "matching": run.model.matching, "model": run.model.trained(),
                           "optimizer": run.optimizer.state_dict(), "log": run.log}
             best = max(x.get("val_mAP", 0) for x in run.log)
-            if not line.get("val_mAP", 0) < best:  # without validation images: the last epoch
+            if not line.get("val_mAP", 0) < best:  # without --val-fraction, or NaN: always
                 data.write_file(f"{run.output}/best.pt", checkpoint)
-            lines = [json.dumps(line) + "\n" for line in run.log]
-            data.write_file(f"{run.output}/log.jsonl", "".join(lines))
+            lines = "".join(json.dumps(x) + "\n" for x in run.log)
+            data.write_file(f"{run.output}/log.jsonl", lines)
             data.write_file(f"{run.output}/curves.png", metrics.draw_curves(run.log))
             data.write_file(f"{run.output}/last.pt", checkpoint)  # at the end: the epoch is done
     for run in runs:
@@ -457,6 +501,7 @@ def predict(clip, model, preprocess, labels, args):
 # ---- arguments
 
 def arguments(argv=None):
+    """-> what was asked for, and the state of the checkpoint to start from or None."""
     parser = argparse.ArgumentParser(
         usage="trm_ml.py [options]", description=__doc__.split("\n\nB images")[0],
         epilog=f"Defaults are usual in this line of work; --data toy has {TOY}",
@@ -466,14 +511,14 @@ def arguments(argv=None):
     add("--partial", type=float, nargs="+", default=[1.0], metavar="P",
         help="the share of label entries that is known; several are trained side by side")
     add("--single-positive", dest="partial", action="store_const", const=["single positive"],
-        help="one present label an image is known")
+        help="of every image one present label is known")
     group.add_argument("--expected-positives", type=float, metavar="K",
-        help="labels that an image shows, for --single-positive (coco 2.9, voc2007 1.5, else 3)")
+        help="labels that an image shows, for --single-positive (the benchmark's, else 3)")
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN101", help="CLIP's name for it or a path to weights")
     add("--image-size", type=int, default=448, help="pixels, square; nothing is cropped (448)")
     add("--matching", nargs="+", default=["region"], choices=list(TITLES),
-        help="what texts are matched with; several: a model each, the last is the run's")
+        help="what texts are matched with; several: one model each, the last is the run's")
     add("--per-label-context", action="store_true", help="every label learns its own context")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=20, help="passes over the training images (20)")
@@ -486,14 +531,14 @@ def arguments(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", choices=list(data.DATASETS), help="folder: images of your own")
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
-    add("--val-fraction", type=float, default=0.0, help="of training images, to select the epoch")
+    add("--val-fraction", type=float, default=0.0, help="share held out, to select the epoch")
     add("--limit", type=int, help="only so many images of each split: a quick look")
     flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
-    add("--allow-missing", **flag, help="go on without over 5%% of the images")
+    add("--allow-missing", **flag, help="go on if over 5%% of the images are missing")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
     add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
-    add("--difficult", choices=["absent", "unknown", "present"], help="voc2007's (absent)")
+    add("--difficult", choices=["absent", "unknown", "present"], help="of voc2007 (absent)")
     add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -502,10 +547,10 @@ def arguments(argv=None):
     add("--compile", action="store_true", help="torch.compile the regions")
     add("--seed", type=int, default=0)
     add("--output", metavar="DIR", help="the run's folder (runs/trm_ml-DATA)")
-    add("--resume", action="store_true", help="go on in --output; what is typed again wins")
+    add("--resume", action="store_true", help="go on in --output; options typed now win")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("a trained model").add_argument
-    add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
+    add("--eval", metavar="FILE", help="evaluate this checkpoint instead of training")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
     add("--checkpoint", metavar="FILE", help="the trained model for --predict")
     add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
@@ -551,52 +596,9 @@ def autocast(args):
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def make_loader(dataset, args, shuffle=False):
-    """Batches of (images [B, 3, H, W], targets)."""
-    return DataLoader(dataset, args.batch_size, shuffle=shuffle, num_workers=args.workers,
-                      pin_memory="cuda" in args.device)
-
-
-def make_runs(clip, dataset, args):
-    """-> what is trained side by side, a namespace for every share of known labels and matching:
-    the name and kind ("method" or "ablation") of its row in the table, its folder (output), the
-    training labels known to it (int8 [N, C]), model, optimizer and log (a dict an epoch)."""
-    runs = []
-    start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
-    for partial in args.partial:
-        known = dataset.full_targets  # before missing or unused images are left out
-        if partial == "single positive":
-            known = data.keep_single_positive(known, seed=1200)  # Cole et al., CVPR 2021
-        else:
-            known = data.keep_partial(known, partial, seed=0)  # SST, SARB, HCP
-        if not known[dataset.rows].any():
-            raise UserError("none of the training labels is known: raise --partial or --limit")
-        known = known.to(args.device)
-        for matching in args.matching:
-            run = SimpleNamespace(name=TITLES[matching], kind="method", output=args.output)
-            if len(args.partial) > 1:
-                run.name += f", {100 * partial:g}% known"
-                run.output += f"/partial-{partial:g}"
-            if matching != args.matching[-1]:
-                run.kind = "ablation"
-                run.output += f"/{matching}"
-            torch.manual_seed(args.seed)  # as if it were trained alone
-            model = TRM(clip, dataset.labels, matching, args.per_label_context, start)
-            if matching == "region" and not (known[dataset.rows] == -1).any():
-                model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
-            optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-            run.known, run.model, run.optimizer, run.log = known, model, optimizer, []
-            if args.resume and os.path.exists(f"{run.output}/last.pt"):
-                saved = data.read_checkpoint(f"{run.output}/last.pt", "trm_ml")
-                model.load_trained(saved["model"])
-                optimizer.load_state_dict(saved["optimizer"])
-                run.log = saved["log"]
-            runs.append(run)
-    return runs
-
-
 def main(argv=None):
-    (args, saved), begin = arguments(argv), time.time()
+    begin = time.time()
+    args, saved = arguments(argv)
     if not args.predict:  # data first: files may be missing
         options = {name: getattr(args, name) for name in data.OPTIONS}
         test = data.load_dataset(args.data, args.root, "test", **options)
@@ -637,10 +639,10 @@ def main(argv=None):
     if not args.eval:
         truth = dataset.full_targets
         shares = [(run.known != 0).float().mean().item() for run in runs]
-        shares = ", ".join(dict.fromkeys(f"{100 * share:.2g}%" for share in shares))
+        shares = ", ".join(dict.fromkeys(f"{100 * share:.3g}%" for share in shares))
         print(f"{args.data}: {len(dataset):,} training images, {len(dataset.labels)} labels, "
               f"{shares} of the entries known; {len(test):,} test images", flush=True)
-        # dataset[i] is (image, full_targets[rows[i]]): from here on the row's number in known
+        # runs know different labels: from here on dataset[i] is (image, its row in run.known)
         dataset.full_targets = torch.arange(len(truth))
         dataset.transform = augmentation(preprocess) if args.augment == "yes" else preprocess
         dataset, validation = dataset.hold_out(args.val_fraction, preprocess)

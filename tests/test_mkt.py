@@ -327,6 +327,8 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_numbers(trained, quick
     resume = ["--resume", "--output", str(tmp_path), "--device", "cpu"]
     trees.run_killed("mkt", "log.jsonl", 2, [*quick, "--output", tmp_path])
     assert len(checkpoint(tmp_path / "last.pt")["log"]) == 1  # epoch 2 of stage 1 is lost
+    *zero_shot, row = mkt.main(["--eval", str(tmp_path / "last.pt"), "--device", "cpu"])
+    assert len(zero_shot) == 3 and row["name"] == "MKT"  # no prompt has been tuned
     trees.run_killed("mkt", "last.pt", 2, resume)
     assert len(checkpoint(tmp_path / "last.pt")["log"]) == 3
     assert not (tmp_path / "results.json").exists()

@@ -370,6 +370,14 @@ def test_resume_with_another_share_trains_only_that(sweep, own, tmp_path):
     assert [of_share[row["name"]] for row in before[:7]] == before[:7]
 
 
+def test_resume_as_another_kind_of_model_is_refused(sweep, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(sweep[0] / "partial-0.6/pixel", output)
+    with pytest.raises(data.UserError, match="another kind of model"):
+        trm_ml.main(["--resume", "--output", str(output), "--partial", "0.6", "--matching", "region",
+                     "--device", "cpu"])
+
+
 def test_validation_images_select_the_epoch(own, tmp_path, clip):
     more = ["--partial", "0.6", "--val-fraction", "0.5", "--lr", "0.03"]
     row = trm_ml.main(flags(own, tmp_path, *more))[-1]
