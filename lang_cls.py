@@ -39,7 +39,6 @@ Where this differs from the authors' code
 """
 import argparse
 import contextlib
-import hashlib
 import http.client
 import json
 import math
@@ -316,7 +315,7 @@ def generate(path, labels, args):
 def embed_texts(clip, texts, args):
     """Unit-length embeddings of texts, float32 [N, D] on the CPU; too long texts are cut.
 
-    They are kept on disk, under a hash of the texts and of CLIP's weights."""
+    They are kept on disk, for these texts and CLIP's weights."""
     unique = list(dict.fromkeys(texts))
 
     def embed():
@@ -328,8 +327,7 @@ def embed_texts(clip, texts, args):
             embeddings[rows] = F.normalize(embedded, dim=-1).cpu()
         return {"embeddings": embeddings.numpy()}
 
-    digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
-    arrays = data.cached("texts", [], [clip.fingerprint(), digest], embed)
+    arrays = data.cached("texts", [], [clip.fingerprint(), unique], embed)
     embeddings = torch.from_numpy(arrays["embeddings"])
     row = {text: index for index, text in enumerate(unique)}
     return embeddings[[row[text] for text in texts]]
