@@ -50,7 +50,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -539,31 +539,28 @@ def arguments(argv=None):
 # ---- main
 
 class Inert:
-    """Stands for an object of a class that we do not want to run."""
+    """An empty dict in place of an object whose class we do not want to run."""
 
-    def __init__(self, *args):
-        self.args = args
+    def __new__(cls, *args):
+        return OrderedDict()
 
 
 def load_release(path, clip, templates, args):
     """The authors' checkpoint for COCO -> CoMC; its labels' embeddings are those of --memory, or
     of our templates. UserError for another file.
 
-    It holds a pickled scheduler and more: whatever is not a tensor or a container becomes an
-    Inert, or an empty dict, so that nothing in the file is executed."""
+    It holds a pickled scheduler and more: an Inert stands for whatever is not a tensor or a
+    container, so that nothing in the file is executed."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins = [(Inert, name) for name in names if "dict" not in name]
-        stand_ins += [(lambda *_: {}, name) for name in names if "dict" in name]
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
             state = torch.load(path, map_location="cpu", weights_only=True)
         weight = state["state_dict"]["adapter.0.weight"].float()  # [80, 1024]
         if args.memory:
             path = args.memory
             memory = torch.load(path, map_location="cpu", weights_only=True).float()
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        reason = repr(error).partition("\\n")[0]
-        raise UserError(f"{path} is not the authors' file: {reason}") from None
+        raise UserError(f"{path} is not the authors' file: {error!r:.200}") from None
     if not args.memory:
         memory = label_embeddings(clip, data.COCO_LABELS, templates, args)
     if not weight.shape == memory.shape == (80, clip.text_projection.shape[1]):
