@@ -46,7 +46,6 @@ import os
 import random
 import re
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -234,12 +233,6 @@ def load_templates(path):
 
 # ---- texts by a language model
 
-def draw_labels(labels, seed, request):
-    """1 to 5 random labels for a request; the same whenever it is made."""
-    generator = random.Random(f"{seed} {request}")
-    return generator.sample(labels, generator.randint(1, min(5, len(labels))))
-
-
 def ask(url, model, labels, attempts=6, delay=1.0):
     """A sentence about these labels from an OpenAI-compatible server.
 
@@ -279,32 +272,29 @@ def ask(url, model, labels, attempts=6, delay=1.0):
 
 
 def generate(path, labels, args):
-    """Have a language model write --sentences, several requests at a time. Every answer is kept at
-    once, {"request", "labels", "description"} a line; a repeated call asks for the missing ones."""
-    missing = set(range(args.sentences))
+    """Have a language model write --sentences about 1 to 5 random labels each, several at a time.
+    Every answer is kept at once, {"request", "labels", "description"} a line; a repeated call
+    asks for the missing ones."""
+    generator = random.Random(args.seed)
+    missing = {request: generator.sample(labels, generator.randint(1, min(5, len(labels))))
+               for request in range(args.sentences)}
     if os.path.exists(path):
         text = data.read_text(path)
         if text and not text.startswith('{"request": '):
             raise UserError(f"{path}: not written by --generate: choose another file")
         data.write_file(path, text[:text.rfind("\n") + 1])  # a killed call may have cut a line
         for where, entry in data.read_json(path):
-            request = entry.get("request") if isinstance(entry, dict) else None
-            if request is None or entry["labels"] != draw_labels(labels, args.seed, request):
-                raise UserError(f"{where}: written for other labels or another seed: choose "
-                                f"another file for --generate")
-            missing.discard(request)
-    lock = threading.Lock()
+            if missing.pop(entry.get("request"), entry.get("labels")) != entry.get("labels"):
+                raise UserError(f"{where}: for other labels or another seed: choose another file")
 
     def answer(request):
-        names = draw_labels(labels, args.seed, request)
-        line = {"request": request, "labels": names,
-                "description": ask(args.llm_url, args.llm_model, names)}
-        with lock:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+        line = {"request": request, "labels": missing[request],
+                "description": ask(args.llm_url, args.llm_model, missing[request])}
+        file.write(json.dumps(line).encode() + b"\n")
 
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
-        answers = pool.map(answer, sorted(missing))  # an error, or Ctrl-C, cancels what is waiting
+    # unbuffered, a line is one write, whole and at once, whichever thread it comes from
+    with open(path, "ab", buffering=0) as file, ThreadPoolExecutor(args.llm_requests) as pool:
+        answers = pool.map(answer, missing)  # an error, or Ctrl-C, cancels what is waiting
         list(tqdm(answers, total=len(missing), disable=args.quiet or None))
     print(f"{args.sentences:,} answers; train with --texts {path}")
 
