@@ -39,7 +39,6 @@ Where this differs from the authors' code
 """
 import argparse
 import contextlib
-import http.client
 import json
 import math
 import os
@@ -233,11 +232,11 @@ def load_templates(path):
 
 # ---- texts by a language model
 
-def ask(url, model, labels, attempts=6, delay=1.0):
+def ask(url, model, labels, waits=(0, 1, 2, 4, 8, 16)):
     """A sentence about these labels from an OpenAI-compatible server.
 
-    429, 5xx and time-outs are tried again, after the time that the server names or longer and
-    longer. UserError if that does not help, or if the server refuses."""
+    429, 5xx and time-outs are tried again. waits: seconds before each attempt, if the server does
+    not ask for more. UserError if none succeeds, or if the server refuses."""
     prompt = (f"Describe, in one sentence of at most 25 words, a photo that shows: "
               f"{', '.join(labels)}. Use each of these names as it is written here and mention no "
               f"other object. Answer with the sentence only.")
@@ -248,25 +247,23 @@ def ask(url, model, labels, attempts=6, delay=1.0):
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if key:  # unredirected: another host must not get it
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    for attempt in range(attempts):
-        wait = delay * 2 ** attempt
+    retry_after = 0
+    for wait in waits:
+        time.sleep(max(wait, retry_after))
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 answer = json.load(response)["choices"][0]["message"]["content"] or ""
-            answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)  # reasoning
-            return " ".join(answer.split()).strip('" ')
+            return re.sub("(?s)<think>.*?</think>", "", answer).strip('" \n')  # reasoning
         except urllib.error.HTTPError as error:
             reason = str(error)
-            with contextlib.suppress(OSError, http.client.HTTPException):  # it may break off too
+            with contextlib.suppress(Exception):  # it may break off too
                 reason += f" {error.read(10_000).decode(errors='replace')}"
             if error.code not in (408, 409, 425, 429) and error.code < 500:
                 break
             if error.headers.get("Retry-After", "").isdigit():
-                wait = min(int(error.headers["Retry-After"]), 600)
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                retry_after = min(int(error.headers["Retry-After"]), 600)
+        except Exception as error:  # connections break off, and answers are no answers
             reason = f"{type(error).__name__}: {error}"
-        if attempt < attempts - 1:
-            time.sleep(wait)
     reason = reason.replace(key, "***") if key else reason
     raise UserError(f"{url}: {reason[:300]}; the same command goes on from what has come so far")
 

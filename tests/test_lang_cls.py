@@ -277,7 +277,7 @@ def environment(monkeypatch):
 def impatient(monkeypatch):
     """Retries at once, and a time-out of a fraction of a second."""
     urlopen = urllib.request.urlopen
-    monkeypatch.setattr(lang_cls, "ask", functools.partial(lang_cls.ask, delay=0.001))
+    monkeypatch.setattr(lang_cls, "ask", functools.partial(lang_cls.ask, waits=6 * [0]))
     monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: urlopen(
         request, timeout=0.3))
 
@@ -294,7 +294,7 @@ def test_every_trouble_is_survived(impatient, trouble):
 def test_attempts_end(impatient):
     with ChatServer(dict.fromkeys(range(9), FAILED)) as server:
         with pytest.raises(UserError, match=f"{server.url}: HTTP Error 500.*same command goes on"):
-            lang_cls.ask(server.url, "toy-llm", ["dog"], attempts=4)
+            lang_cls.ask(server.url, "toy-llm", ["dog"], waits=4 * [0])
         assert len(server.prompts) == 4
 
 
