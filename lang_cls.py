@@ -159,16 +159,6 @@ def ranking_loss(logits, targets):
 
 # ---- texts
 
-def template_sentences(labels, templates):
-    """For each label "a photo of a {}." nine times, and every template once (Liu et al., 2024).
-
-    -> sentences list[str], targets int8 [N, C] in {+1, -1}."""
-    templates = [TEMPLATES[0] for _ in range(9)] + templates
-    sentences = [fill_template(template, label) for label in labels for template in templates]
-    targets = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
-    return sentences, targets.repeat_interleave(len(templates), dim=0)
-
-
 def load_texts(path, labels):
     """Sentences with their labels from a file; those of no use are dropped and counted.
 
@@ -206,19 +196,23 @@ def load_texts(path, labels):
 
 
 def training_texts(labels, templates, args):
-    """-> sentences list[str], targets int8 [N, C] of --sources."""
-    sentences, targets = [], []
+    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}.
+
+    Those about several labels come first; then of each label "a photo of a {}." nine times and
+    every template once (Liu et al., 2024)."""
+    sentences, targets = [], torch.empty(0, len(labels), dtype=torch.int8)
     if args.sources != "templates" and args.texts:
-        texts, present, dropped = load_texts(args.texts, labels)
-        print(f"{args.texts}: {len(texts):,} sentences; dropped: {dict(dropped)}")
-        sentences, targets = texts[:args.sentences], [present[:args.sentences]]
+        sentences, targets, dropped = load_texts(args.texts, labels)
+        print(f"{args.texts}: {len(sentences):,} sentences; dropped: {dict(dropped)}")
+        sentences, targets = sentences[:args.sentences], targets[:args.sentences]
     elif args.sources != "templates":
-        sentences, present = sentences_about(labels, args.sentences, args.seed)
-        targets = [present]
+        sentences, targets = sentences_about(labels, args.sentences, args.seed)
     if args.sources != "sentences":
-        prompts, present = template_sentences(labels, templates)
-        sentences, targets = sentences + prompts, [*targets, present]
-    return sentences, torch.cat(targets)
+        templates = 9 * TEMPLATES[:1] + templates
+        sentences += [fill_template(template, label) for label in labels for template in templates]
+        one_present = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
+        targets = torch.cat([targets, one_present.repeat_interleave(len(templates), dim=0)])
+    return sentences, targets
 
 
 def load_templates(path):
