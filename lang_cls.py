@@ -163,15 +163,14 @@ def load_texts(path, labels):
     """Sentences with their labels from a file; those of no use are dropped and counted.
 
     path: a JSON list of {"labels": ["dog", ...], "description": "..."}, or such an object a line.
-    labels: C names; a synonym of one counts as the label. A sentence need not repeat a label's own
-    word ("a skateboarder"). -> N sentences, targets int8 [N, C] in {+1, -1}, and a Counter
-    {reason: number dropped}. UserError names file and line of what cannot be read."""
+    A synonym counts as the label; a sentence need not repeat its word ("a skateboarder").
+    -> N sentences, targets int8 [N, C] in {+1, -1}, Counter {reason: number dropped}."""
     column_of = {label.lower(): column for column, label in enumerate(labels)}
     for group in SYNONYMS:
         columns = [column_of[name] for name in group if name in column_of]
         if len(columns) == 1:
             column_of |= dict.fromkeys(group, columns[0])
-    sentences, rows, dropped, known = [], [], Counter(), set()
+    sentences, rows, dropped = {}, [], Counter()  # sentences by their lower case
     for where, entry in data.read_json(path):
         try:
             columns = [column_of.get(label.strip().lower()) for label in entry["labels"]]
@@ -182,17 +181,16 @@ def load_texts(path, labels):
             dropped["no or unknown label"] += 1
         elif not sentence or REFUSAL.match(sentence):
             dropped["empty or refusal"] += 1
-        elif sentence.lower() in known:
+        elif sentence.lower() in sentences:
             dropped["duplicate"] += 1
         else:
-            known.add(sentence.lower())
-            sentences.append(sentence)
+            sentences[sentence.lower()] = sentence
             row = torch.full((len(labels),), -1, dtype=torch.int8)
             row[columns] = 1
             rows.append(row)
     if not sentences:
         raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
-    return sentences, torch.stack(rows), dropped
+    return list(sentences.values()), torch.stack(rows), dropped
 
 
 def training_texts(labels, templates, args):
