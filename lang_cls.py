@@ -118,12 +118,9 @@ class CoMC(nn.Module):
     def scores(self, global_, local, mapping_weight=0.3, streams="both"):
         """Unit-length embeddings [B, D] and [B, L, D] -> logits [B, C], of any size: the mean of
         the whole image's and the best location's; streams: "both", "global" or "local" alone."""
-        scores = []
-        if streams != "local":
-            scores.append(self(global_, mapping_weight))
-        if streams != "global":
-            scores.append(self(local, mapping_weight).amax(dim=1))  # [B, L, C] -> [B, C]
-        return sum(scores) / len(scores)
+        whole = self(global_, mapping_weight)
+        best = self(local, mapping_weight).amax(dim=1)  # [B, L, C] -> [B, C]
+        return {"global": whole, "local": best, "both": (whole + best) / 2}[streams]
 
 
 @torch.no_grad()
