@@ -384,27 +384,24 @@ def train(model, embeddings, targets, state, args):
 def table(clip, model, test, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     ks = (10, 20) if test.name == "openimages" else (3, 5)
-    settings = {}  # name: (mapping weight, streams)
-    if args.mapping_weight:
-        settings["CoMC without mapping"] = (0.0, args.streams)
-    if args.streams == "both":
-        settings["CoMC, global alone"] = (args.mapping_weight, "global")
-        settings["CoMC, local alone"] = (args.mapping_weight, "local")
-    settings["CoMC"] = (args.mapping_weight, args.streams)
+    settings = {"CoMC without mapping": (0, args.streams),
+                "CoMC, global alone": (args.mapping_weight, "global"),
+                "CoMC, local alone": (args.mapping_weight, "local"),
+                "CoMC": (args.mapping_weight, args.streams)}
     encoder = torch.compile(encode) if args.compile else encode
-    whole, best, scores = [], [], {name: [] for name in settings}
-    loader = DataLoader(test, 64, num_workers=args.workers,
-                        pin_memory="cuda" in args.device)
-    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
+    scores = torch.empty(2 + len(settings), len(test), len(test.labels))
+    loader = DataLoader(test, 64, num_workers=args.workers, pin_memory="cuda" in args.device)
+    bar = tqdm(loader, "scoring", leave=False, disable=args.quiet or None)
+    for (images, _), part in zip(bar, scores.split(64, dim=1)):
         clip_global, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
-        whole.append((clip_global @ model.memory.T).cpu())
-        best.append((local @ model.memory.T).amax(dim=1).cpu())  # [B, L, C] -> [B, C]
-        for name, setting in settings.items():
-            scores[name].append(model.scores(global_, local, *setting).cpu())
-    rows = metrics.zero_shot_rows(torch.cat(whole), torch.cat(best), test, ks)
-    for name, parts in scores.items():
+        whole = clip_global @ model.memory.T
+        best = (local @ model.memory.T).amax(dim=1)  # [B, L, C] -> [B, C]
+        ours = [model.scores(global_, local, *setting) for setting in settings.values()]
+        part.copy_(torch.stack([whole, best, *ours]))
+    rows = metrics.zero_shot_rows(*scores[:2], test, ks)
+    for name, x in zip(settings, scores[2:]):
         kind = "method" if name == "CoMC" else "ablation"
-        rows.append(metrics.table_row(name, kind, torch.cat(parts), test, ks))
+        rows.append(metrics.table_row(name, kind, x, test, ks))
     return rows
 
 
