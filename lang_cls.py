@@ -123,11 +123,10 @@ class CoMC(nn.Module):
         return {"global": whole, "local": best, "both": (whole + best) / 2}[streams]
 
 
-@torch.no_grad()
 def encode(clip, images, args):
     """Images -> unit-length CLIP's own global [B, D], CoMC's global [B, D] and local [B, L, D]
     embeddings. A ResNet pools CoMC's without positional embeddings."""
-    with autocast(args):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             global_, local = clip.encode_image_dense(images)
             clip_global = global_
@@ -540,12 +539,6 @@ def load_release(path, clip, templates, args):
         raise UserError(f"a classifier {list(weight.shape)} and label embeddings "
                         f"{list(memory.shape)} do not fit COCO's labels and --clip {args.clip}")
     return CoMC(weight, memory)
-
-
-def autocast(args):
-    """What is computed in --precision."""
-    device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def main(argv=None):
