@@ -329,13 +329,12 @@ def train(model, embeddings, targets, state, args):
     Every epoch seeds its own shuffling and noise, so a resumed run repeats the epoch it was
     killed in exactly."""
     log = state["log"]
+    # held out are distinct texts, wherever they occur
+    distinct, text = embeddings.unique(dim=0, return_inverse=True)
+    shuffled = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
+    is_held_out = (shuffled < math.ceil(args.val_fraction * len(distinct)))[text]
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    held_out = order[:0]
-    if args.val_fraction:  # of distinct texts: what is held out is trained with nowhere else
-        _, text = embeddings.unique(dim=0, return_inverse=True)
-        shuffled = torch.randperm(int(text.max()) + 1, generator=torch.Generator().manual_seed(0))
-        is_held_out = (shuffled < math.ceil(args.val_fraction * len(shuffled)))[text[order]]
-        held_out, order = order[is_held_out], order[~is_held_out]
+    held_out, order = order[is_held_out[order]], order[~is_held_out[order]]
     embeddings = embeddings.to(args.device)
     optimizer = torch.optim.Adam([model.weight], lr=args.lr, weight_decay=5e-4)
     if log:
@@ -361,9 +360,8 @@ def train(model, embeddings, targets, state, args):
                             f"holds the epoch before; try a smaller --lr")
         line = {"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - begin}
         if len(held_out):
-            with torch.no_grad():
-                line["val_mAP"] = metrics.mean_average_precision(
-                    model(embeddings[held_out]).cpu(), targets[held_out])
+            scores = model(embeddings[held_out]).detach().cpu()
+            line["val_mAP"] = metrics.mean_average_precision(scores, targets[held_out])
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         log.append(line)
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
