@@ -209,15 +209,6 @@ def training_texts(labels, templates, args):
     return sentences, targets
 
 
-def load_templates(path):
-    """Prompt templates of a file, one a line with {} where the label goes; else UserError."""
-    templates = [line.strip() for line in data.read_text(path).split("\n") if line.strip()]
-    for template in templates or [""]:
-        if "{}" not in template:
-            raise UserError(f"{path}: there is no {{}} for the label in '{template}'")
-    return templates
-
-
 # ---- texts by a language model
 
 def ask(url, model, labels, waits=(0, 1, 2, 4, 8, 16)):
@@ -559,7 +550,11 @@ def main(argv=None):
 
     # model
     clip, preprocess = clip_model.load(args.clip, args.device)
-    templates = load_templates(args.templates) if args.templates else TEMPLATES
+    templates = TEMPLATES
+    if args.templates:
+        templates = re.split(r"\s*\n\s*", data.read_text(args.templates).strip())
+        if not all("{}" in template for template in templates):
+            raise UserError(f"{args.templates}: a line without {{}}, which a label takes")
     state = {"method": "lang_cls", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": labels, "log": []}
     if saved:
