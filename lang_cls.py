@@ -190,17 +190,15 @@ def load_texts(path, labels):
 
 
 def training_texts(labels, templates, args):
-    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}.
-
-    Those about several labels come first; then of each label "a photo of a {}." nine times and
-    every template once (Liu et al., 2024)."""
-    sentences, targets = [], torch.empty(0, len(labels), dtype=torch.int8)
-    if args.sources != "templates" and args.texts:
+    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}. Templates: for each
+    label "a photo of a {}." nine times, and every template once (Liu et al., 2024)."""
+    count = 0 if args.sources == "templates" else args.sentences
+    if args.texts:
         sentences, targets, dropped = load_texts(args.texts, labels)
         print(f"{args.texts}: {len(sentences):,} sentences; dropped: {dict(dropped)}")
-        sentences, targets = sentences[:args.sentences], targets[:args.sentences]
-    elif args.sources != "templates":
-        sentences, targets = sentences_about(labels, args.sentences, args.seed)
+        sentences, targets = sentences[:count], targets[:count]
+    else:
+        sentences, targets = sentences_about(labels, count, args.seed)
     if args.sources != "sentences":
         templates = 9 * TEMPLATES[:1] + templates
         sentences += [fill_template(template, label) for label in labels for template in templates]

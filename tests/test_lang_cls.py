@@ -143,7 +143,7 @@ def test_a_text_is_held_out_wherever_it_occurs(tmp_path):
 # ---- texts and their embeddings
 
 def test_templates_count_and_targets():
-    args = SimpleNamespace(sources="templates", texts=None)
+    args = SimpleNamespace(sources="templates", texts=None, sentences=9, seed=0)
     sentences, targets = lang_cls.training_texts(["dog", "ear"], ["one {}", "two {}"], args)
     assert sentences == (9 * ["a photo of a dog."] + ["one dog", "two dog"]
                          + 9 * ["a photo of an ear."] + ["one ear", "two ear"])
