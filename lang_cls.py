@@ -153,60 +153,6 @@ def ranking_loss(logits, targets):
     return margins.sum() / len(logits)
 
 
-# ---- texts
-
-def load_texts(path, labels):
-    """Sentences with their labels from a file; those of no use are dropped and counted.
-
-    path: a JSON list of {"labels": ["dog", ...], "description": "..."}, or such an object a line.
-    A synonym counts as the label; a sentence need not repeat its word ("a skateboarder").
-    -> N sentences, targets int8 [N, C] in {+1, -1}, Counter {reason: number dropped}."""
-    column_of = {label.lower(): column for column, label in enumerate(labels)}
-    for group in SYNONYMS:
-        columns = [column_of[name] for name in group if name in column_of]
-        if len(columns) == 1:
-            column_of |= dict.fromkeys(group, columns[0])
-    sentences, rows, dropped = {}, [], Counter()  # sentences by their lower case
-    for where, entry in data.read_json(path):
-        try:
-            columns = [column_of.get(label.strip().lower()) for label in entry["labels"]]
-            sentence = " ".join((entry["description"] or "").split())
-        except (TypeError, KeyError, AttributeError):
-            raise UserError(f'{where}: not {{"labels": ["..."], "description": "..."}}') from None
-        if not columns or None in columns:
-            dropped["no or unknown label"] += 1
-        elif not sentence or REFUSAL.match(sentence):
-            dropped["empty or refusal"] += 1
-        elif sentence.lower() in sentences:
-            dropped["duplicate"] += 1
-        else:
-            sentences[sentence.lower()] = sentence
-            row = torch.full((len(labels),), -1, dtype=torch.int8)
-            row[columns] = 1
-            rows.append(row)
-    if not sentences:
-        raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
-    return list(sentences.values()), torch.stack(rows), dropped
-
-
-def training_texts(labels, templates, args):
-    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}. Templates: for each
-    label "a photo of a {}." nine times, and every template once (Liu et al., 2024)."""
-    count = 0 if args.sources == "templates" else args.sentences
-    if args.texts:
-        sentences, targets, dropped = load_texts(args.texts, labels)
-        print(f"{args.texts}: {len(sentences):,} sentences; dropped: {dict(dropped)}")
-        sentences, targets = sentences[:count], targets[:count]
-    else:
-        sentences, targets = sentences_about(labels, count, args.seed)
-    if args.sources != "sentences":
-        templates = 9 * TEMPLATES[:1] + templates
-        sentences += [fill_template(template, label) for label in labels for template in templates]
-        one_present = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
-        targets = torch.cat([targets, one_present.repeat_interleave(len(templates), dim=0)])
-    return sentences, targets
-
-
 # ---- texts by a language model
 
 def ask(url, model, labels, waits=(0, 1, 2, 4, 8, 16)):
@@ -273,7 +219,59 @@ def generate(path, labels, args):
     print(f"{args.sentences:,} answers; train with --texts {path}")
 
 
-# ---- embeddings of the texts
+# ---- texts and their embeddings
+
+def load_texts(path, labels):
+    """Sentences with their labels from a file; those of no use are dropped and counted.
+
+    path: a JSON list of {"labels": ["dog", ...], "description": "..."}, or such an object a line.
+    A synonym counts as the label; a sentence need not repeat its word ("a skateboarder").
+    -> N sentences, targets int8 [N, C] in {+1, -1}, Counter {reason: number dropped}."""
+    column_of = {label.lower(): column for column, label in enumerate(labels)}
+    for group in SYNONYMS:
+        columns = [column_of[name] for name in group if name in column_of]
+        if len(columns) == 1:
+            column_of |= dict.fromkeys(group, columns[0])
+    sentences, rows, dropped = {}, [], Counter()  # sentences by their lower case
+    for where, entry in data.read_json(path):
+        try:
+            columns = [column_of.get(label.strip().lower()) for label in entry["labels"]]
+            sentence = " ".join((entry["description"] or "").split())
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f'{where}: not {{"labels": ["..."], "description": "..."}}') from None
+        if not columns or None in columns:
+            dropped["no or unknown label"] += 1
+        elif not sentence or REFUSAL.match(sentence):
+            dropped["empty or refusal"] += 1
+        elif sentence.lower() in sentences:
+            dropped["duplicate"] += 1
+        else:
+            sentences[sentence.lower()] = sentence
+            row = torch.full((len(labels),), -1, dtype=torch.int8)
+            row[columns] = 1
+            rows.append(row)
+    if not sentences:
+        raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
+    return list(sentences.values()), torch.stack(rows), dropped
+
+
+def training_texts(labels, templates, args):
+    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}. Templates: for each
+    label "a photo of a {}." nine times, and every template once (Liu et al., 2024)."""
+    count = 0 if args.sources == "templates" else args.sentences
+    if args.texts:
+        sentences, targets, dropped = load_texts(args.texts, labels)
+        print(f"{args.texts}: {len(sentences):,} sentences; dropped: {dict(dropped)}")
+        sentences, targets = sentences[:count], targets[:count]
+    else:
+        sentences, targets = sentences_about(labels, count, args.seed)
+    if args.sources != "sentences":
+        templates = 9 * TEMPLATES[:1] + templates
+        sentences += [fill_template(template, label) for label in labels for template in templates]
+        one_present = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
+        targets = torch.cat([targets, one_present.repeat_interleave(len(templates), dim=0)])
+    return sentences, targets
+
 
 @torch.no_grad()
 def embed_texts(clip, texts, args):
