@@ -25,11 +25,9 @@ classifies images:
 B images, L locations, C labels, D joint embedding. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
- 1. The text tower is frozen: every distinct text is embedded once and kept on disk, and training
-    is a linear layer on a matrix.
+ 1. The text tower is frozen: every distinct text is embedded once and kept on disk. What trains
+    is a matrix, for seconds; several GPUs would have nothing to do.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
- 3. All rows of the table are scored in one pass over the images.
- 4. Several GPUs would have nothing to do: what trains is a matrix, for seconds.
 Where this differs from the authors' code
  1. Sentences come from a built-in grammar unless --texts names a file; --generate has a language
     model write one. The prompt templates, some forty, are our own.
@@ -90,18 +88,14 @@ REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i
 # ---- model
 
 def map_to_text(embeddings, memory, temperature=0.01):
-    """Unit-length embeddings float [..., D] as mixtures of label embeddings -> [..., D], unit
-    length.
-
-    memory: float [M, D], one unit-length text embedding per label. The weights are a softmax
-    over the cosines divided by the temperature (Liu et al., 2024, cross-modal mapping)."""
+    """Cross-modal mapping: unit-length embeddings float [..., D] as mixtures of the labels' text
+    embeddings, memory float [M, D], unit length too -> [..., D], unit length."""
     weights = (embeddings @ memory.T / temperature).softmax(dim=-1)  # [..., M]
     return F.normalize(weights @ memory, dim=-1)
 
 
 class CoMC(nn.Module):
-    """A linear classifier without bias, weight [C, D], beside the labels' embeddings, memory
-    [C, D] of unit length."""
+    """A linear classifier, weight [C, D], beside the labels' unit-length embeddings, memory [C, D]."""
 
     def __init__(self, weight, memory):
         super().__init__()
@@ -275,9 +269,7 @@ def training_texts(labels, templates, args):
 
 @torch.no_grad()
 def embed_texts(clip, texts, args):
-    """Unit-length embeddings of texts, float32 [N, D] on the CPU; too long texts are cut.
-
-    They are kept on disk, for these texts and CLIP's weights."""
+    """Unit-length embeddings float32 [N, D] of texts, cut where too long; kept on disk."""
     unique = list(dict.fromkeys(texts))
 
     def embed():
