@@ -150,10 +150,9 @@ def ranking_loss(logits, targets):
 # ---- texts by a language model
 
 def ask(url, model, labels, waits=(0, 1, 2, 4, 8, 16)):
-    """A sentence about these labels from an OpenAI-compatible server.
-
-    429, 5xx and time-outs are tried again. waits: seconds before each attempt, if the server does
-    not ask for more. UserError if none succeeds, or if the server refuses."""
+    """A sentence about these labels from an OpenAI-compatible server. 429, 5xx and time-outs are
+    tried again; UserError if that does not help, or if the server refuses. waits: seconds before
+    each attempt, unless the server asks for more."""
     prompt = (f"Describe, in one sentence of at most 25 words, a photo that shows: "
               f"{', '.join(labels)}. Use each of these names as it is written here and mention no "
               f"other object. Answer with the sentence only.")
@@ -488,18 +487,15 @@ def arguments(argv=None):
 # ---- main
 
 class Inert:
-    """An empty dict in place of an object whose class we do not want to run."""
+    """An empty dict for every object that is not a tensor or a container: nothing is executed."""
 
     def __new__(cls, *args):
         return OrderedDict()
 
 
 def load_release(path, clip, templates, args):
-    """The authors' checkpoint for COCO -> CoMC; its labels' embeddings are those of --memory, or
-    of our templates. UserError for another file.
-
-    It holds a pickled scheduler and more: an Inert stands for whatever is not a tensor or a
-    container, so that nothing in the file is executed."""
+    """The authors' checkpoint for COCO, which pickled a scheduler and more beside the weight, and
+    label embeddings, those of --memory or of our templates -> CoMC. UserError for other files."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
