@@ -31,8 +31,7 @@ Implementation details
 Where this differs from the authors' code
  1. Sentences come from a built-in grammar unless --texts names a file; --generate has a language
     model write one. The prompt templates, some forty, are our own.
- 2. Their released optimiser has made 4,200 steps, which is some 100,000 sentences, not the 40,000
-    of their generator: --sentences 100000.
+ 2. Their release has made 4,200 steps: --sentences 100000, not the 40,000 of their generator.
  3. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
 """
 import argparse
@@ -95,7 +94,7 @@ def map_to_text(embeddings, memory, temperature=0.01):
 
 
 class CoMC(nn.Module):
-    """A linear classifier, weight [C, D], beside the labels' unit-length embeddings, memory [C, D]."""
+    """A linear classifier, weight [C, D], and unit-length label embeddings, memory [C, D]."""
 
     def __init__(self, weight, memory):
         super().__init__()
@@ -136,9 +135,8 @@ def encode(clip, images, args):
 def ranking_loss(logits, targets):
     """Sum over (present p, absent n) of max(0, 1 - l_p + l_n), mean over the batch: a scalar.
 
-    logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs, rows without a
-    present or without an absent label add nothing. Liu et al. (2024), their ranking loss with
-    margin 1. Targets may stay on the CPU, which spares a GPU the wait for their number."""
+    logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs. Targets may stay
+    on the CPU, which spares a GPU the wait for how many are present."""
     present = (targets == 1).nonzero().to(logits.device, non_blocking=True)  # [P, 2]
     is_absent = (targets == -1).to(logits.device, non_blocking=True)
     rows, columns = present.T  # B x C x C is never built
@@ -301,8 +299,7 @@ def learning_rate(epoch, peak, epochs):
 
 
 def train(model, embeddings, targets, state, args):
-    """Embeddings [N, D] with targets [N, C], from where a checkpoint's state ends; a checkpoint
-    after every epoch.
+    """Embeddings [N, D], from where a checkpoint's state ends; a checkpoint after every epoch.
 
     Every epoch seeds its own shuffling and noise, so a resumed run repeats the epoch it was
     killed in exactly."""
@@ -538,7 +535,7 @@ def main(argv=None):
     if args.templates:
         templates = re.split(r"\s*\n\s*", data.read_text(args.templates).strip())
         if not all("{}" in template for template in templates):
-            raise UserError(f"{args.templates}: a line without {{}}, which a label takes")
+            raise UserError(f"{args.templates}: every line needs {{}}, where the label goes")
     state = {"method": "lang_cls", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": labels, "log": []}
     if saved:
