@@ -223,7 +223,7 @@ def load_texts(path, labels):
         columns = [column_of[name] for name in group if name in column_of]
         if len(columns) == 1:
             column_of |= dict.fromkeys(group, columns[0])
-    sentences, rows, dropped = {}, [], Counter()  # sentences by their lower case
+    sentences, targets, dropped = {}, [], Counter()  # sentences by their lower case
     for where, entry in data.read_json(path):
         try:
             columns = [column_of.get(label.strip().lower()) for label in entry["labels"]]
@@ -238,12 +238,11 @@ def load_texts(path, labels):
             dropped["duplicate"] += 1
         else:
             sentences[sentence.lower()] = sentence
-            row = torch.full((len(labels),), -1, dtype=torch.int8)
-            row[columns] = 1
-            rows.append(row)
+            targets.append(torch.full((len(labels),), -1, dtype=torch.int8))
+            targets[-1][columns] = 1
     if not sentences:
         raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
-    return list(sentences.values()), torch.stack(rows), dropped
+    return list(sentences.values()), torch.stack(targets), dropped
 
 
 def training_texts(labels, templates, args):
