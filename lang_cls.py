@@ -25,33 +25,27 @@ classifies images:
 B images, L locations, C labels, D joint embedding. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
- 1. The text tower is frozen: every distinct text is embedded once and kept on disk, and training
-    is a linear layer on a matrix.
+ 1. The text tower is frozen: every distinct text is embedded once and kept on disk. What trains
+    is a matrix, for seconds; several GPUs would have nothing to do.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
- 3. All rows of the table are scored in one pass over the images.
- 4. Several GPUs would have nothing to do: what trains is a matrix, for seconds.
 Where this differs from the authors' code
  1. Sentences come from a built-in grammar unless --texts names a file; --generate has a language
     model write one. The prompt templates, some forty, are our own.
- 2. Their released optimiser has made 4,200 steps, which is some 100,000 sentences, not the 40,000
-    of their generator: --sentences 100000.
+ 2. Their release has made 4,200 steps: --sentences 100000, not the 40,000 of their generator.
  3. The last epoch is reported; --val-fraction selects on held-out sentences, never on test images.
 """
 import argparse
 import contextlib
-import hashlib
-import http.client
 import json
 import math
 import os
 import random
 import re
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -93,18 +87,14 @@ REFUSAL = re.compile(r"((i['’]?m|i am) )?(very |so )?(sorry|unable|not able)|i
 # ---- model
 
 def map_to_text(embeddings, memory, temperature=0.01):
-    """Unit-length embeddings float [..., D] as mixtures of label embeddings -> [..., D], unit
-    length.
-
-    memory: float [M, D], one unit-length text embedding per label. The weights are a softmax
-    over the cosines divided by the temperature (Liu et al., 2024, cross-modal mapping)."""
+    """Cross-modal mapping: unit-length embeddings float [..., D] as mixtures of the labels' text
+    embeddings, memory float [M, D], unit length too -> [..., D], unit length."""
     weights = (embeddings @ memory.T / temperature).softmax(dim=-1)  # [..., M]
     return F.normalize(weights @ memory, dim=-1)
 
 
 class CoMC(nn.Module):
-    """A linear classifier without bias, weight [C, D], beside the labels' embeddings, memory
-    [C, D] of unit length."""
+    """A linear classifier, weight [C, D], and unit-length label embeddings, memory [C, D]."""
 
     def __init__(self, weight, memory):
         super().__init__()
@@ -121,19 +111,15 @@ class CoMC(nn.Module):
     def scores(self, global_, local, mapping_weight=0.3, streams="both"):
         """Unit-length embeddings [B, D] and [B, L, D] -> logits [B, C], of any size: the mean of
         the whole image's and the best location's; streams: "both", "global" or "local" alone."""
-        scores = []
-        if streams != "local":
-            scores.append(self(global_, mapping_weight))
-        if streams != "global":
-            scores.append(self(local, mapping_weight).amax(dim=1))  # [B, L, C] -> [B, C]
-        return sum(scores) / len(scores)
+        whole = self(global_, mapping_weight)
+        best = self(local, mapping_weight).amax(dim=1)  # [B, L, C] -> [B, C]
+        return {"global": whole, "local": best, "both": (whole + best) / 2}[streams]
 
 
-@torch.no_grad()
 def encode(clip, images, args):
     """Images -> unit-length CLIP's own global [B, D], CoMC's global [B, D] and local [B, L, D]
     embeddings. A ResNet pools CoMC's without positional embeddings."""
-    with autocast(args):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             global_, local = clip.encode_image_dense(images)
             clip_global = global_
@@ -149,9 +135,8 @@ def encode(clip, images, args):
 def ranking_loss(logits, targets):
     """Sum over (present p, absent n) of max(0, 1 - l_p + l_n), mean over the batch: a scalar.
 
-    logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs, rows without a
-    present or without an absent label add nothing. Liu et al. (2024), their ranking loss with
-    margin 1. Targets may stay on the CPU, which spares a GPU the wait for their number."""
+    logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs. Targets may stay
+    on the CPU, which spares a GPU the wait for how many are present."""
     present = (targets == 1).nonzero().to(logits.device, non_blocking=True)  # [P, 2]
     is_absent = (targets == -1).to(logits.device, non_blocking=True)
     rows, columns = present.T  # B x C x C is never built
@@ -160,92 +145,12 @@ def ranking_loss(logits, targets):
     return margins.sum() / len(logits)
 
 
-# ---- texts
-
-def template_sentences(labels, templates):
-    """For each label "a photo of a {}." nine times, and every template once (Liu et al., 2024).
-
-    -> sentences list[str], targets int8 [N, C] in {+1, -1}."""
-    templates = [TEMPLATES[0] for _ in range(9)] + templates
-    sentences = [fill_template(template, label) for label in labels for template in templates]
-    targets = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
-    return sentences, targets.repeat_interleave(len(templates), dim=0)
-
-
-def load_texts(path, labels):
-    """Sentences with their labels from a file; those of no use are dropped and counted.
-
-    path: a JSON list of {"labels": ["dog", ...], "description": "..."}, or such an object a line.
-    labels: C names; a synonym of one counts as the label. A sentence need not repeat a label's own
-    word ("a skateboarder"). -> N sentences, targets int8 [N, C] in {+1, -1}, and a Counter
-    {reason: number dropped}. UserError names file and line of what cannot be read."""
-    column_of = {label.lower(): column for column, label in enumerate(labels)}
-    for group in SYNONYMS:
-        columns = [column_of[name] for name in group if name in column_of]
-        if len(columns) == 1:
-            column_of |= dict.fromkeys(group, columns[0])
-    sentences, rows, dropped, known = [], [], Counter(), set()
-    for where, entry in data.read_json(path):
-        try:
-            columns = [column_of.get(label.strip().lower()) for label in entry["labels"]]
-            sentence = " ".join((entry["description"] or "").split())
-        except (TypeError, KeyError, AttributeError):
-            raise UserError(f'{where}: not {{"labels": ["..."], "description": "..."}}') from None
-        if not columns or None in columns:
-            dropped["no or unknown label"] += 1
-        elif not sentence or REFUSAL.match(sentence):
-            dropped["empty or refusal"] += 1
-        elif sentence.lower() in known:
-            dropped["duplicate"] += 1
-        else:
-            known.add(sentence.lower())
-            sentences.append(sentence)
-            row = torch.full((len(labels),), -1, dtype=torch.int8)
-            row[columns] = 1
-            rows.append(row)
-    if not sentences:
-        raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
-    return sentences, torch.stack(rows), dropped
-
-
-def training_texts(labels, templates, args):
-    """-> sentences list[str], targets int8 [N, C] of --sources."""
-    sentences, targets = [], []
-    if args.sources != "templates" and args.texts:
-        texts, present, dropped = load_texts(args.texts, labels)
-        print(f"{args.texts}: {len(texts):,} sentences; dropped: {dict(dropped)}")
-        sentences, targets = texts[:args.sentences], [present[:args.sentences]]
-    elif args.sources != "templates":
-        sentences, present = sentences_about(labels, args.sentences, args.seed)
-        targets = [present]
-    if args.sources != "sentences":
-        prompts, present = template_sentences(labels, templates)
-        sentences, targets = sentences + prompts, [*targets, present]
-    return sentences, torch.cat(targets)
-
-
-def load_templates(path):
-    """Prompt templates of a file, one a line with {} where the label goes; else UserError."""
-    templates = [line.strip() for line in data.read_text(path).split("\n") if line.strip()]
-    for template in templates or [""]:
-        if "{}" not in template:
-            raise UserError(f"{path}: there is no {{}} for the label in '{template}'")
-    return templates
-
-
 # ---- texts by a language model
 
-def draw_labels(labels, seed, request):
-    """1 to 5 random labels for a request; the same whenever it is made."""
-    generator = random.Random(f"{seed} {request}")
-    return generator.sample(labels, generator.randint(1, min(5, len(labels))))
-
-
-def ask(url, model, labels, attempts=6, delay=1.0):
-    """A sentence about these labels from an OpenAI-compatible server.
-
-    429, 5xx and time-outs are tried again, after the time that the server names or longer and
-    longer. UserError if that does not help, or if the server refuses."""
+def ask(url, model, labels, waits=(0, 1, 2, 4, 8, 16)):
+    """A sentence about these labels from an OpenAI-compatible server. 429, 5xx and time-outs are
+    tried again; UserError if that does not help, or if the server refuses. waits: seconds before
+    each attempt, unless the server asks for more."""
     prompt = (f"Describe, in one sentence of at most 25 words, a photo that shows: "
               f"{', '.join(labels)}. Use each of these names as it is written here and mention no "
               f"other object. Answer with the sentence only.")
@@ -256,67 +161,111 @@ def ask(url, model, labels, attempts=6, delay=1.0):
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if key:  # unredirected: another host must not get it
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    for attempt in range(attempts):
-        wait = delay * 2 ** attempt
+    retry_after = 0
+    for wait in waits:
+        time.sleep(max(wait, retry_after))
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 answer = json.load(response)["choices"][0]["message"]["content"] or ""
-            answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)  # reasoning
-            return " ".join(answer.split()).strip('" ')
+            return re.sub("(?s)<think>.*?</think>", "", answer).strip('" \n')  # reasoning
         except urllib.error.HTTPError as error:
             reason = str(error)
-            with contextlib.suppress(OSError, http.client.HTTPException):  # it may break off too
+            with contextlib.suppress(Exception):  # it may break off too
                 reason += f" {error.read(10_000).decode(errors='replace')}"
             if error.code not in (408, 409, 425, 429) and error.code < 500:
                 break
             if error.headers.get("Retry-After", "").isdigit():
-                wait = min(int(error.headers["Retry-After"]), 600)
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                retry_after = min(int(error.headers["Retry-After"]), 600)
+        except Exception as error:  # connections break off, and answers are no answers
             reason = f"{type(error).__name__}: {error}"
-        if attempt < attempts - 1:
-            time.sleep(wait)
     reason = reason.replace(key, "***") if key else reason
     raise UserError(f"{url}: {reason[:300]}; the same command goes on from what has come so far")
 
 
 def generate(path, labels, args):
-    """Have a language model write --sentences, several requests at a time. Every answer is kept at
-    once, {"request", "labels", "description"} a line; a repeated call asks for the missing ones."""
-    missing = set(range(args.sentences))
+    """Have a language model write --sentences about 1 to 5 random labels each, several at a time.
+    Every answer is kept at once, {"request", "labels", "description"} a line; a repeated call
+    asks for the missing ones."""
+    generator = random.Random(args.seed)
+    missing = {request: generator.sample(labels, generator.randint(1, min(5, len(labels))))
+               for request in range(args.sentences)}
     if os.path.exists(path):
         text = data.read_text(path)
         if text and not text.startswith('{"request": '):
             raise UserError(f"{path}: not written by --generate: choose another file")
         data.write_file(path, text[:text.rfind("\n") + 1])  # a killed call may have cut a line
         for where, entry in data.read_json(path):
-            request = entry.get("request") if isinstance(entry, dict) else None
-            if request is None or entry["labels"] != draw_labels(labels, args.seed, request):
-                raise UserError(f"{where}: written for other labels or another seed: choose "
-                                f"another file for --generate")
-            missing.discard(request)
-    lock = threading.Lock()
+            if missing.pop(entry.get("request"), entry.get("labels")) != entry.get("labels"):
+                raise UserError(f"{where}: for other labels or another seed: choose another file")
 
     def answer(request):
-        names = draw_labels(labels, args.seed, request)
-        line = {"request": request, "labels": names,
-                "description": ask(args.llm_url, args.llm_model, names)}
-        with lock:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+        line = {"request": request, "labels": missing[request],
+                "description": ask(args.llm_url, args.llm_model, missing[request])}
+        file.write(json.dumps(line).encode() + b"\n")
 
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(args.llm_requests) as pool:
-        answers = pool.map(answer, sorted(missing))  # an error, or Ctrl-C, cancels what is waiting
+    # unbuffered, a line is one write, whole and at once, whichever thread it comes from
+    with open(path, "ab", buffering=0) as file, ThreadPoolExecutor(args.llm_requests) as pool:
+        answers = pool.map(answer, missing)  # an error, or Ctrl-C, cancels what is waiting
         list(tqdm(answers, total=len(missing), disable=args.quiet or None))
     print(f"{args.sentences:,} answers; train with --texts {path}")
 
 
-# ---- embeddings of the texts
+# ---- texts and their embeddings
+
+def load_texts(path, labels):
+    """Sentences with their labels from a file; those of no use are dropped and counted.
+
+    path: a JSON list of {"labels": ["dog", ...], "description": "..."}, or such an object a line.
+    A synonym counts as the label; a sentence need not repeat its word ("a skateboarder").
+    -> N sentences, targets int8 [N, C] in {+1, -1}, Counter {reason: number dropped}."""
+    column_of = {label.lower(): column for column, label in enumerate(labels)}
+    for group in SYNONYMS:
+        columns = [column_of[name] for name in group if name in column_of]
+        if len(columns) == 1:
+            column_of |= dict.fromkeys(group, columns[0])
+    sentences, targets, dropped = {}, [], Counter()  # sentences by their lower case
+    for where, entry in data.read_json(path):
+        try:
+            columns = [column_of.get(label.strip().lower()) for label in entry["labels"]]
+            sentence = " ".join((entry["description"] or "").split())
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f'{where}: not {{"labels": ["..."], "description": "..."}}') from None
+        if not columns or None in columns:
+            dropped["no or unknown label"] += 1
+        elif not sentence or REFUSAL.match(sentence):
+            dropped["empty or refusal"] += 1
+        elif sentence.lower() in sentences:
+            dropped["duplicate"] += 1
+        else:
+            sentences[sentence.lower()] = sentence
+            targets.append(torch.full((len(labels),), -1, dtype=torch.int8))
+            targets[-1][columns] = 1
+    if not sentences:
+        raise UserError(f"{path}: no sentence of use, dropped are {dict(dropped)}")
+    return list(sentences.values()), torch.stack(targets), dropped
+
+
+def training_texts(labels, templates, args):
+    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}. Templates: for each
+    label "a photo of a {}." nine times, and every template once (Liu et al., 2024)."""
+    count = 0 if args.sources == "templates" else args.sentences
+    if args.texts:
+        sentences, targets, dropped = load_texts(args.texts, labels)
+        print(f"{args.texts}: {len(sentences):,} sentences; dropped: {dict(dropped)}")
+        sentences, targets = sentences[:count], targets[:count]
+    else:
+        sentences, targets = sentences_about(labels, count, args.seed)
+    if args.sources != "sentences":
+        templates = 9 * TEMPLATES[:1] + templates
+        sentences += [fill_template(template, label) for label in labels for template in templates]
+        one_present = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
+        targets = torch.cat([targets, one_present.repeat_interleave(len(templates), dim=0)])
+    return sentences, targets
+
 
 @torch.no_grad()
 def embed_texts(clip, texts, args):
-    """Unit-length embeddings of texts, float32 [N, D] on the CPU; too long texts are cut.
-
-    They are kept on disk, under a hash of the texts and of CLIP's weights."""
+    """Unit-length embeddings float32 [N, D] of texts, cut where too long; kept on disk."""
     unique = list(dict.fromkeys(texts))
 
     def embed():
@@ -328,8 +277,7 @@ def embed_texts(clip, texts, args):
             embeddings[rows] = F.normalize(embedded, dim=-1).cpu()
         return {"embeddings": embeddings.numpy()}
 
-    digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
-    arrays = data.cached("texts", [], [clip.fingerprint(), digest], embed)
+    arrays = data.cached("texts", [], [clip.fingerprint(), unique], embed)
     embeddings = torch.from_numpy(arrays["embeddings"])
     row = {text: index for index, text in enumerate(unique)}
     return embeddings[[row[text] for text in texts]]
@@ -350,19 +298,17 @@ def learning_rate(epoch, peak, epochs):
 
 
 def train(model, embeddings, targets, state, args):
-    """Embeddings [N, D] with targets [N, C], from where a checkpoint's state ends; a checkpoint
-    after every epoch.
+    """Embeddings [N, D], from where a checkpoint's state ends; a checkpoint after every epoch.
 
     Every epoch seeds its own shuffling and noise, so a resumed run repeats the epoch it was
     killed in exactly."""
     log = state["log"]
+    # held out are distinct texts, wherever they occur
+    distinct, text = embeddings.unique(dim=0, return_inverse=True)
+    shuffled = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
+    is_held_out = (shuffled < math.ceil(args.val_fraction * len(distinct)))[text]
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    held_out = order[:0]
-    if args.val_fraction:  # of distinct texts: what is held out is trained with nowhere else
-        _, text = embeddings.unique(dim=0, return_inverse=True)
-        shuffled = torch.randperm(int(text.max()) + 1, generator=torch.Generator().manual_seed(0))
-        is_held_out = (shuffled < math.ceil(args.val_fraction * len(shuffled)))[text[order]]
-        held_out, order = order[is_held_out], order[~is_held_out]
+    held_out, order = order[is_held_out[order]], order[~is_held_out[order]]
     embeddings = embeddings.to(args.device)
     optimizer = torch.optim.Adam([model.weight], lr=args.lr, weight_decay=5e-4)
     if log:
@@ -388,9 +334,8 @@ def train(model, embeddings, targets, state, args):
                             f"holds the epoch before; try a smaller --lr")
         line = {"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - begin}
         if len(held_out):
-            with torch.no_grad():
-                line["val_mAP"] = metrics.mean_average_precision(
-                    model(embeddings[held_out]).cpu(), targets[held_out])
+            scores = model(embeddings[held_out]).detach().cpu()
+            line["val_mAP"] = metrics.mean_average_precision(scores, targets[held_out])
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
         log.append(line)
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -410,27 +355,24 @@ def train(model, embeddings, targets, state, args):
 def table(clip, model, test, args):
     """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
     ks = (10, 20) if test.name == "openimages" else (3, 5)
-    settings = {}  # name: (mapping weight, streams)
-    if args.mapping_weight:
-        settings["CoMC without mapping"] = (0.0, args.streams)
-    if args.streams == "both":
-        settings["CoMC, global alone"] = (args.mapping_weight, "global")
-        settings["CoMC, local alone"] = (args.mapping_weight, "local")
-    settings["CoMC"] = (args.mapping_weight, args.streams)
+    settings = {"CoMC without mapping": (0, args.streams),
+                "CoMC, global alone": (args.mapping_weight, "global"),
+                "CoMC, local alone": (args.mapping_weight, "local"),
+                "CoMC": (args.mapping_weight, args.streams)}
     encoder = torch.compile(encode) if args.compile else encode
-    whole, best, scores = [], [], {name: [] for name in settings}
-    loader = DataLoader(test, 64, num_workers=args.workers,
-                        pin_memory="cuda" in args.device)
-    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
+    scores = torch.empty(2 + len(settings), len(test), len(test.labels))
+    loader = DataLoader(test, 64, num_workers=args.workers, pin_memory="cuda" in args.device)
+    bar = tqdm(loader, "scoring", leave=False, disable=args.quiet or None)
+    for (images, _), part in zip(bar, scores.split(64, dim=1)):
         clip_global, global_, local = encoder(clip, images.to(args.device, non_blocking=True), args)
-        whole.append((clip_global @ model.memory.T).cpu())
-        best.append((local @ model.memory.T).amax(dim=1).cpu())  # [B, L, C] -> [B, C]
-        for name, setting in settings.items():
-            scores[name].append(model.scores(global_, local, *setting).cpu())
-    rows = metrics.zero_shot_rows(torch.cat(whole), torch.cat(best), test, ks)
-    for name, parts in scores.items():
+        whole = clip_global @ model.memory.T
+        best = (local @ model.memory.T).amax(dim=1)  # [B, L, C] -> [B, C]
+        ours = [model.scores(global_, local, *setting) for setting in settings.values()]
+        part.copy_(torch.stack([whole, best, *ours]))
+    rows = metrics.zero_shot_rows(*scores[:2], test, ks)
+    for name, x in zip(settings, scores[2:]):
         kind = "method" if name == "CoMC" else "ablation"
-        rows.append(metrics.table_row(name, kind, torch.cat(parts), test, ks))
+        rows.append(metrics.table_row(name, kind, x, test, ks))
     return rows
 
 
@@ -541,43 +483,31 @@ def arguments(argv=None):
 # ---- main
 
 class Inert:
-    """Stands for an object of a class that we do not want to run."""
+    """An empty dict for every object that is not a tensor or a container: nothing is executed."""
 
-    def __init__(self, *args):
-        self.args = args
+    def __new__(cls, *args):
+        return OrderedDict()
 
 
 def load_release(path, clip, templates, args):
-    """The authors' checkpoint for COCO -> CoMC; its labels' embeddings are those of --memory, or
-    of our templates. UserError for another file.
-
-    It holds a pickled scheduler and more: whatever is not a tensor or a container becomes an
-    Inert, or an empty dict, so that nothing in the file is executed."""
+    """The authors' checkpoint for COCO, which pickled a scheduler and more beside the weight, and
+    label embeddings, those of --memory or of our templates -> CoMC. UserError for other files."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins = [(Inert, name) for name in names if "dict" not in name]
-        stand_ins += [(lambda *_: {}, name) for name in names if "dict" in name]
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
             state = torch.load(path, map_location="cpu", weights_only=True)
         weight = state["state_dict"]["adapter.0.weight"].float()  # [80, 1024]
         if args.memory:
             path = args.memory
             memory = torch.load(path, map_location="cpu", weights_only=True).float()
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        reason = repr(error).partition("\\n")[0]
-        raise UserError(f"{path} is not the authors' file: {reason}") from None
+        raise UserError(f"{path} is not the authors' file: {error!r:.200}") from None
     if not args.memory:
         memory = label_embeddings(clip, data.COCO_LABELS, templates, args)
     if not weight.shape == memory.shape == (80, clip.text_projection.shape[1]):
         raise UserError(f"a classifier {list(weight.shape)} and label embeddings "
                         f"{list(memory.shape)} do not fit COCO's labels and --clip {args.clip}")
     return CoMC(weight, memory)
-
-
-def autocast(args):
-    """What is computed in --precision."""
-    device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def main(argv=None):
@@ -600,7 +530,11 @@ def main(argv=None):
 
     # model
     clip, preprocess = clip_model.load(args.clip, args.device)
-    templates = load_templates(args.templates) if args.templates else TEMPLATES
+    templates = TEMPLATES
+    if args.templates:
+        templates = re.split(r"\s*\n\s*", data.read_text(args.templates).strip())
+        if not all("{}" in template for template in templates):
+            raise UserError(f"{args.templates}: every line needs {{}}, where the label goes")
     state = {"method": "lang_cls", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
              "labels": labels, "log": []}
     if saved:

@@ -142,8 +142,9 @@ def test_a_text_is_held_out_wherever_it_occurs(tmp_path):
 
 # ---- texts and their embeddings
 
-def test_template_sentences_count_and_targets():
-    sentences, targets = lang_cls.template_sentences(["dog", "ear"], ["one {}", "two {}"])
+def test_templates_count_and_targets():
+    args = SimpleNamespace(sources="templates", texts=None, sentences=9, seed=0)
+    sentences, targets = lang_cls.training_texts(["dog", "ear"], ["one {}", "two {}"], args)
     assert sentences == (9 * ["a photo of a dog."] + ["one dog", "two dog"]
                          + 9 * ["a photo of an ear."] + ["one ear", "two ear"])
     assert targets.dtype == torch.int8
@@ -277,7 +278,7 @@ def environment(monkeypatch):
 def impatient(monkeypatch):
     """Retries at once, and a time-out of a fraction of a second."""
     urlopen = urllib.request.urlopen
-    monkeypatch.setattr(lang_cls, "ask", functools.partial(lang_cls.ask, delay=0.001))
+    monkeypatch.setattr(lang_cls, "ask", functools.partial(lang_cls.ask, waits=6 * [0]))
     monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: urlopen(
         request, timeout=0.3))
 
@@ -294,7 +295,7 @@ def test_every_trouble_is_survived(impatient, trouble):
 def test_attempts_end(impatient):
     with ChatServer(dict.fromkeys(range(9), FAILED)) as server:
         with pytest.raises(UserError, match=f"{server.url}: HTTP Error 500.*same command goes on"):
-            lang_cls.ask(server.url, "toy-llm", ["dog"], attempts=4)
+            lang_cls.ask(server.url, "toy-llm", ["dog"], waits=4 * [0])
         assert len(server.prompts) == 4
 
 
