@@ -136,7 +136,7 @@ def ranking_loss(logits, targets):
     """Sum over (present p, absent n) of max(0, 1 - l_p + l_n), mean over the batch: a scalar.
 
     logits: float [B, C]. targets: int8 [B, C]; unknown labels (0) form no pairs. Targets may stay
-    on the CPU, which spares a GPU the wait for how many are present."""
+    on the CPU, so that no GPU is waited for to count the present ones."""
     present = (targets == 1).nonzero().to(logits.device, non_blocking=True)  # [P, 2]
     is_absent = (targets == -1).to(logits.device, non_blocking=True)
     rows, columns = present.T  # B x C x C is never built
@@ -298,10 +298,8 @@ def learning_rate(epoch, peak, epochs):
 
 
 def train(model, embeddings, targets, state, args):
-    """Embeddings [N, D], from where a checkpoint's state ends; a checkpoint after every epoch.
-
-    Every epoch seeds its own shuffling and noise, so a resumed run repeats the epoch it was
-    killed in exactly."""
+    """With embeddings [N, D], from where state["log"] ends; a checkpoint an epoch. Every epoch seeds
+    its own shuffling and noise, so a resumed run repeats the epoch it was killed in exactly."""
     log = state["log"]
     # held out are distinct texts, wherever they occur
     distinct, text = embeddings.unique(dim=0, return_inverse=True)
@@ -330,8 +328,8 @@ def train(model, embeddings, targets, state, args):
             total = total + loss.detach()
         loss = total.item() / len(batches)  # the only wait for the GPU
         if not math.isfinite(loss):
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}: {args.output}/last.pt "
-                            f"holds the epoch before; try a smaller --lr")
+            raise UserError(f"epoch {epoch + 1}: the loss is not finite; finished epochs are in "
+                            f"{args.output}: try a smaller --lr")
         line = {"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": time.time() - begin}
         if len(held_out):
             scores = model(embeddings[held_out]).detach().cpu()
@@ -340,7 +338,7 @@ def train(model, embeddings, targets, state, args):
         log.append(line)
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
         best = max(x.get("val_mAP", 0) for x in log)
-        if not line.get("val_mAP", 0) < best:  # without held-out sentences: the last epoch
+        if not line.get("val_mAP", 0) < best:  # without --val-fraction, or NaN: always
             data.write_file(f"{args.output}/best.pt", state)
         data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
         data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
@@ -407,7 +405,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="RN50", help="CLIP's name for it or a path to weights")
     add("--mapping-weight", type=float, default=0.3, help="share of the mapped embedding (0.3)")
-    add("--streams", default="both", choices=["both", "global", "local"], help="scores that count")
+    add("--streams", default="both", choices=["both", "global", "local"], help="those that count")
     add = parser.add_argument_group("texts").add_argument
     add("--labels", help='train for these, without a dataset: "owl, ice cream"')
     add("--sources", default="both", choices=["both", "sentences", "templates"])
@@ -426,14 +424,14 @@ def arguments(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", choices=list(data.DATASETS), help="folder: images of your own")
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
-    add("--val-fraction", type=float, default=0.0, help="of sentences, to select the epoch")
+    add("--val-fraction", type=float, default=0.0, help="share held out, to select the epoch")
     add("--limit", type=int, help="only so many images: a quick look")
     flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
-    add("--allow-missing", **flag, help="go on without over 5%% of the images")
+    add("--allow-missing", **flag, help="go on if over 5%% of the images are missing")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
     add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
-    add("--difficult", choices=["absent", "unknown", "present"], help="voc2007's (absent)")
+    add("--difficult", choices=["absent", "unknown", "present"], help="of voc2007 (absent)")
     add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -442,10 +440,10 @@ def arguments(argv=None):
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--seed", type=int, default=0)
     add("--output", metavar="DIR", help="the run's folder (runs/lang_cls-DATA)")
-    add("--resume", action="store_true", help="go on in --output; what is typed again wins")
+    add("--resume", action="store_true", help="go on in --output; options typed now win")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("a trained model").add_argument
-    add("--eval", metavar="CHECKPOINT", help="evaluate it instead of training")
+    add("--eval", metavar="FILE", help="evaluate this checkpoint instead of training")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
     add("--checkpoint", metavar="FILE", help="for --predict; or the authors' model-best.pth.tar")
     add("--memory", metavar="FILE", help="with the authors' model: their label embeddings [C, D]")
@@ -511,7 +509,8 @@ def load_release(path, clip, templates, args):
 
 
 def main(argv=None):
-    (args, saved), begin = arguments(argv), time.time()
+    begin = time.time()
+    args, saved = arguments(argv)
     test = labels = None
     if args.labels:
         labels = [label.strip() for label in args.labels.split(",")]
