@@ -298,7 +298,7 @@ def learning_rate(epoch, peak, epochs):
 
 
 def train(model, embeddings, targets, state, args):
-    """With embeddings [N, D], from where state["log"] ends; a checkpoint an epoch. Every epoch seeds
+    """On embeddings [N, D], from where state["log"] ends; a checkpoint an epoch. Every epoch seeds
     its own shuffling and noise, so a resumed run repeats the epoch it was killed in exactly."""
     log = state["log"]
     # held out are distinct texts, wherever they occur
