@@ -435,7 +435,7 @@ def read_checkpoint(path, method=None):
     file of anything else. Without method: any dict of weights."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        writer = state.get("method")
+        writer = state["method"] if method else state.keys()
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = repr(error).partition("\\n")[0]
         raise UserError(f"{path} is not a checkpoint: {reason}") from None
@@ -806,7 +806,7 @@ def _folder_entries(path):
     """{path of the image: (where it is described, present labels, absent labels or "rest")}"""
     def cleaned(names):
         stripped = [name.strip() for name in names]
-        if isinstance(names, str) or not all(stripped):
+        if not isinstance(names, list) or not all(stripped):
             raise ValueError
         return stripped
 

@@ -46,7 +46,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 import torch.nn.functional as F
@@ -205,8 +205,14 @@ def generate(path, labels, args):
 
     # unbuffered, a line is one write, whole and at once, whichever thread it comes from
     with open(path, "ab", buffering=0) as file, ThreadPoolExecutor(args.llm_requests) as pool:
-        answers = pool.map(answer, missing)  # an error, or Ctrl-C, cancels what is waiting
-        list(tqdm(answers, total=len(missing), disable=args.quiet or None))
+        futures = [pool.submit(answer, request) for request in missing]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures),
+                               disable=args.quiet or None):
+                future.result()
+        except BaseException:  # Ctrl-C too: ask no more
+            pool.shutdown(cancel_futures=True)
+            raise
     print(f"{args.sentences:,} answers; train with --texts {path}")
 
 

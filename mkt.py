@@ -507,7 +507,7 @@ def arguments(argv=None):
 def load_release(model, paths):
     """The authors' weights into the model: stage 1 is their image encoder, of which all but what
     MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings count."""
-    image, *text = [{key.removeprefix("module."): value for key, value in
+    image, *text = [{str(key).removeprefix("module."): value for key, value in
                      data.read_checkpoint(path).items()} for path in paths]
     image = {key.replace("projection_dist", "proj"): value for key, value in image.items()
              if not key.startswith("projection.")}  # which their forward pass never uses
@@ -515,7 +515,7 @@ def load_release(model, paths):
     try:
         clip.visual.load_state_dict(image)
         if text:
-            clip.token_embedding.weight.copy_(text[0]["token_embedding.weight"])
+            clip.token_embedding.load_state_dict({"weight": text[0]["token_embedding.weight"]})
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{', '.join(paths)}: not the authors' for --clip: {reason}") from None

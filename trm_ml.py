@@ -94,7 +94,10 @@ class TRM(nn.Module):
         super().__init__()
         self.clip, self.matching = clip.requires_grad_(False), matching
         # an x holds the place of a learned word
-        tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
+        try:
+            tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
+        except clip_model.ClipError as error:
+            raise UserError(f"a label behind {CONTEXT} learned words, x: {error}") from None
         self.eot = tokens.argmax(dim=1)  # the highest id; stays on the CPU, so no GPU is waited for
         self.register_buffer("tokens", tokens[:, :self.eot.max() + 1], persistent=False)
         width, size = clip.text_projection.shape
@@ -231,9 +234,11 @@ def encode(clip, images, args):
 
 
 def embed(clip, dataset, args):
-    """All images' embeddings, float16 [N, 1 + L, D] on the CPU."""
+    """All images' embeddings, float16 [N, 1 + L, D] on the CPU, and their targets; both are another
+    image's where one cannot be read."""
     bar = tqdm(make_loader(dataset, args), "embedding", leave=False, disable=args.quiet or None)
-    return torch.cat([encode(clip, images, args).half().cpu() for images, _ in bar])
+    parts = [(encode(clip, images, args).half().cpu(), targets) for images, targets in bar]
+    return [torch.cat(part) for part in zip(*parts)]
 
 
 # ---- augmentation
@@ -357,10 +362,10 @@ def train(runs, clip, dataset, validation, truth, state, args):
     loader = make_loader(dataset, args, shuffle=True)
     first = min(len(run.log) for run in runs)  # they differ in a resumed sweep
     if args.augment == "no" and first < args.epochs:
-        embedded = TensorDataset(embed(clip, dataset, args), dataset.targets)
+        embedded = TensorDataset(*embed(clip, dataset, args))
         loader = DataLoader(embedded, args.batch_size, shuffle=True)
-    if validation is not None:
-        held_out = embed(clip, validation, args)  # once: they are not augmented
+    if validation is not None and first < args.epochs:
+        held_out, held_out_rows = embed(clip, validation, args)  # once: they are not augmented
     for epoch in range(first, args.epochs):
         unfinished = [run for run in runs if len(run.log) == epoch]
         torch.manual_seed(1_000_003 * args.seed + epoch)
@@ -400,7 +405,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
                 estimates, known, hidden = (torch.cat(parts) for parts in zip(*run.estimated))
                 pseudo = run.model.pseudo_labels(estimates, known).float()
                 quality = metrics.f1_at_threshold(pseudo, hidden, threshold=1)
-                if quality["OP"]:  # there are pseudo labels, and somebody knows the truth
+                if ((pseudo == 1) & (hidden != 0)).any() and (hidden == 1).any():
                     line |= {"pseudo_precision": quality["OP"], "pseudo_recall": quality["OR"]}
                 if epoch + 1 >= args.epochs // 2:  # until then prototypes do not mean enough
                     run.model.calibrate(estimates, known, args.expected_positives)
@@ -408,7 +413,7 @@ def train(runs, clip, dataset, validation, truth, state, args):
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
             if validation is not None:
-                known = run.known[validation.targets.to(args.device)]
+                known = run.known[held_out_rows.to(args.device)]
                 with torch.no_grad(), autocast(args):
                     texts = run.model.texts()
                     logits = [run.model(x.to(args.device).float(), texts)[0].float()

@@ -118,7 +118,7 @@ def main():
     clip, preprocess = clip_model.load("toy-RN")
     train = data.load_dataset("toy", None, "train", preprocess, zero_shot=False, limit=args.limit)
     test = data.load_dataset("toy", None, "test", preprocess, zero_shot=False, limit=args.limit)
-    x, test_x = trm_ml.embed(clip, train, options), trm_ml.embed(clip, test, options)
+    (x, _), (test_x, _) = (trm_ml.embed(clip, part, options) for part in (train, test))
     whole, test_whole = (F.pad(part[:, 0].float(), (0, 1), value=1.0) for part in (x, test_x))
     labels = trm_ml.zero_shot_embeddings(clip, train.labels, trm_ml.TEMPLATES)
 

@@ -72,7 +72,10 @@ def results_of(command, seed):
     folder = ROOT / "runs/toy_table" / command / str(seed)
     path = folder / "results.json"
     if not path.exists():
-        subprocess.run([sys.executable, *command.split(), "--seed", str(seed), "--output", folder],
+        options = ["--seed", str(seed), "--output", folder]
+        if any(folder.rglob("last.pt")):
+            options.append("--resume")
+        subprocess.run([sys.executable, *command.split(), *options],
                        cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
     return json.loads(path.read_text())["rows"]

@@ -396,6 +396,10 @@ def test_the_authors_releases_load(trained, quick, scenes, toy, tmp_path, capsys
     assert mkt.main([*quick, "--eval", *files]) == results(trained)["rows"]
     without = mkt.main([*quick, "--eval", files[0]])[-1]
     assert without["gzsl_mAP"] == results(trained)["rows"][-2]["gzsl_mAP"]  # no prompt tuning
+    other = torch.load(files[0])
+    torch.save({**other, "conv1.weight": 1.5 * other["conv1.weight"]}, tmp_path / "OTHER.pth")
+    with pytest.raises(data.UserError, match="another CLIP"):
+        mkt.main([*quick, "--eval", str(tmp_path / "OTHER.pth")])
     arguments = [scenes / "test/0.png", "--labels", "star, blue boat,owl"]
     more = ["--clip", "toy-ViT", "--topk", "4", "--checkpoint", *files]
     ours = predictions(mkt, capsys, *arguments, "--checkpoint", trained / "best.pt")

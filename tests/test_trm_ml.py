@@ -379,9 +379,12 @@ def test_resume_as_another_kind_of_model_is_refused(sweep, tmp_path):
 
 
 def test_validation_images_select_the_epoch(own, tmp_path, clip):
-    more = ["--partial", "0.6", "--val-fraction", "0.5", "--lr", "0.03"]
+    more = ["--partial", "0.6", "--val-fraction", "0.5", "--lr", "0.03", "--epochs", "4"]
     row = trm_ml.main(flags(own, tmp_path, *more))[-1]
-    scores = [line["val_mAP"] for line in trees.lines(tmp_path / "log.jsonl")]
+    lines = trees.lines(tmp_path / "log.jsonl")
+    has_pseudo = ["pseudo_recall" in line for line in lines]
+    assert not any(has_pseudo[:2]) and has_pseudo[3]  # no thresholds until half of the epochs
+    scores = [line["val_mAP"] for line in lines]
     best = checkpoint(tmp_path / "best.pt")["log"][-1]
     assert best["val_mAP"] == max(scores) > scores[-1]  # it is not simply the last one
     train = data.load_dataset("folder", own, "train")
@@ -389,7 +392,7 @@ def test_validation_images_select_the_epoch(own, tmp_path, clip):
     held_out = train.hold_out(0.5, None)[1]
     logits = scores_of(tmp_path / "best.pt", [image for image, _ in held_out], clip)[0]
     expected = metrics.mean_average_precision(logits, held_out.targets)
-    assert best["val_mAP"] == pytest.approx(expected, abs=1e-6)
+    assert best["val_mAP"] == pytest.approx(expected, abs=1e-3)  # of float16 embeddings
     assert trm_ml.main(["--eval", str(tmp_path / "best.pt"), "--device", "cpu"])[-1] == row
 
 
