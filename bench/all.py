@@ -1,6 +1,6 @@
 """Run the speed measurements of this folder one after the other and write bench/RESULTS.md.
 
-    python bench/all.py            # half an hour on two idle cores, with Linux
+    python bench/all.py            # ten minutes on two idle cores, with Linux
     python bench/all.py --quick    # tiny sizes, nothing is written: does everything run?
 
 The exit code is 1 if a script failed. toy_table.py and baselines.py, the results of the methods,

@@ -1,6 +1,6 @@
 """CLIP's towers and mean average precision beside other libraries', which must give the same.
 
-    python bench/libraries.py            # seven minutes on two cores
+    python bench/libraries.py            # some minutes on two cores
     python bench/libraries.py --quick    # shallow towers, few images: does it run?
 
 Towers: forward only, float32, random weights, which cost the same. Texts are 11 random ids, as in

@@ -1,7 +1,7 @@
 """Start-up of the large datasets: time and peak memory of load_dataset, labels alone.
 
     python bench/startup.py           # a few minutes, Open Images at a tenth of its size
-    python bench/startup.py --full    # at its real size: five minutes, 50 GB of disk
+    python bench/startup.py --full    # at its real size: three minutes, 50 GB of disk
     python bench/startup.py --quick
 
 Made-up label files of the training splits, in the temporary folder; there are no image files, and

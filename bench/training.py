@@ -1,6 +1,6 @@
 """Training of the three methods, time and memory.
 
-    python bench/training.py            # twenty minutes on two cores
+    python bench/training.py            # some minutes on two cores
     python bench/training.py --quick
 
 MKT's steps and ranking loss against straightforward forms: the whole student and the whole teacher
