@@ -317,7 +317,7 @@ def make_loader(dataset, args, shuffle=False):
 def make_runs(clip, dataset, args):
     """-> what is trained side by side, a namespace for every share of known labels and matching:
     the name and kind ("method" or "ablation") of its row in the table, its folder (output), the
-    training labels known to it (int8 [N, C]), model, optimizer and log (a dict an epoch)."""
+    labels known to it (int8 [F, C], of the full list), model, optimizer, log (a dict an epoch)."""
     runs = []
     start = zero_shot_embeddings(clip, dataset.labels, TEMPLATES)
     for partial in args.partial:
