@@ -281,7 +281,8 @@ class MultiLabelDataset(Dataset):
         return subset
 
     def hold_out(self, fraction, transform):
-        """-> (the others, a random fraction with this transform), or (self, None) for 0."""
+        """-> (the others, a random fraction with this transform, the same in every run), or
+        (self, None) for 0."""
         if not fraction:
             return self, None
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
