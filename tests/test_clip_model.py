@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import clip_model
@@ -208,26 +209,63 @@ def test_tokenize(merges_path):
 
 # ---- towers, against plain references
 
-def test_what_follows_the_end_of_a_text_changes_nothing(vit):
-    tokens = random_tokens(longest=12)
+def reference_block(block, x, mask=None):
+    """[B, T, W] -> [B, T, W], a head and an image at a time; mask bool [T, T], True = hidden."""
+    def norm(layer, x):
+        return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+    attention, mlp = block.attn, block.mlp
+    projected = F.linear(norm(block.ln_1, x), attention.in_proj_weight, attention.in_proj_bias)
+    attended = []
+    for image in projected:
+        heads = []
+        for q, k, v in zip(*(part.chunk(attention.heads, 1) for part in image.chunk(3, 1))):
+            similarity = q @ k.T / q.shape[1] ** 0.5  # [T, T]
+            if mask is not None:
+                similarity = similarity.masked_fill(mask, float("-inf"))
+            heads.append(similarity.softmax(1) @ v)
+        attended.append(torch.cat(heads, 1))
+    x = x + F.linear(torch.stack(attended), attention.out_proj.weight, attention.out_proj.bias)
+    y = F.linear(norm(block.ln_2, x), mlp.c_fc.weight, mlp.c_fc.bias)
+    y = y * torch.sigmoid(1.702 * y)
+    return x + F.linear(y, mlp.c_proj.weight, mlp.c_proj.bias)
+
+
+@pytest.mark.parametrize("longest", [12, 77])
+def test_cut_text_equals_all_77_tokens(vit, longest):
+    tokens = random_tokens(longest=longest)
     eot = (tokens == VOCABULARY - 1).int().argmax(dim=1)
-    expected = vit.encode_text(tokens)
-    assert_equal(vit.encode_text(tokens[:, :12]), expected)
-    tokens[0, 2:] = 7
+    x = vit.token_embedding(tokens) + vit.positional_embedding
+    for block in vit.transformer.resblocks:
+        x = reference_block(block, x, torch.ones(77, 77).triu(1).bool())
+    expected = vit.ln_final(x)[torch.arange(9), eot] @ vit.text_projection
+    assert_equal(vit.encode_text(tokens), expected)
+    assert_equal(vit.encode_text(tokens[:, :longest]), expected)
+    tokens[0, 2:] = 7  # what follows the end of a text changes nothing
     assert_equal(vit.encode_text(tokens), expected)
     assert_equal(vit.encode_prompts(vit.token_embedding(tokens), eot), expected)
 
 
-def test_value_path_is_the_last_block_on_every_patch_alone(vit):
-    images = random_images(vit)
-    *blocks, last = vit.visual.transformer.resblocks
-    x = vit.visual.embed(images)
+def test_vit_dense_equals_reference(vit):
+    images, visual = random_images(vit), vit.visual
+    size, (*blocks, last) = visual.patch_size, visual.transformer.resblocks
+    patches = [images[:, :, i:i + size, j:j + size].flatten(1)
+               for i in range(0, images.shape[2], size) for j in range(0, images.shape[3], size)]
+    x = torch.stack(patches, 1) @ visual.conv1.weight.flatten(1).T  # [B, L, W]
+    x = torch.cat([visual.class_embedding.expand(3, 1, -1), x], 1)
+    x = visual.ln_pre(x + visual.positional_embedding)
     for block in blocks:
-        x = block(x)
-    alone = last(x[:, 1:].reshape(-1, 1, 128)).reshape(3, 16, 128)
+        x = reference_block(block, x)
+    expected = visual.ln_post(reference_block(last, x)) @ visual.proj
+    global_, local = vit.encode_image_dense(images)
+    assert_equal(global_, expected[:, 0])
+    assert_equal(local, expected[:, 1:])
+
+    # value_path: every patch is a sequence of its own
+    alone = reference_block(last, x[:, 1:].reshape(-1, 1, 128)).reshape(3, 16, 128)
     global_, local = vit.encode_image_dense(images, value_path=True)
-    assert_equal(global_, vit.encode_image(images))
-    assert_equal(local, vit.visual.ln_post(alone) @ vit.visual.proj)
+    assert_equal(global_, expected[:, 0])
+    assert_equal(local, visual.ln_post(alone) @ visual.proj)
 
 
 def test_resnet_dense_equals_a_loop_over_locations(resnet):
