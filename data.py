@@ -8,6 +8,7 @@
 One encoding everywhere: +1 present, -1 absent, 0 unknown (as SST, SARB and HCP have it; DualCoOp
 swaps the last two). Every dataset is one function, listed in DATASETS.
 """
+import argparse
 import contextlib
 import copy
 import csv
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from toy import world
 
@@ -48,8 +50,8 @@ class UserError(ValueError):
         return super().__str__().rsplit(f"{__name__}.UserError: ", 1)[-1].strip()
 
 
-def _note(message):
-    print(message, file=sys.stderr)
+def _note(message):  # as a whole line, whatever other threads and a progress bar write
+    tqdm.write(f"{message}\n", file=sys.stderr, end="")
 
 
 # ---- images
@@ -138,31 +140,70 @@ def image_files(paths):
     return list(dict.fromkeys(files))
 
 
-def open_images(paths):
-    """Yield (path, RGB PIL image) for all image_files(paths), in order.
+def _ahead(function, items):
+    """Yield (item, function(item)) in order; threads work ahead, but only by 16 items."""
+    items, waiting = iter(items), deque()
+    with ThreadPoolExecutor() as pool:
+        while True:
+            for item in itertools.islice(items, 16 - len(waiting)):
+                waiting.append((item, pool.submit(function, item)))
+            if not waiting:
+                return
+            item, result = waiting.popleft()
+            yield item, result.result()
 
-    Four threads read ahead, but only by 16 images: any number of files fits in memory. What cannot
-    be read is named on stderr and left out; after the last image a UserError counts these files.
+
+def photo_batches(args, preprocess):
+    """What --predict sees: yield (paths, RGB PIL photos, images float [b, 3, H, W]) in order.
+
+    args.predict: files, folders and patterns, as image_files takes them. b is at most 32, and
+    fewer for large photos. Those in the JSON lines of args.output, if this file exists, are done
+    and left out. What cannot be read is named on stderr; after the last batch this is a UserError
+    for a file that was named itself, and where no image was left.
     """
     def attempt(path):
         try:
-            return path, open_image(path)
+            photo = open_image(path)
+            return photo, preprocess(photo)
         except UserError as error:
             _note(error)
-            return path, None
 
-    files, unreadable, ahead = image_files(paths), 0, deque()
-    with ThreadPoolExecutor(4) as pool:
-        while files or ahead:
-            while files and len(ahead) < 16:
-                ahead.append(pool.submit(attempt, files.pop(0)))
-            path, image = ahead.popleft().result()
-            if image is None:
-                unreadable += 1
-            else:
-                yield path, image
+    files = image_files(args.predict)
+    done = _predicted(args.output)
+    todo = [path for path in files if str(path) not in done]
+    if len(todo) < len(files):
+        _note(f"{len(files) - len(todo):,} of {len(files):,} are in {args.output} already")
+    batch, unreadable = [], []
+    for path, opened in _ahead(attempt, tqdm(todo, "predicting", disable=args.quiet or None)):
+        if opened is None:
+            unreadable.append(path)
+        else:
+            batch.append((path, *opened))
+        pixels = sum(photo.width * photo.height for _, photo, _ in batch)
+        if batch and (len(batch) == 32 or pixels > 100e6 or path == todo[-1]):
+            paths, photos, images = map(list, zip(*batch))
+            yield paths, photos, torch.stack(images)
+            batch = []
+    named = {Path(name).expanduser() for name in args.predict}.intersection(unreadable)
+    if named or files == unreadable:
+        raise UserError(f"{len(named) or len(files):,} of the files could not be read as images")
     if unreadable:
-        raise UserError(f"{unreadable} of the files could not be read as images")
+        _note(f"{len(unreadable):,} of {len(files):,} files could not be read as images")
+
+
+def _predicted(path):
+    """The photos in a file of predictions, as a set of their paths; {} where there is no file."""
+    if not path or not os.path.exists(path):
+        return set()
+    text = read_text(path)
+    whole = text[:text.rfind("\n") + 1]
+    try:
+        done = {_parse_json(line, path)["path"] for line in whole.split("\n") if line.strip()}
+    except (TypeError, KeyError):
+        raise UserError(f"{path}: not a file of predictions") from None
+    if whole != text:
+        write_file(path, whole)  # a killed run has cut the last line
+    return done
 
 
 # ---- the dataset
@@ -270,6 +311,20 @@ class MultiLabelDataset(Dataset):
     def replaced(self):
         """Number of images found unreadable so far, here or in a DataLoader's workers."""
         return int(self.unreadable[self.rows].sum())
+
+    def shows(self, columns):
+        """bool [N]: images that are known to show one of the labels of these columns."""
+        return torch.cat([(self.full_targets[rows][:, columns] == 1).any(dim=1)
+                          for rows in self.rows.split(4096)])
+
+    def counts(self):
+        """Known entries of every label: (present int64 [C], absent int64 [C])."""
+        present = absent = torch.zeros(len(self.labels), dtype=torch.int64)
+        for rows in self.rows.split(4096):
+            targets = self.full_targets[rows]
+            present = present + (targets == 1).sum(dim=0)
+            absent = absent + (targets == -1).sum(dim=0)
+        return present, absent
 
     def subset(self, indices):
         """The dataset of these images only; indices: integers, or a bool mask [N]."""
@@ -899,11 +954,6 @@ PUBLISHED = {"nuswide": (161_789, 107_859), "nuswide81": (161_789, 107_859),
              "cub": (5_994, 5_794)}
 
 
-# what load_dataset takes beside a name, a folder, a split and a transform
-OPTIONS = ("limit", "allow_missing", "annotated_only", "drop_crowd", "zero_shot", "difficult",
-           "not_visible")
-
-
 def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
                  allow_missing=False, **options):
     """The "train" or "test" split of a dataset as a MultiLabelDataset.
@@ -948,3 +998,68 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
     if limit:
         dataset = dataset.subset(range(min(limit, len(dataset))))
     return dataset
+
+
+def describe(training, test):
+    """Print what the data holds: images, labels, known entries, and what follows from gaps.
+    training may be None."""
+    for split, dataset in (("training", training), ("test", test)):
+        if dataset is None:
+            continue
+        present, absent = dataset.counts()
+        columns = dataset.seen if split == "training" else slice(None)
+        present, absent = present[columns], absent[columns]
+        print(f"{split}: {len(dataset):,} images, {len(present):,} labels; known entries: "
+              f"{present.sum():,} present ({present.min():,} to {present.max():,} a label, median "
+              f"{present.median():,}), {absent.sum():,} absent ({absent.min():,} to "
+              f"{absent.max():,}, median {absent.median():,})", flush=True)
+
+
+# ---- options of the command line
+
+def add_options(parser):
+    """Add --data, --root and all that load_dataset takes beside them, as a group of their own."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", choices=list(DATASETS), help="folder: images of your own")
+    add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows (data/NAME)")
+    add("--limit", type=int, help="only so many images of each split: a quick look")
+    flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
+    add("--allow-missing", **flag, help="go on if over 5%% of the images are missing")
+    add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
+    add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
+    add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
+    add("--difficult", choices=["absent", "unknown", "present"], help="of voc (absent)")
+    add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
+
+
+def dataset_options(args):
+    """What load_dataset takes of parsed arguments, beside args.data and args.root."""
+    names = ("limit", "allow_missing", "annotated_only", "drop_crowd", "zero_shot", "difficult",
+             "not_visible")
+    return {name: getattr(args, name) for name in names}
+
+
+def typed(parser, argv):
+    """The names of the arguments that a command line gives itself, as a set of str."""
+    missing = object()  # argparse sets a default only where there is no value yet
+    names = vars(parser.parse_args(argv))
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, missing)))
+    return {name for name, value in vars(found).items() if value is not missing}
+
+
+def read_labels(text):
+    """The labels that --labels names: the lines of a file, or else separated by commas."""
+    text = text.strip()
+    if os.path.isfile(text):
+        where, labels = text, [line for line in read_text(text).split("\n") if line.strip()]
+    else:
+        where, labels = "--labels", text.split(",")
+        if text.endswith(".txt") and len(labels) == 1:
+            raise UserError(f"--labels: there is no file {text}")
+    labels = [label.strip() for label in labels]
+    if not all(labels) or not labels:
+        raise UserError(f"{where}: an empty name")
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise UserError(f"{where}: labels given more than once: {', '.join(twice)}")
+    return labels

@@ -1,5 +1,7 @@
 """Images of every kind, the dataset, partial labels, files; test_datasets.py has the datasets."""
+import argparse
 import io
+import json
 import os
 import struct
 import zlib
@@ -98,15 +100,41 @@ def test_image_files(tmp_path):
             data.image_files([str(tmp_path / path)])
 
 
-def test_open_images_in_order_and_what_cannot_be_read_is_named(tmp_path, capsys):
-    paths = [Path(save(tmp_path / f"{i:03}.png", i)) for i in range(100)]
-    paths[3].write_bytes(b"")
-    found = []
-    with pytest.raises(UserError, match="1 of the files could not be read"):
-        for path, image in data.open_images([tmp_path]):
-            found.append((path, image.getpixel((0, 0))[0]))
-    assert found == [(path, i) for i, path in enumerate(paths) if i != 3]
-    assert f"{paths[3]}: the file is empty" in capsys.readouterr().err
+def predicted(paths, output=None):
+    """[(path, red of its photo)] of what photo_batches yields for paths, which may raise."""
+    args = argparse.Namespace(predict=paths, output=output, quiet=True)
+    for paths, photos, images in data.photo_batches(args, to_number):
+        assert images.tolist() == [photo.getpixel((0, 0))[0] for photo in photos]
+        assert len(paths) == len(photos) <= 32
+        yield from zip(map(str, paths), images.tolist())
+
+
+def test_photo_batches_in_order_and_what_cannot_be_read_is_named(tmp_path, capsys):
+    paths = [save(tmp_path / f"{i:03}.png", i) for i in range(100)]
+    Path(paths[3]).write_bytes(b"")
+    readable = [(path, i) for i, path in enumerate(paths) if i != 3]
+    assert list(predicted([tmp_path])) == readable
+    messages = capsys.readouterr().err
+    assert f"{paths[3]}: the file is empty\n" in messages and "1 of 100 files could" in messages
+    for named, count in ((paths[2:5], 1), ([f"{tmp_path}/003*"], 1)):
+        with pytest.raises(UserError, match=f"{count} of the files could not be read"):
+            list(predicted(named))
+    for damaged, message in (("[]", "not a file of predictions"), ("{", "not JSON")):
+        write(tmp_path.parent / "out.jsonl", f"{damaged}\n")
+        with pytest.raises(UserError, match=f"out.jsonl: {message}"):
+            list(predicted(paths, tmp_path.parent / "out.jsonl"))
+
+
+def test_photo_batches_go_on_where_a_killed_run_stopped(tmp_path, capsys):
+    paths = [save(tmp_path / "photos" / f"{i}.png", i) for i in range(5)]
+    output = tmp_path / "out.jsonl"
+    lines = [json.dumps({"path": path}) + "\n" for path in paths]
+    write(output, lines[0] + lines[3] + lines[4][:-5])
+    assert list(predicted([tmp_path / "photos"], output)) == [(paths[i], i) for i in (1, 2, 4)]
+    assert output.read_text() == lines[0] + lines[3]
+    write(output, "".join(lines))
+    assert not list(predicted(paths, output))
+    assert "5 of 5 are in" in capsys.readouterr().err
 
 
 # ---- the dataset
@@ -294,3 +322,28 @@ def test_cached_while_sources_and_key_stay(tmp_path, cache, monkeypatch):
         assert get(1) == len(made) == get(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # a file: nothing can be kept
     assert get(1) == len(made) == 7
+
+
+# ---- the command line
+
+def test_typed_options_and_what_load_dataset_takes():
+    parser = argparse.ArgumentParser()
+    data.add_options(parser)
+    parser.add_argument("--workers", type=int, default=4)
+    argv = ["--data", "toy", "--no-zero-shot", "--limit=3", "--workers", "4"]
+    assert data.typed(parser, argv) == {"data", "zero_shot", "limit", "workers"}
+    assert data.typed(parser, []) == set()
+    args = parser.parse_args(argv)
+    dataset = data.load_dataset(args.data, args.root, "test", **data.dataset_options(args))
+    assert len(dataset) == 3 and not len(dataset.unseen)
+
+
+def test_read_labels(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_bytes("\ufeffice cream, melted\r\n\r\n \u732b \r\n-".encode())
+    assert data.read_labels(str(path)) == ["ice cream, melted", "\u732b", "-"]
+    assert data.read_labels(" owl,ice cream ") == ["owl", "ice cream"]
+    for text, message in (("owl, cat,", "--labels: an empty name"), ("", "an empty name"),
+                          ("owl, cat,owl ", "more than once: owl"), ("no.txt", "no file no.txt")):
+        with pytest.raises(UserError, match=message):
+            data.read_labels(text)
