@@ -436,6 +436,43 @@ def read_json(path):
     return [(where, _parse_json(line, where)) for where, line in lines]
 
 
+# reasoning ends with a closing tag of whatever name, with or without an opening one, or as Mistral,
+# Kimi, Cohere, gpt-oss (with its tokens or without them) and Gemma end it
+REASONING_END = (r"</[\w:-]+>|\[/[A-Z]+\]|◁/\w+▷|<\|(?i:end_(?:of_)?th\w+)\|>"
+                 r"|<\|channel\|>final<\|message\|>|assistantfinal|<channel\|>")
+REASONING_START = (r"<[\w:-]+>|\[[A-Z]+\]|◁\w+▷|<\|(?i:(?:start|begin)_(?:of_)?th\w+)\|>"
+                   r"|<\|channel|\Aanalysis(?=[A-Z])")
+ANSWER_TAG = r"(?i)</?(?:answer|response|final|output|sentence|b|i|em|p|strong)>"
+TEXT_ENDS = r"</?s>|<(?:bos|eos|pad|(?:start|end)_of_turn)>"  # Llama's, Gemma's; others: <|...|>
+LEAD_IN = (r"(?i)\A(?:(?:sure|certainly|of course|absolutely|okay)[!,.]\s+(?:I\b.*\n\s*)?)?"
+           r"(?:[^:\n]*\b(?:sentence|description|caption|answer|response)\b[^:\n]*:"
+           r"|[^:\n]*:\s*\n)?\s*")
+REFUSAL = (  # the writer speaks of itself: "Unable to fly, an owl ..." is none
+    r"(?i)(?:(?:unfortunately|regrettably|sorry),? )?i(?:"
+    r"(?:['’]m| am) (?:\w+ )?(?:sorry|afraid|unable|not)\b"
+    r"| (?:can|could|do|must|should|will|wo|would) ?(?:not|n?['’]?t)\b"
+    r"|(?: (?:must|will|would|have|need|to|politely))* (?:decline|refuse|apologi[sz]e)\b)"
+    r"|(?:very |so )?sorry(?:[,.;:!]|$| but\b)|(?:my )?apologies\b"
+    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b")
+
+
+def clean_sentence(text):
+    """A language model's answer -> its sentence in one line, "" if it has none or is a refusal.
+
+    Dropped are reasoning, tokens of the chat template and what a model writes on behind them,
+    "Here is a sentence:", markdown, quotation marks and further paragraphs. Reasoning without an
+    end was cut off: "" too."""
+    text = re.sub(TEXT_ENDS, "<|end|>", re.sub(ANSWER_TAG, " ", text))
+    text = re.split(REASONING_END, text)[-1].strip()
+    if re.search(REASONING_START, text):
+        return ""
+    parts = re.split(r"<\|[^<>|]*\|>(?:assistant\b|model\b)?", text)
+    text = next((part for part in parts if part.strip()), "")
+    text = re.sub(LEAD_IN, "", re.sub(r"[*`]", "", text).strip())
+    text = " ".join(re.split(r"\n\s*\n", text)[0].split()).strip("\"'“”‘’«»_#>•- ")
+    return "" if re.match(REFUSAL, text) or not re.search(r"[^\W\d_]", text) else text
+
+
 def write_file(path, content):
     """Write str, bytes, a PIL image as PNG, or else what torch.save takes.
 
@@ -492,6 +529,8 @@ def read_checkpoint(path, method=None):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         writer = state["method"] if method else state.keys()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = repr(error).partition("\\n")[0]
         raise UserError(f"{path} is not a checkpoint: {reason}") from None
@@ -1063,3 +1102,118 @@ def read_labels(text):
     if twice:
         raise UserError(f"{where}: labels given more than once: {', '.join(twice)}")
     return labels
+
+
+def add_run_options(parser, output):
+    """Add the options of every run as a group; output: what --output is by default."""
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1),
+        help="processes that load images (as many as cores, at most 8)")
+    add("--precision", default="fp32", choices=["fp32", "bf16"])
+    add("--seed", type=at_least(0), default=0)
+    add("--output", metavar="PATH", help=f"the run's folder ({output}); of --predict a file")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def at_least(minimum, kind=int):
+    """A type for argparse: a number that is not below the minimum."""
+    def number(text):
+        value = kind(text)
+        if not value >= minimum:  # NaN too
+            raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse: invalid int value
+    return number
+
+
+def parse(parser, argv, method, toy):
+    """A script's command line -> (args, the state of the checkpoint to start from or None).
+
+    What is typed wins over the checkpoint's own options, or over `toy`, those of the toy world.
+    An option without effect is refused, by the titles of the parser's groups: with --predict all
+    but "a trained model" and "model", with --eval what is of training, in training what is of a
+    trained model."""
+    args, names = parser.parse_args(argv), typed(parser, argv)
+    group = {group.title: {action.dest for action in group._group_actions}
+             for group in parser._action_groups}
+    trained = group["a trained model"]
+    used = group["model"] | {"device", "precision", "quiet", "output"}
+    mode, unused = "in training", names & (trained - {"predict", "eval"})
+    if args.predict:
+        mode, unused = "with --predict", names - used - (trained - {"eval"})
+    elif args.eval:
+        used |= group["data"] | {"eval", "workers", "batch_size", "compile"}
+        mode, unused = "with --eval", names - used
+    for name in sorted(unused):
+        parser.error(f"--{name.replace('_', '-')} has no effect {mode}")
+
+    output = args.output or f"runs/{method}-{args.data}"  # of a training run
+    start, saved = args.checkpoint or args.eval, None
+    if getattr(args, "resume", False):  # of a sweep the newest, which has the last arguments
+        checkpoints = Path(output).rglob("last.pt")
+        start = max(checkpoints, key=os.path.getmtime, default=f"{output}/last.pt")
+    if start:
+        saved = read_checkpoint(start, method)
+        here = ("output", "device", "resume", "predict", "eval", "checkpoint", "workers", "quiet")
+        saved["args"] |= {name: getattr(args, name, None) for name in here}
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
+    elif args.data == "toy" and not (args.predict or getattr(args, "labels", None)):
+        args = parser.parse_args(argv, parser.parse_args(toy.split()))
+    if not (args.predict or args.eval):
+        args.output = output
+    if args.threshold == "best":
+        path = Path(args.checkpoint or "no checkpoint").with_name("results.json")
+        args.threshold = _parse_json(read_text(path), path).get("threshold")
+        if args.threshold is None:
+            raise UserError(f"{path} has no threshold: --threshold takes a number too")
+    return args, saved
+
+
+def refuse_used(args):
+    """UserError where a run or an evaluation would overwrite another one's results."""
+    if args.output and not getattr(args, "resume", False):
+        found = [*Path(args.output).rglob("last.pt"), *Path(args.output).glob("results.json")]
+        if found:
+            raise UserError(f"{found[0]} is another run's: --resume it or name another --output")
+
+
+def check_belongs(saved, fingerprint, labels, args):
+    """UserError where a checkpoint is of another CLIP than --clip, or for other labels. Labels of
+    None, in the checkpoint or here, are any."""
+    if saved["clip_fingerprint"] != fingerprint:
+        raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
+    if labels is None or saved["labels"] in (None, labels):
+        return
+    came, went = ([name for name in some if name not in others] for some, others in
+                  ((labels, saved["labels"]), (saved["labels"], labels)))
+    changes = [f"{change}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+               for change, names in (("new", came), ("gone", went)) if names]
+    raise UserError(f"the checkpoint was trained for other labels than {args.data} has: "
+                    f"{'; '.join(changes) or 'another order'}; labels.txt pins them")
+
+
+@contextlib.contextmanager
+def way_back(folder):
+    """Around a training: what an interrupted user can do next."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        is_saved = os.path.exists(f"{folder}/last.pt")
+        advice = "--resume goes on" if is_saved else "no epoch was finished, start again"
+        raise KeyboardInterrupt(f"; {advice}") from None
+
+
+def run(main, *errors):
+    """main() of a script; what is the user's to mend is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (UserError, *errors) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(f"\ninterrupted{interrupt}")
+    except BrokenPipeError:  # | head: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

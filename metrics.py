@@ -1,4 +1,5 @@
-"""What a run reports: average precision, F1 at k and at a threshold, a table, curves, heatmaps.
+"""What a run reports: average precision, F1 at k and at a threshold, zero-shot CLIP's scores, the
+table, results.json, predictions with heatmaps, curves.
 
     scores   float16, bfloat16, float32 or float64 [N, C]: N images, C labels; higher: likelier
     targets  integer [N, C]: +1 present, -1 absent, 0 unknown
@@ -6,9 +7,11 @@
 Tensors on any device, or what torch.as_tensor takes. Other shapes, dtypes and values, and NaN
 scores, raise ValueError. A 0/1 matrix t becomes 2 * t - 1.
 """
+import json
 import math
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -136,11 +139,47 @@ def _check(scores, targets):
     return scores, targets
 
 
+def best_threshold(scores, targets):
+    """The score that, as a threshold, gives the highest OF1 over the known entries, and that OF1.
+
+    Returns two floats, NaN where no entry is known to be present."""
+    scores, targets = _check(scores, targets)
+    scores, targets = scores.float().cpu().numpy(), targets.cpu().numpy()
+    # between two present entries OF1 only falls: a best threshold is the score of one
+    known, positives = np.sort(scores[targets != 0]), np.sort(scores[targets == 1])
+    if not len(positives):
+        return math.nan, math.nan
+    predictions = len(known) - np.searchsorted(known, positives)  # that score at least as high
+    hits = len(positives) - np.searchsorted(positives, positives)
+    of1 = 2 * hits / (predictions + len(positives))
+    best = of1.argmax()
+    return positives[best].item(), of1[best].item()
+
+
+# ---- CLIP as it is
+
+def zero_shot_scores(embeddings, labels, scale, unseen):
+    """Scores of CLIP without training, in float32 whatever comes in.
+
+    embeddings: unit length [B, 1 + L, D], the whole image's, then the locations'. labels: unit
+    length [C, D]. scale: CLIP's own, the inverse of its temperature. unseen: indices of U labels.
+    Returns cosines of the whole image [B, C] and of the best location [B, C]; probabilities [B, C],
+    by a softmax over all labels, the mean of the whole image's and the best location's; and the
+    same [B, U] by a softmax over the unseen labels alone."""
+    cosines = embeddings.float() @ labels.float().T  # [B, 1 + L, C]
+    scores = [cosines[:, 0], cosines[:, 1:].amax(dim=1)]
+    for logits in (scale * cosines, scale * cosines[..., unseen.to(cosines.device)]):
+        probabilities = logits.softmax(dim=-1)
+        scores.append((probabilities[:, 0] + probabilities[:, 1:].amax(dim=1)) / 2)
+    return scores
+
+
 def normalize_scores(scores):
     """Zero-shot scores [N, C], normalised over the test images -> float32 [N, C].
 
-    Each label is standardised over the images, then each image over its labels (SPARC, CVPR 2025):
-    it takes all test images, but no target. What does not vary becomes 0, never NaN."""
+    Each label is standardised over the images, then each image over its labels: it takes all test
+    images, but no target. (SPARC, CVPR 2025, equations 1 and 2, has the other order, the image
+    first.) What does not vary becomes 0, never NaN."""
     scores = torch.as_tensor(scores).float()
     for dim in (0, 1):
         # in float64 the mean of equal float32 values is just this value: their difference is 0
@@ -150,57 +189,165 @@ def normalize_scores(scores):
     return scores
 
 
+def zero_shot_rows(scores, dataset, ks):
+    """What a method has to beat, four rows of zero_shot_scores, which were collected over all test
+    images: global; global + best location; as probabilities; the best of these normalised."""
+    global_, local, probabilities, among_unseen = scores
+    both = (global_ + local) / 2
+    playing = in_play(dataset)
+    by_probability = {"": probabilities}
+    if len(dataset.unseen):
+        by_probability = {"zsl_": among_unseen, "gzsl_": probabilities}
+    found = {
+        "zero-shot, global": {prefix: global_[:, index] for prefix, index in playing.items()},
+        "zero-shot, global + local": {prefix: both[:, index] for prefix, index in playing.items()},
+        "zero-shot, as probabilities": by_probability}
+    rows = [table_row(name, "zero-shot", x, dataset, ks) for name, x in found.items()]
+    strongest = _strongest(rows, [*playing][-1])["name"]
+    normalised = {prefix: normalize_scores(x) for prefix, x in found[strongest].items()}
+    name = "zero-shot, the best of these normalised"
+    return [*rows, table_row(name, "zero-shot", normalised, dataset, ks)]
+
+
 # ---- the table
 
-def table_row(name, kind, scores, dataset, ks, finish=lambda scores: scores):
-    """A row of the table: {"name", "kind", "mAP", "P@k", "R@k", "F1@k" of every k}.
-
-    Where a dataset has unseen labels, ZSL ("zsl_mAP", ...) ranks these alone, GZSL ("gzsl_mAP",
-    ...) all labels. scores [..., N, C]; finish: those of the labels in play -> scores [N, c]."""
-    in_play = {"": torch.arange(len(dataset.labels))}
+def in_play(dataset):
+    """{prefix of the metrics: which labels compete}. Where a dataset has unseen labels, ZSL
+    ("zsl_mAP", ...) ranks these alone, GZSL ("gzsl_mAP", ...) all labels."""
     if len(dataset.unseen):
-        in_play = {"zsl_": dataset.unseen, "gzsl_": in_play[""]}
+        return {"zsl_": dataset.unseen, "gzsl_": slice(None)}
+    return {"": slice(None)}
+
+
+def table_row(name, kind, scores, dataset, ks):
+    """A row of the table: {"name", "kind", "mAP", "P@k", "R@k", "F1@k" of every k}, each metric
+    with the prefix of its setting. scores: {prefix: float [N, c]}, of the labels in play.
+
+    NaN is what cannot be said: mAP where no label is known to be present in one image and absent
+    in another, all metrics where no label is known to be present at all."""
     row = {"name": name, "kind": kind}
-    for prefix, index in in_play.items():
-        ranked, targets = finish(scores[..., index]), dataset.targets[:, index]
-        row[f"{prefix}mAP"] = mean_average_precision(ranked, targets)
+    present, absent = dataset.counts()
+    targets = dataset.targets
+    for prefix, index in in_play(dataset).items():
+        ranked, known = scores[prefix], targets[:, index]
+        row[f"{prefix}mAP"] = math.nan
+        if ((present > 0) & (absent > 0))[index].any():
+            row[f"{prefix}mAP"] = mean_average_precision(ranked, known)
         for k in ks:
-            if k <= len(index):
-                values = precision_recall_f1_at_k(ranked, targets, k)
+            if k <= ranked.shape[1]:
+                values = [math.nan] * 3
+                if present[index].any():
+                    values = precision_recall_f1_at_k(ranked, known, k)
                 row |= zip((f"{prefix}P@{k}", f"{prefix}R@{k}", f"{prefix}F1@{k}"), values)
     return row
 
 
-def zero_shot_rows(global_scores, local_scores, dataset, ks):
-    """CLIP as it is, three rows: by the whole image, by the mean of that and the best location,
-    and the better of the two normalised over the test images. Scores: cosines [N, C]."""
-    both = (global_scores + local_scores) / 2
-    rows = [table_row("zero-shot, global", "zero-shot", global_scores, dataset, ks),
-            table_row("zero-shot, global + local", "zero-shot", both, dataset, ks)]
-    last = [name for name in rows[0] if name.endswith("mAP")][-1]
-    better = global_scores if rows[0][last] > rows[1][last] else both
-    rows.append(table_row("zero-shot, the better one normalised", "zero-shot", better, dataset, ks,
-                          normalize_scores))
-    return rows
+def _strongest(rows, prefix):
+    """The zero-shot row of the highest mAP, None where there is no mAP."""
+    rows = [row for row in rows if row["kind"] == "zero-shot"]
+    rows = [row for row in rows if not math.isnan(row[f"{prefix}mAP"])]
+    return max(rows, key=lambda row: row[f"{prefix}mAP"], default=None)
 
 
-def print_table(rows):
-    """Print rows of {"name", "kind", metric: value in [0, 1] or NaN} in percent, a table a setting
-    (the metrics' prefix: zsl_, gzsl_ or none). A star marks the best row of kind "zero-shot"."""
+def print_table(rows, dataset):
+    """Print table_row's rows in percent, a table a setting; a star marks the best zero-shot row.
+    Under it, how many labels the mAP averages where that is not all of them."""
     titles = {"zsl_": "ZSL, unseen labels", "gzsl_": "GZSL, all labels", "": "all labels"}
     width = max(len(row["name"]) for row in rows) + 3
-    zero_shot = [row for row in rows if row["kind"] == "zero-shot"]
-    for prefix, title in titles.items():
+    present, absent = dataset.counts()
+    for prefix, index in in_play(dataset).items():
         names = [name for name in rows[-1] if re.match(f"{prefix}(mAP|P@|R@|F1@)", name)]
-        if not names:
-            continue
-        best = max(zero_shot, key=lambda row: row[prefix + "mAP"], default=None)
-        print(f"\n{title + ' (%)':{width}}" + "".join(f"{name[len(prefix):]:>7}" for name in names))
+        best = _strongest(rows, prefix)
+        heading = f"{titles[prefix]} (%)"
+        print(f"\n{heading:{width}}" + "".join(f"{name[len(prefix):]:>7}" for name in names))
         for row in rows:
-            name = row["name"] + " *" if row is best else row["name"]
-            print(f"{name:{width}}" + "".join(f"{100 * row[name]:7.1f}" for name in names))
-    if zero_shot:
+            title = f"{row['name']} *" if row is best else row["name"]
+            values = [f"{100 * row[name]:7.1f}" for name in names]
+            print(f"{title:{width}}" + "".join(values).replace("    nan", "    n/a"))
+        shown, hidden = present[index] > 0, absent[index] > 0
+        if not (shown & hidden).any():
+            print("no mAP: no label is known to be present in one image and absent in another")
+        elif not (shown & hidden).all():
+            print(f"mAP averages {shown.sum()} of {len(shown)} labels, those with a known present "
+                  f"entry; {(shown & ~hidden).sum()} of them have no absent one: AP 1 whatever the "
+                  f"scores")
+    if best is not None:
         print("* the best zero-shot scoring")
+    if dataset.missing:
+        print(f"{dataset.missing} test images are missing: not comparable with complete results")
+
+
+def results(method, rows, scores, dataset, args, seconds):
+    """The text of a run's results.json. scores: float [N, C] of the last row, the method's, of
+    which every label's AP and the best threshold are kept. What cannot be said is null."""
+    threshold, of1 = best_threshold(scores, dataset.targets)
+    columns = dataset.labels, average_precision(scores, dataset.targets), *dataset.counts()
+    labels = [dict(zip(("label", "AP", "present", "absent"), (label, *(x.item() for x in values))))
+              for label, *values in zip(*columns)]
+    found = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,
+             "seconds": round(seconds), "images": len(dataset), "missing": dataset.missing,
+             "limit": args.limit, "rows": rows, "threshold": threshold, "threshold_OF1": of1,
+             "labels": labels}
+    without_nan = json.loads(json.dumps(found), parse_constant=lambda _: None)
+    return json.dumps(without_nan, indent=1)
+
+
+# ---- predictions
+
+def add_prediction_options(parser):
+    """Add the options of --eval and --predict, which write_prediction reads -> their group."""
+    def threshold(text):
+        return text if text == "best" else float(text)
+
+    group = parser.add_argument_group("a trained model")
+    add = group.add_argument
+    add("--eval", metavar="FILE", help="evaluate this checkpoint instead of training")
+    add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
+    add("--checkpoint", metavar="FILE", help="the trained model for --predict")
+    add("--top", type=int, help="labels to predict (the 5 best; with --threshold all above it)")
+    add("--threshold", type=threshold, metavar="T",
+        help="the least score of a label to predict, or best: of the highest OF1 in results.json")
+    add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
+    return group
+
+
+def write_prediction(path, photo, scores, maps, labels, args, crop=1.0):
+    """Print an image's JSON line, {"path", "labels": [{"label", "score"}, ...]}, best label first,
+    or append it to the file --output; with --heatmap draw its three best labels before.
+
+    scores: float [C]. maps: float [C, h, w] in [0, 1], crop: as draw_heatmaps takes them."""
+    scores = scores.tolist()
+    count = args.top or (5 if args.threshold is None else len(labels))
+    best = sorted(range(len(labels)), key=lambda i: -scores[i])[:count]
+    best = [i for i in best if args.threshold is None or scores[i] >= args.threshold]
+    if args.heatmap:
+        file = heatmap_file(path, args.heatmap)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw_heatmaps(photo, [(labels[i], scores[i], maps[i]) for i in best[:3]], crop).save(file)
+    predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best]
+    line = json.dumps({"path": str(path), "labels": predicted}, ensure_ascii=False)
+    if args.output:
+        with open(args.output, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    else:
+        print(line, flush=True)
+
+
+def heatmap_file(path, folder):
+    """Where the heatmap of an image goes: album/a.jpg -> folder/album/a.jpg.png, a Path that does
+    not exist yet. Names too long for a file system are cut."""
+    def cut(name):
+        return name.encode()[:200].decode(errors="ignore")
+
+    path = Path(path)
+    *folders, name = [cut(part) for part in path.parts if part not in ("..", path.anchor)]
+    name = name.removesuffix(".png")
+    file = Path(folder, *folders, f"{name}.png")
+    number = 2
+    while file.exists():  # perhaps the photo itself
+        file = file.with_name(f"{name}-{number}.png")
+        number += 1
+    return file
 
 
 # ---- pictures
@@ -219,25 +366,29 @@ def _write(draw, place, text, size, anchor="la", width=math.inf):
     return font.getlength(text)
 
 
-def draw_heatmaps(photo, maps, whole=False):
-    """The photo, then a tile per map with its colours over the photo -> RGB PIL image.
+def draw_heatmaps(photo, maps, crop=1.0):
+    """The photo, then a tile per map with its colours over the grey photo -> RGB PIL image.
 
-    maps: (label, score, values [h, w]) each. The grid covers the photo's central square, which is
-    what CLIP's preprocessing keeps, or the whole photo. Colours go from a map's lowest value, where
-    the photo is seen, to its highest; a constant map has none."""
+    maps: (label, score, values [h, w]) each. All values are on one scale, from 0, where the photo
+    is seen, to 1. crop: the side of the central square that the grid covers, as a share of the
+    photo's shorter one; 0: it covers the whole photo. The rest, never looked at, is dark."""
     width, height = (max(1, round(360 * side / max(photo.size))) for side in photo.size)
     photo = photo.resize((width, height))
-    covered = photo.size if whole else (min(photo.size), min(photo.size))
-    corner = (width - covered[0]) // 2, (height - covered[1]) // 2
-    tiles = [("photo", photo)]
+    covered, corner = photo.size, (0, 0)
+    if crop:
+        side = max(1, round(crop * min(photo.size)))
+        covered, corner = (side, side), ((width - side) // 2, (height - side) // 2)
+    light = Image.new("L", photo.size, 80)
+    light.paste(255, (*corner, corner[0] + covered[0], corner[1] + covered[1]))
+    dark = Image.new("RGB", photo.size)
+    tiles = [("photo", Image.composite(photo, dark, light))]
     for label, score, values in maps:
-        values = np.nan_to_num(np.asarray(values, np.float32))
-        values = (values - values.min()) / (np.ptp(values) or 1)
-        grey = Image.fromarray((255 * values).astype(np.uint8)).resize(covered)
+        values = np.nan_to_num(np.asarray(values, np.float32)).clip(0, 1)
+        heat = Image.fromarray((255 * values).astype(np.uint8)).resize(covered)
         # ever lighter, so that it reads without colour vision
-        colours = ImageOps.colorize(grey, "#190f73", "#ffe11e", mid="#d73c64")
-        tile = photo.copy()
-        tile.paste(colours, corner, grey.point(lambda value: value ** 2 // 340))
+        colours = ImageOps.colorize(heat, "#190f73", "#ffe11e", mid="#d73c64")
+        tile = Image.composite(ImageOps.grayscale(photo).convert("RGB"), dark, light)
+        tile.paste(colours, corner, heat.point(lambda value: 3 * value // 4))
         tiles.append((f"{score:.3f}  {label}", tile))
     cell = max(width, 200) + 16  # a label needs some room
     sheet = Image.new("RGB", (16 + len(tiles) * cell, height + 56), "white")

@@ -7,18 +7,20 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
  1. two streams: an image scores a label by its class token and by its best patches,
         a_c = mean of the top-k over patches i of <o_i, z_c>,   g_c = <o_cls, z_c>,
         s   = (a / |a| + g / |g|) / 2,  norms over the labels that compete (ZSL: the unseen);
- 2. ranking: every present label above every absent one, max(0, 1 + s_n - s_p) averaged over the
-    pairs that violate the margin;
+ 2. ranking: every present label p above every absent one n, max(0, 1 + s_n - s_p) averaged over
+    the pairs that violate the margin;
  3. distillation: the mean of |o_cls - CLIP's own embedding of the image| keeps the image encoder
     in the space of CLIP's text, where unseen labels live;
  4. prompt tuning, with the image encoder frozen: the words around the label in "There is a
     {label} in the scene", the start and the end of text become learned embeddings, shared by
     all labels, unseen ones too.
 
-    python mkt.py                                     # toy world, nothing to download
-    python mkt.py --data nuswide --root data/nuswide  # the paper's first table
-    torchrun --nproc-per-node 8 mkt.py --data nuswide --root data/nuswide  # eight GPUs
-    python mkt.py --predict photos/ --checkpoint runs/mkt-toy/best.pt --labels "owl, ice cream"
+In the code o_cls is global_, o_i a row of local, z_c a row of label_embeddings.
+
+    python mkt.py                                              # toy world, nothing to download
+    python mkt.py --data nuswide                               # the paper's first table
+    torchrun --nproc-per-node 8 mkt.py --data nuswide          # on eight GPUs
+    python mkt.py --predict photos/ --labels "owl, ice cream"  # CLIP as it is; MKT: --checkpoint
 
 B images, L patches, C labels, T tokens, W width, D joint embedding. Targets: +1 present,
 -1 absent, 0 unknown.
@@ -28,11 +30,15 @@ Implementation details
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
  3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
  4. Under torchrun every process takes its part of each batch: the same sums but for rounding.
-Where this differs from the authors' code
+What we follow is the authors' released code. Where this differs from it
  1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
+    Photos are turned as EXIF says.
  2. They train the whole token embedding; we only the eight rows of the context.
- 3. Images without a seen label are dropped before batching, so batches stay full.
- 4. The last epoch is reported, or with --val-fraction each stage's best on held-out images.
+ 3. Images without a seen label are dropped before batching, theirs inside the batch: with theirs
+    an epoch of NUS-WIDE keeps its 2,527 steps. Their last, smaller batch is dropped too.
+ 4. Their teacher and their stage 2 run in half precision, and stage 2 repeats one order of images.
+ 5. The last epoch is reported, or with --val-fraction each stage's best on held-out images.
+ 6. Seed 0, theirs is 42; AP of a label without a positive is left out, theirs is 0.
 """
 import argparse
 import copy
@@ -41,6 +47,7 @@ import math
 import os
 import sys
 import time
+from collections import namedtuple
 
 import torch
 import torch.distributed as dist
@@ -57,36 +64,37 @@ import data
 import metrics
 from data import UserError
 
-PROMPT = "There is a {} in the scene"
-# what the toy world's small CLIP and 10,000 scenes ask for; all other defaults are the paper's
+# settings; the defaults of the command line, in arguments(), are the authors' code's too
+PROMPT = "There is a {} in the scene"  # authors' code
+MARGIN = 1.0  # of the ranking loss; authors' code
+LAYER_DECAY = 0.65  # of the learning rate, a layer down; authors' code
+WEIGHT_DECAY = 0.05  # authors' code
+MINIMUM_LR = 1e-6, 1e-8  # at the ends of stage 1 and 2; authors' code
+CHANGES, MAGNITUDE, DEVIATION = 2, 9.0, 0.5  # of RandAugment; authors' code
+EMPTY = (124, 116, 104)  # colour of empty corners, ImageNet's mean; authors' code
+LABELS_AT_ONCE = 1024  # in stage 2, as memory allows: 4 GB of activations for ViT-B/16; ours
+# what the toy world's small CLIP and 10,000 scenes ask for; ours
 TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
        "--augment no --workers 0")
-EMPTY = (124, 116, 104)  # colour of corners that augmentation leaves empty: ImageNet's mean
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 # ---- model
 
-def stream_scores(local, global_, label_embeddings, topk):
-    """As two_stream_scores takes them -> [2, B, C]: mean of the top-k patches', class token's."""
-    patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
-    best = patches.topk(topk, dim=-1).values
-    return torch.stack([best.mean(dim=-1), global_ @ label_embeddings.T])
-
-
-def merge_streams(scores, streams):
-    """stream_scores -> [B, C]: each divided by its norm over the C labels, then their mean."""
-    local, global_ = F.normalize(scores, dim=-1)
-    return {"local": local, "global": global_, "both": (local + global_) / 2}[streams]
-
-
 def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
     """MKT's score of every label, the mean of two unit-length score vectors (section 3.2).
 
     local [B, L, D], global_ [B, D], label_embeddings [C, D], topk in 1..L -> float [B, C] within
     [-1, 1], relative to the other labels in play. streams: "global" or "local" for one alone."""
-    return merge_streams(stream_scores(local, global_, label_embeddings, topk), streams)
+    patches = label_embeddings @ local.transpose(1, 2)  # [B, C, L]
+    local_scores = F.normalize(patches.topk(topk, dim=-1).values.mean(dim=-1), dim=-1)
+    global_scores = F.normalize(global_ @ label_embeddings.T, dim=-1)
+    if streams == "local":
+        return local_scores
+    if streams == "global":
+        return global_scores
+    return (local_scores + global_scores) / 2
 
 
 class MKT(nn.Module):
@@ -105,8 +113,11 @@ class MKT(nn.Module):
         self.blocks = nn.Sequential(*copy.deepcopy(visual.transformer.resblocks[-2:]))
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
-        # tokens whose embeddings are learned: start of text, six words, end of text
-        self.context_ids = clip.tokenize(PROMPT.format(""))[0, :8]
+        # the prompt without a label: start of text, the words before and after it, end of text
+        words_before = len(clip.tokenize(PROMPT.partition("{}")[0])[0].nonzero()) - 2
+        tokens = clip.tokenize(PROMPT.format(""))[0]
+        self.before = 1 + words_before  # learned embeddings in front of the label; 4
+        self.context_ids = tokens[:tokens.argmax() + 1]  # end of text has the highest id
         self.context = nn.Parameter(clip.token_embedding.weight[self.context_ids])  # [8, W]
 
     @torch.no_grad()
@@ -136,20 +147,21 @@ class MKT(nn.Module):
     def prompts(self, labels):
         """Names -> token ids int64 [C, T] on the device, and their ends of text [C] on the CPU."""
         tokens = self.clip.tokenize([PROMPT.format(label) for label in labels])
-        ends = tokens.argmax(dim=1)  # end of text has the highest id
+        ends = tokens.argmax(dim=1)
         return tokens[:, :ends.max() + 1].to(self.context.device), ends
 
-    def label_embeddings(self, prompts, context=None, chunk=256):
+    def label_embeddings(self, prompts, context=None, chunk=LABELS_AT_ONCE):
         """prompts(labels) -> [C, D], differentiable in the context, by default the learned one.
         The backward pass recomputes chunks: 7,000 labels would keep 7,000 texts' activations."""
         context = self.context if context is None else context
+        after = len(context) - self.before
 
         def encode(tokens, ends):
             x = self.clip.token_embedding(tokens)  # [c, T, W]
-            last = ends[:, None] + torch.arange(-3, 1)  # [c, 4]: after the label's name
+            last = ends[:, None] + torch.arange(1 - after, 1)  # [c, 4]: behind the label
             rows = torch.arange(len(x), device=x.device)[:, None]
-            x[:, :4] = context[:4]
-            x[rows, last.to(x.device, non_blocking=True)] = context[4:]
+            x[:, :self.before] = context[:self.before]
+            x[rows, last.to(x.device, non_blocking=True)] = context[self.before:]
             return self.clip.encode_prompts(x, ends)  # [c, D]
 
         if len(prompts[0]) <= chunk:
@@ -163,50 +175,44 @@ class MKT(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
 
-# ---- augmentation
+# ---- augmentation: RandAugment (Cubuk et al., 2020) as timm, which the authors use, has
+# "rand-m9-mstd0.5-inc1". torchvision's is another policy: it always makes two changes, at 9 of 30.
+
+def affine(image, *matrix):
+    """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
+                           fillcolor=EMPTY)
+
+
+# changes of (image, amount), amount in [-1, 1]; what knows no direction takes its absolute value
+AUGMENTATIONS = {
+    "auto-contrast": lambda image, amount: ImageOps.autocontrast(image),
+    "equalize": lambda image, amount: ImageOps.equalize(image),
+    "invert": lambda image, amount: ImageOps.invert(image),
+    "posterize": lambda image, amount: ImageOps.posterize(image, 4 - int(4 * abs(amount))),
+    "solarize": lambda image, amount: ImageOps.solarize(image, 256 - int(256 * abs(amount))),
+    "solarize-add": lambda image, amount: image.point(
+        lambda value: value + int(110 * abs(amount)) if value < 128 else value),
+    "rotate": lambda image, amount: image.rotate(30 * amount, Image.Resampling.BICUBIC,
+                                                 fillcolor=EMPTY),
+    "color": lambda image, amount: ImageEnhance.Color(image).enhance(1 + 0.9 * amount),
+    "contrast": lambda image, amount: ImageEnhance.Contrast(image).enhance(1 + 0.9 * amount),
+    "brightness": lambda image, amount: ImageEnhance.Brightness(image).enhance(1 + 0.9 * amount),
+    "sharpness": lambda image, amount: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * amount),
+    "shear x": lambda image, amount: affine(image, 1, 0.3 * amount, 0, 0, 1, 0),
+    "shear y": lambda image, amount: affine(image, 1, 0, 0, 0.3 * amount, 1, 0),
+    "translate x": lambda image, amount: affine(image, 1, 0, 0.45 * amount * image.width, 0, 1, 0),
+    "translate y": lambda image, amount: affine(image, 1, 0, 0, 0, 1, 0.45 * amount * image.height)}
+
 
 def rand_augment(image):
-    """RandAugment (Cubuk et al., 2020) as timm, which the authors use, has "rand-m9-mstd0.5-inc1":
-    RGB PIL image -> RGB PIL image. Two changes are drawn, each is made with probability 1/2, of a
-    magnitude from N(9, 0.5) out of 10. torchvision's always makes two, at 9 out of 30."""
-    def shift(*matrix):  # output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)
-        return image.transform(image.size, Image.Transform.AFFINE, matrix,
-                               Image.Resampling.BILINEAR, fillcolor=EMPTY)
-
-    changes = [  # amount, in [0, 1], and signed, the same or its negative, are drawn below
-        lambda: ImageOps.autocontrast(image),
-        lambda: ImageOps.equalize(image),
-        lambda: ImageOps.invert(image),
-        lambda: image.rotate(30 * signed, Image.Resampling.BILINEAR, fillcolor=EMPTY),
-        lambda: ImageOps.posterize(image, max(1, 4 - int(4 * amount))),
-        lambda: ImageOps.solarize(image, 256 - int(256 * amount)),
-        lambda: image.point(lambda v: v + int(110 * amount) if v < 128 else v),
-        lambda: ImageEnhance.Color(image).enhance(1 + 0.9 * signed),
-        lambda: ImageEnhance.Contrast(image).enhance(1 + 0.9 * signed),
-        lambda: ImageEnhance.Brightness(image).enhance(1 + 0.9 * signed),
-        lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed),
-        lambda: shift(1, 0.3 * signed, 0, 0, 1, 0),
-        lambda: shift(1, 0, 0, 0.3 * signed, 1, 0),
-        lambda: shift(1, 0, 0.45 * signed * image.width, 0, 1, 0),
-        lambda: shift(1, 0, 0, 0, 1, 0.45 * signed * image.height)]
-    for _ in range(2):
-        if torch.rand(()) >= 0.5:
-            amount = (torch.normal(9.0, 0.5, (1,)).clamp(0, 10) / 10).item()
-            signed = amount if torch.rand(()) < 0.5 else -amount
-            image = changes[torch.randint(len(changes), ())]()
+    """RGB PIL image -> RGB PIL image: CHANGES are drawn, each is made with probability 1/2."""
+    for _ in range(CHANGES):
+        if torch.rand(()) < 0.5:
+            change = [*AUGMENTATIONS.values()][torch.randint(len(AUGMENTATIONS), ())]
+            amount = torch.normal(MAGNITUDE, DEVIATION, (1,)).clamp(0, 10).item() / 10
+            image = change(image, amount if torch.rand(()) < 0.5 else -amount)
     return image
-
-
-class Seeded:
-    """The dataset repeated without end: [i] is image i % N, augmented with seed i, whatever process
-    loads it. So the number of workers does not change a result."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, i):
-        torch.manual_seed(i)
-        return self.dataset[i % len(self.dataset)]
 
 
 def transforms_of(preprocess, args):
@@ -223,10 +229,22 @@ def transforms_of(preprocess, args):
     return transforms.Compose(training), preprocess
 
 
+class Seeded:
+    """A dataset whose image i is augmented with seeds[i], whichever process loads it: the number
+    of workers does not change a result."""
+
+    def __init__(self, dataset, seeds):
+        self.dataset, self.seeds = dataset, seeds
+
+    def __getitem__(self, i):
+        torch.manual_seed(self.seeds[i].item())
+        return self.dataset[i]
+
+
 # ---- losses
 
 def ranking_loss(scores, targets):
-    """Pairwise ranking, margin 1 (section 3.3): scores float [B, C], targets int8 [B, C] -> scalar.
+    """Pairwise ranking (section 3.3): scores float [B, C], targets int8 [B, C] -> scalar.
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
     of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
@@ -235,13 +253,59 @@ def ranking_loss(scores, targets):
     is_absent = (targets == -1).to(scores.device, non_blocking=True)
     rows, columns = present.T
     absent = scores.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
-    margins = (1 - scores[rows, columns, None] + absent[rows]).relu()  # [P, C]
-    sums = torch.stack([margins.sum(dim=1), (margins > 0).sum(dim=1)])
-    total, violated = margins.new_zeros(2, len(scores)).index_add(1, rows, sums)
+    margins = (MARGIN - scores[rows, columns, None] + absent[rows]).relu()  # [P, C]
+    total = scores.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
+    violated = scores.new_zeros(len(scores)).index_add(
+        0, rows, (margins > 0).sum(dim=1).to(scores.dtype))
     return (total / (violated + 1e-8)).mean()
 
 
+def losses_of_stage_1(model, images, targets, label_embeddings, args):
+    """Knowledge transfer (section 3.3): ranking of the seen labels, whose embeddings are constant,
+    and distillation. images [B, 3, H, W], targets int8 [B, C] -> {term: weighted scalar}."""
+    with autocast(args):
+        tokens = model.trunk(images)
+        global_, local = model.student(tokens)
+    scores = two_stream_scores(local, global_, label_embeddings, args.topk, args.streams)
+    terms = {"ranking": ranking_loss(scores, targets)}
+    if args.distillation:
+        with autocast(args):
+            teacher = model.teacher(tokens)
+        # at first global_ = teacher: the gradient, a sign, is rounding's (torchrun differs)
+        terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
+    return terms
+
+
+def losses_of_stage_2(model, images, targets, prompts, args):
+    """Prompt tuning (section 3.4): the same ranking, of the context alone. -> {term: scalar}"""
+    with autocast(args):
+        with torch.no_grad():
+            global_, local = model(images)
+        label_embeddings = model.label_embeddings(prompts)
+    scores = two_stream_scores(local, global_, label_embeddings, args.topk, args.streams)
+    return {"ranking": ranking_loss(scores, targets)}
+
+
 # ---- train
+
+# What sets the two stages apart. losses: (images, targets) -> {term: weighted scalar}; layers:
+# lists of parameters, the topmost first.
+Stage = namedtuple("Stage", "number losses layers epochs batch_size warmup_epochs minimum_lr")
+
+
+def make_stages(model, dataset, args):
+    """-> knowledge transfer and prompt tuning, on the dataset's seen labels."""
+    prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
+    with torch.no_grad():
+        constant = model.label_embeddings(prompts)  # the prompt is not trained in stage 1
+    layers = [[*model.ln_post.parameters(), model.proj], [*model.blocks[1].parameters()],
+              [*model.blocks[0].parameters()]]
+    transfer = Stage(1, lambda *batch: losses_of_stage_1(model, *batch, constant, args), layers,
+                     args.epochs, args.batch_size, args.warmup_epochs, MINIMUM_LR[0])
+    tuning = Stage(2, lambda *batch: losses_of_stage_2(model, *batch, prompts, args),
+                   [[model.context]], args.prompt_epochs, args.prompt_batch_size, 0, MINIMUM_LR[1])
+    return transfer, tuning
+
 
 def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     """Linear warm-up, then half a cosine down to the minimum; epoch may be a fraction."""
@@ -251,61 +315,60 @@ def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model, stage, epochs, dataset, validation, state, args):
+def make_optimizer(layers, lr):
+    """AdamW whose rates decay with every layer; norms and biases, one-dimensional, have no weight
+    decay: two groups a layer."""
+    groups = []
+    for depth, layer in enumerate(layers):
+        matrices = [parameter for parameter in layer if parameter.ndim > 1]
+        vectors = [parameter for parameter in layer if parameter.ndim <= 1]
+        scale = LAYER_DECAY ** depth
+        groups.append({"params": matrices, "scale": scale, "weight_decay": WEIGHT_DECAY})
+        groups.append({"params": vectors, "scale": scale, "weight_decay": 0.0})
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+
+
+def add_up(tensors):
+    """Sum each tensor over torchrun's processes, in place and in one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(total.view_as(tensor))
+
+
+def train(model, stage, dataset, validation, state, args):
     """One stage, from where state["log"] ends; a checkpoint an epoch. Every epoch seeds its
     own shuffling and augmentation, so a resumed run repeats the epoch it was killed in exactly."""
     log = state["log"]
-    done = sum(line["stage"] == stage for line in log)
-    if done < epochs and log and log[-1]["stage"] > stage:
+    done = sum(line["stage"] == stage.number for line in log)
+    if done < stage.epochs and log and log[-1]["stage"] > stage.number:
         raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
-    if stage == 1:  # by layer, from the projection down
-        layers = [[*model.ln_post.parameters(), model.proj], model.blocks[1].parameters(),
-                  model.blocks[0].parameters()]
-        batch_size, minimum, warmup = args.batch_size, 1e-6, args.warmup_epochs
-    else:
-        layers = [[model.context]]
-        batch_size, minimum, warmup = args.prompt_batch_size, 1e-8, 0
     model.requires_grad_(False)
-    # rates decay with every layer; norms and biases, one-dimensional, have no weight decay
-    groups = [{"params": [parameter.requires_grad_()], "scale": 0.65 ** depth,
-               "weight_decay": 0.05 if parameter.ndim > 1 else 0.0}
-              for depth, parameters in enumerate(layers) for parameter in parameters]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    if done and log[-1]["stage"] == stage:
+    parameters = [parameter.requires_grad_() for layer in stage.layers for parameter in layer]
+    optimizer = make_optimizer(stage.layers, args.lr)
+    if done and log[-1]["stage"] == stage.number:
         optimizer.load_state_dict(state["optimizer"])
-    prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
-    if stage == 1:
-        embeddings = model.label_embeddings(prompts)  # constant: the prompt is not trained
-    parts = []  # this process's indices of every batch; the loader rereads it each epoch
-    loader = DataLoader(Seeded(dataset), batch_sampler=parts, num_workers=args.workers,
-                        pin_memory="cuda" in args.device, persistent_workers=args.workers > 0)
 
-    for epoch in range(done, epochs):
-        seed = 1_000_003 * args.seed + 1_000 * stage + epoch
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        order += (seed % 2 ** 31) * len(dataset)  # Seeded: the same images, other augmentations
-        batches = [batch.tolist() for batch in order.split(batch_size)]
-        # where it gets none of a small batch it takes the first image, which then counts 0
-        parts[:] = [batch[RANK::WORLD] or batch[:1] for batch in batches]
+    for epoch in range(done, stage.epochs):
+        generator = torch.Generator().manual_seed(
+            1_000_003 * args.seed + 1_000 * stage.number + epoch)
+        order = torch.randperm(len(dataset), generator=generator)
+        seeds = torch.randint(2 ** 31, (len(dataset),), generator=generator)
+        batches = [batch.tolist() for batch in order.split(stage.batch_size)]
+        # where a process gets none of a small batch it takes the first image, which counts 0
+        mine = [batch[RANK::WORLD] or batch[:1] for batch in batches]
+        loader = DataLoader(Seeded(dataset, seeds), batch_sampler=mine, num_workers=args.workers,
+                            pin_memory="cuda" in args.device)
         begin, total = time.time(), 0
-        bar = tqdm(loader, f"stage {stage} epoch {epoch + 1}", leave=False,
+        bar = tqdm(loader, f"stage {stage.number} epoch {epoch + 1}", leave=False,
                    disable=args.quiet or None)
         for step, ((images, targets), batch) in enumerate(zip(bar, batches)):
-            lr = learning_rate(epoch + step / len(loader), args.lr, minimum, epochs, warmup)
+            lr = learning_rate(epoch + step / len(loader), args.lr, stage.minimum_lr, stage.epochs,
+                               stage.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            with autocast(args):
-                tokens = model.trunk(images.to(args.device, non_blocking=True))
-                global_, local = model.student(tokens)
-                if stage == 2:
-                    embeddings = model.label_embeddings(prompts)
-                elif args.distillation:
-                    teacher = model.teacher(tokens)
-            scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)
-            terms = {"ranking": ranking_loss(scores, targets[:, dataset.seen])}
-            if stage == 1 and args.distillation:
-                # at first global_ = teacher: the gradient, a sign, is rounding's (torchrun differs)
-                terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
+            images = images.to(args.device, non_blocking=True)
+            terms = stage.losses(images, targets[:, dataset.seen])
             # means over this process's images -> its part of the means over the whole batch
             share = len(batch[RANK::WORLD]) / len(batch)
             losses = share * torch.stack([sum(terms.values()), *terms.values()])
@@ -313,116 +376,173 @@ def train(model, stage, epochs, dataset, validation, state, args):
             losses[0].backward()
             losses = losses.detach()
             if WORLD > 1:
-                for tensor in (losses, *(group["params"][0].grad for group in groups)):
-                    dist.all_reduce(tensor)
+                add_up([losses, *(parameter.grad for parameter in parameters)])
             optimizer.step()
             total = total + losses
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
                 means = dict(zip(["loss", *terms], (total / (step + 1)).tolist()))
                 if not math.isfinite(means["loss"]):
-                    raise UserError(f"stage {stage}, epoch {epoch + 1}, step {step + 1}: the loss "
-                                    f"is not finite, {means}; finished epochs are in "
+                    raise UserError(f"stage {stage.number}, epoch {epoch + 1}, step {step + 1}: "
+                                    f"the loss is not finite, {means}; finished epochs are in "
                                     f"{args.output}: try a smaller --lr or --precision fp32")
-        line = {"stage": stage, "epoch": epoch + 1, **means, "seconds": time.time() - begin}
+        line = {"stage": stage.number, "epoch": epoch + 1, **means, "seconds": time.time() - begin}
         if WORLD > 1:  # the images that any process found unreadable
             dist.all_reduce(dataset.unreadable.view(torch.uint8), dist.ReduceOp.MAX)
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
         if validation is not None:
-            scores = evaluate(model, model.label_embeddings(prompts), args.topk, validation, args)
-            line["val_mAP"] = metrics.mean_average_precision(
-                merge_streams(scores, args.streams), validation.targets[:, dataset.seen])
+            line["val_mAP"] = validate(model, validation, args)
         log.append(line)
-        if RANK > 0:
-            continue
-        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
-        state.update(model=model.trained(), optimizer=optimizer.state_dict())
-        best = max(x.get("val_mAP", 0) for x in log if x["stage"] == stage)
-        if not line.get("val_mAP", 0) < best:  # without --val-fraction, or NaN: always
-            data.write_file(f"{args.output}/best.pt", state)
-        data.write_file(f"{args.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
-        data.write_file(f"{args.output}/curves.png", metrics.draw_curves(log))
-        data.write_file(f"{args.output}/last.pt", state)  # at the end: the epoch is done
-    if log and log[-1]["stage"] == stage:  # go on from the best epoch
-        if WORLD > 1:
-            dist.barrier()  # until it is written
-        best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
-        model.load_state_dict(best["model"], strict=False)
+        if RANK == 0:
+            print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+            state.update(model=model.trained(), optimizer=optimizer.state_dict())
+            save(state, args.output)
+    if log and log[-1]["stage"] == stage.number:  # go on from the best epoch
+        if RANK == 0:
+            best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
+            model.load_state_dict(best["model"], strict=False)
+        if WORLD > 1:  # whose disks may have no best.pt
+            for weights in model.trained().values():
+                dist.broadcast(weights, 0)
+
+
+def save(state, folder):
+    """The run so far: best.pt, of the stage's best epoch; log.jsonl, curves.png, last.pt."""
+    log = state["log"]
+    line = log[-1]
+    best = max(x.get("val_mAP", 0) for x in log if x["stage"] == line["stage"])
+    if not line.get("val_mAP", 0) < best:  # without --val-fraction, or NaN: always
+        weights = {key: value for key, value in state.items() if key != "optimizer"}
+        data.write_file(f"{folder}/best.pt", weights)
+    data.write_file(f"{folder}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
+    data.write_file(f"{folder}/curves.png", metrics.draw_curves(log))
+    data.write_file(f"{folder}/last.pt", state)  # at the end: the epoch is done
 
 
 # ---- evaluate
 
 @torch.no_grad()
-def evaluate(encode, label_embeddings, topk, dataset, args):
-    """All images' stream_scores of labels [C, D]: [2, N, C]. encode: images -> (global, local)."""
-    scores = torch.zeros(2, len(dataset), len(label_embeddings))  # each part below is a view
-    loader = DataLoader(Subset(dataset, range(RANK, len(dataset), WORLD)), args.batch_size,
-                        num_workers=args.workers, pin_memory="cuda" in args.device)
-    bar = tqdm(loader, "scoring", leave=False, disable=args.quiet or None)
-    for (images, _), part in zip(bar, scores[:, RANK::WORLD].split(args.batch_size, dim=1)):
-        with autocast(args):
-            global_, local = encode(images.to(args.device, non_blocking=True))
-        part.copy_(stream_scores(local, global_, label_embeddings, topk))
-    if WORLD > 1:
-        dist.all_reduce(scores)  # a sum: 0 where another process has the score
-    return scores
+def evaluate(score, dataset, args):
+    """All images' scores. score: images [B, 3, H, W] -> a list of tensors [B, ...] -> a list of
+    float32 [N, ...] on the CPU; under torchrun None but on rank 0."""
+    rounds = math.ceil(len(dataset) / WORLD)
+    # every process takes every WORLD-th image; where they run out, one of the first again
+    mine = [i % len(dataset) for i in range(RANK, rounds * WORLD, WORLD)]
+    loader = DataLoader(Subset(dataset, mine), args.batch_size, num_workers=args.workers,
+                        pin_memory="cuda" in args.device)
+    collected, first = None, 0
+    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
+        parts = [x.float().cpu() for x in score(images.to(args.device, non_blocking=True))]
+        if WORLD > 1:
+            parts = [gather(part) for part in parts]
+        if RANK > 0:
+            continue
+        if collected is None:
+            collected = [torch.empty(len(dataset), *part.shape[1:]) for part in parts]
+        for scores, part in zip(collected, parts):
+            rows = scores[first:first + len(part)]
+            rows.copy_(part[:len(rows)])
+        first += len(parts[0])
+    return collected
+
+
+def gather(part):
+    """The processes' tensors [b, ...] -> [WORLD * b, ...] on rank 0, the images in their order."""
+    parts = [torch.empty_like(part) for _ in range(WORLD)] if RANK == 0 else None
+    dist.gather(part.contiguous(), parts)
+    return torch.stack(parts, dim=1).flatten(0, 1) if RANK == 0 else None
+
+
+def mkt_scores(model, images, label_embeddings, args):
+    """Images [B, 3, H, W] -> scores [B, C] of each of these sets of label embeddings [C, D]."""
+    with autocast(args):
+        global_, local = model(images)
+    return [two_stream_scores(local, global_, z, args.topk, args.streams) for z in label_embeddings]
+
+
+def clip_embeddings(clip, images, args):
+    """Images -> CLIP's own embeddings of the whole and the patches, unit length [B, 1 + L, D]."""
+    with autocast(args):
+        global_, local = clip.encode_image_dense(images)
+    return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
+
+
+@torch.no_grad()
+def validate(model, validation, args):
+    """mAP of the seen labels on held-out images; NaN but on rank 0, which chooses the epoch."""
+    labels = [validation.labels[i] for i in validation.seen]
+    z = model.label_embeddings(model.prompts(labels))
+    scores = evaluate(lambda images: mkt_scores(model, images, [z], args), validation, args)
+    if RANK > 0:
+        return math.nan
+    return metrics.mean_average_precision(scores[0], validation.targets[:, validation.seen])
 
 
 @torch.no_grad()
 def table(model, test, clip_preprocess, args):
-    """-> the rows that a run ends with: {"name", "kind", metric: value in [0, 1], ...}."""
+    """-> the rows that a run ends with, {"name", "kind", metric: value in [0, 1], ...}, and the
+    scores [N, C] of the last, MKT's; under torchrun None but on rank 0."""
+    clip, playing = model.clip, metrics.in_play(test)
     ks = (10, 20) if test.name == "openimages" else (3, 5)
-
-    def cosines(images):
-        return [F.normalize(x.float(), dim=-1) for x in model.clip.encode_image_dense(images)]
-
-    tokens = model.clip.tokenize([f"a photo of a {label}." for label in test.labels])
-    texts = [model.clip.encode_text(part.to(args.device)) for part in tokens.split(256)]
+    labels, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
     original = copy.copy(test)
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
-    texts = F.normalize(torch.cat(texts), dim=-1)
-    local_scores, global_scores = evaluate(cosines, texts, 1, original, args)  # of the best patch
-    rows = metrics.zero_shot_rows(global_scores, local_scores, test, ks)
+    scores = evaluate(lambda images: metrics.zero_shot_scores(
+        clip_embeddings(clip, images, args), labels, scale, test.unseen), original, args)
+    rows = metrics.zero_shot_rows(scores, test, ks) if RANK == 0 else None
 
-    contexts, clips_own = {}, model.clip.token_embedding.weight[model.context_ids]
+    contexts, clips_own = {}, clip.token_embedding.weight[model.context_ids]
     if args.epochs and not torch.equal(model.context, clips_own):  # what stage 2 has trained
         contexts["MKT without prompt tuning"] = clips_own
     contexts["MKT"] = model.context
     prompts = model.prompts(test.labels)
-    embeddings = [model.label_embeddings(prompts, context) for context in contexts.values()]
-    scores = evaluate(model, torch.cat(embeddings), args.topk, test, args)
-    scores = scores.chunk(len(contexts), dim=2)
-    for name, streams in zip(contexts, scores):
+    z = [model.label_embeddings(prompts, context) for context in contexts.values()]
+    z = [embeddings[index] for embeddings in z for index in playing.values()]
+    scores = evaluate(lambda images: mkt_scores(model, images, z, args), test, args)
+    if RANK > 0:
+        return None, None
+    for i, name in enumerate(contexts):
+        of_name = dict(zip(playing, scores[i * len(playing):]))
         kind = "method" if name == "MKT" else "ablation"
-        rows.append(metrics.table_row(name, kind, streams, test, ks,
-                                      lambda x: merge_streams(x, args.streams)))
-    return rows
+        rows.append(metrics.table_row(name, kind, of_name, test, ks))
+    return rows, scores[-1]
 
 
 # ---- predict
 
 @torch.no_grad()
-def predict(model, preprocess, labels, args):
-    """--predict: a JSON object per image, {"path", "labels": [{"label", "score"}, ...]}."""
-    if len(set(labels)) < max(2, len(labels)) or "" in labels:
-        raise UserError("--labels: give at least two, each once: a score is relative to the others")
-    embeddings = model.label_embeddings(model.prompts(labels))
-    for path, photo in data.open_images(args.predict):
-        with autocast(args):
-            global_, local = model(preprocess(photo)[None].to(args.device))
-        scores = two_stream_scores(local, global_, embeddings, args.topk, args.streams)[0].tolist()
-        best = sorted(range(len(labels)), key=lambda i: -scores[i])[:args.top]
-        predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best
-                     if args.threshold is None or scores[i] >= args.threshold]
-        print(json.dumps({"path": str(path), "labels": predicted}), flush=True)
-        if args.heatmap:
-            maps = embeddings @ local[0].T  # [C, L]
+def predict(saved, args):
+    """--predict: a JSON line per image, by MKT or, without a checkpoint, by CLIP as it is."""
+    labels = data.read_labels(args.labels) if args.labels else saved and saved["labels"]
+    if not labels or len(labels) < 2:
+        raise UserError('--labels: at least two, scores are relative: "owl, ice cream" or a file')
+    clip, preprocess = clip_model.load(args.clip, args.device)
+    clip.check_labels(labels)
+    z, scale = clip_model.zero_shot_embeddings(clip, labels), clip.logit_scale.exp()
+    if saved:
+        model = load_model(clip, saved, None, args)
+        _, preprocess = transforms_of(preprocess, args)
+        z = model.label_embeddings(model.prompts(labels))
+    crop = 224 / 256 if args.preprocess == "authors" else 1.0
+
+    for paths, photos, images in data.photo_batches(args, preprocess):
+        images = images.to(args.device)
+        if saved:
+            with autocast(args):
+                global_, local = model(images)
+            scores = two_stream_scores(local, global_, z, args.topk, args.streams)
+            maps = local @ z.T  # [B, L, C]
             # less the patch's mean over all labels: background scores alike for every one
-            maps = (maps - maps.mean(dim=0)).relu().cpu()
-            maps = maps.unflatten(1, (math.isqrt(maps.shape[1]), -1))  # [C, h, w]
-            shown = [(*line.values(), maps[i]) for i, line in zip(best, predicted[:3])]
-            name = str(path).strip("./").replace(os.sep, "_")
-            data.write_file(f"{args.heatmap}/{name}.png", metrics.draw_heatmaps(photo, shown))
+            maps = (maps - maps.mean(dim=2, keepdim=True)).relu()
+            maps = maps / maps.amax(dim=(1, 2), keepdim=True)  # relative, as the scores are
+        else:
+            x = clip_embeddings(clip, images, args)
+            scores = metrics.zero_shot_scores(x, z, scale, torch.arange(0))[2]
+            maps = (scale * x[:, 1:] @ z.T).softmax(dim=2)
+        side = math.isqrt(maps.shape[1])
+        maps = maps.transpose(1, 2).unflatten(2, (side, side))  # [B, C, h, w]
+        for prediction in zip(paths, photos, scores.cpu(), maps.cpu()):
+            metrics.write_prediction(*prediction, labels, args, crop)
 
 
 # ---- arguments
@@ -431,7 +551,7 @@ def arguments(argv=None):
     """-> what was asked for, and the state of the checkpoint to start from or None."""
     parser = argparse.ArgumentParser(
         usage="mkt.py [options]", description=__doc__.split("\n\nB images")[0],
-        epilog=f"Defaults are the paper's; --data toy has {TOY}",
+        epilog=f"Defaults are the authors' released code's; --data toy has {TOY}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--clip", default="ViT-B/16", help="a ViT: CLIP's name for it or a path to weights")
@@ -439,93 +559,31 @@ def arguments(argv=None):
     add("--streams", default="both", choices=["both", "global", "local"], help="those that count")
     add("--preprocess", default="clip", choices=["clip", "authors"], help="whose mean, std, crop")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=20, help="of stage 1 (20)")
-    add("--prompt-epochs", type=int, default=4, help="of stage 2, prompt tuning (4)")
-    add("--batch-size", type=int, default=64, help="images, in stage 1 (64)")
-    add("--prompt-batch-size", type=int, default=512, help="images, in stage 2 (512)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
-    add("--warmup-epochs", type=float, default=2, help="of stage 1 (2)")
-    add("--distillation", type=float, default=1.0, help="its weight; 0 leaves it out (1)")
+    whole, real = data.at_least(0), data.at_least(0, float)
+    add("--epochs", type=whole, default=20, help="of stage 1 (20)")
+    add("--prompt-epochs", type=whole, default=4, help="of stage 2, prompt tuning (4)")
+    add("--batch-size", type=data.at_least(1), default=64, help="images, in stage 1 (64)")
+    add("--prompt-batch-size", type=data.at_least(1), default=512, help="in stage 2 (512)")
+    add("--lr", type=real, default=1e-3, help="peak learning rate (1e-3)")
+    add("--warmup-epochs", type=real, default=2, help="of stage 1 (2)")
+    add("--distillation", type=real, default=1.0, help="its weight; 0 leaves it out (1)")
     add("--augment", default="yes", choices=["yes", "no"], help="crop, flip and RandAugment")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="toy", choices=list(data.DATASETS), help="folder: images of your own")
-    add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows")
-    add("--val-fraction", type=float, default=0.0, help="share held out, to select the epoch")
-    add("--limit", type=int, help="only so many images of each split: a quick look")
-    flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
-    add("--allow-missing", **flag, help="go on if over 5%% of the images are missing")
-    add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
-    add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
-    add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
-    add("--difficult", choices=["absent", "unknown", "present"], help="of voc2007 (absent)")
-    add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
-    add = parser.add_argument_group("run").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=8, help="processes that load images (8)")
-    add("--precision", default="fp32", choices=["fp32", "bf16"])
+    add("--val-fraction", type=real, default=0.0, help="share held out, to select the epoch")
     add("--compile", action="store_true", help="torch.compile the image encoder")
-    add("--seed", type=int, default=0)
-    add("--output", metavar="DIR", help="the run's folder (runs/mkt-DATA)")
     add("--resume", action="store_true", help="go on in --output; options typed now win")
-    add("--quiet", action="store_true", help="no progress bars")
-    add = parser.add_argument_group("a trained model").add_argument
-    add("--eval", nargs="+", metavar="FILE", help="evaluate it, or releases: STAGE1.pth STAGE2.pth")
-    add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
-    add("--checkpoint", nargs="+", metavar="FILE", help="the trained model for --predict")
-    add("--labels", help='for --predict, any labels: "owl, ice cream"')
-    add("--top", type=int, default=5, help="labels to predict, the best ones (5)")
-    add("--threshold", type=float, help="the least score of a label to predict")
-    add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
-
-    args = parser.parse_args(argv)
-    if bool(args.predict) != bool(args.checkpoint):
-        parser.error("--predict and --checkpoint FILE go together")
-    output = args.output or f"runs/mkt-{args.data}"  # of a training run
-    start = (args.checkpoint or args.eval or [args.resume and f"{output}/last.pt"])[0]
-    saved = None
-    if start and not start.endswith(".pth"):  # its run's options; what is typed wins
-        saved = data.read_checkpoint(start, "mkt")
-        saved["args"] |= {"output": args.output, "device": args.device, "resume": args.resume}
-        args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
-    elif args.data == "toy" and not start:
-        args = parser.parse_args(argv, parser.parse_args(TOY.split()))
-    if not (args.predict or args.eval):
-        args.output = output
-    if min(args.batch_size, args.prompt_batch_size, args.top) < 1:
-        parser.error("--batch-size, --prompt-batch-size, --top: at least 1")
+    data.add_options(parser)
+    data.add_run_options(parser, "runs/mkt-DATA")
+    add = metrics.add_prediction_options(parser).add_argument
+    add("--labels", help='for --predict, any labels: "owl, ice cream", or a file, a label a line')
+    args, saved = data.parse(parser, argv, "mkt", TOY)
     if args.epochs + args.prompt_epochs == 0:
         parser.error("--epochs 0 and --prompt-epochs 0 leave nothing to train")
-    if min(args.epochs, args.prompt_epochs, args.lr, args.distillation, args.seed) < 0:
-        parser.error("--epochs, --prompt-epochs, --lr, --distillation, --seed: not below 0")
-    if not 0 <= args.val_fraction < 1:
-        parser.error("--val-fraction must be at least 0 and below 1")
+    if args.val_fraction >= 1:
+        parser.error("--val-fraction must be below 1")
     return args, saved
 
 
 # ---- main
-
-def load_release(model, paths):
-    """The authors' weights into the model: stage 1 is their image encoder, of which all but what
-    MKT trains must be CLIP's; stage 2 their text encoder, of which eight token embeddings count."""
-    image, *text = [{str(key).removeprefix("module."): value for key, value in
-                     data.read_checkpoint(path).items()} for path in paths]
-    image = {key.replace("projection_dist", "proj"): value for key, value in image.items()
-             if not key.startswith("projection.")}  # which their forward pass never uses
-    clip = copy.deepcopy(model.clip)
-    try:
-        clip.visual.load_state_dict(image)
-        if text:
-            clip.token_embedding.load_state_dict({"weight": text[0]["token_embedding.weight"]})
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{', '.join(paths)}: not the authors' for --clip: {reason}") from None
-    released = MKT(clip, topk=1)
-    size = clip.visual.input_resolution
-    photo = torch.rand(1, 3, size, size, device=model.proj.device)
-    if not torch.allclose(released.trunk(photo), model.trunk(photo), rtol=0.01, atol=0.01):
-        raise UserError(f"{paths[0]}: the frozen blocks are not those of --clip: another CLIP?")
-    model.load_state_dict(released.trained(), strict=False)
-
 
 def autocast(args):
     """What is computed in --precision."""
@@ -533,82 +591,86 @@ def autocast(args):
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
+def load_model(clip, saved, labels, args):
+    """CLIP -> MKT on the device, with the weights of a checkpoint, if there is one."""
+    model = MKT(clip, args.topk).to(args.device).eval()
+    if saved:
+        data.check_belongs(saved, clip.fingerprint(), labels, args)
+        model.load_state_dict(saved["model"], strict=False)
+    return model
+
+
+def load_training(args):
+    """The training images that show a seen label; UserError where there is nothing to rank."""
+    dataset = data.load_dataset(args.data, args.root, "train", **data.dataset_options(args))
+    present, absent = (count[dataset.seen] for count in dataset.counts())
+    if not ((present > 0) & (absent > 0)).any():
+        raise UserError(f"{args.data}: nothing to rank: no seen label is known to be present in "
+                        f"one training image and absent in another")
+    return dataset.subset(dataset.shows(dataset.seen))
+
+
+def start_processes(args):
+    """Under torchrun: rank 0 alone prints and writes."""
+    if "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, but torchrun did not start this: unset it")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
+    if "cuda" in args.device:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    if RANK > 0:
+        sys.stdout, args.quiet = open(os.devnull, "w"), True
+
+
 def main(argv=None):
     begin = time.time()
     args, saved = arguments(argv)
-    if not args.predict:  # data first: files may be missing
-        options = {name: getattr(args, name) for name in data.OPTIONS}
-        test = data.load_dataset(args.data, args.root, "test", **options)
-    if not (args.predict or args.eval):
-        dataset = data.load_dataset(args.data, args.root, "train", **options)
-        has_seen = torch.cat([(dataset.full_targets[rows][:, dataset.seen] == 1).any(dim=1)
-                              for rows in dataset.rows.split(4096)])
-        if len(dataset.seen) < 2 or not has_seen.any():
-            raise UserError(f"{args.data}: ranking needs two seen labels and images that show one")
-        dataset = dataset.subset(has_seen)
-        if os.path.exists(f"{args.output}/last.pt") and not args.resume:
-            raise UserError(f"{args.output} holds a run: --resume it or name another --output")
-
-    if WORLD > 1:  # torchrun has started us: rank 0 alone prints and writes
-        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
-        if "cuda" in args.device:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        if RANK > 0:
-            sys.stdout, args.quiet = open(os.devnull, "w"), True
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
+    if args.predict:
+        return predict(saved, args)
+    data.refuse_used(args)
+    if WORLD > 1:
+        start_processes(args)
+        if RANK > 0:
+            dist.barrier()  # until rank 0 has downloaded and cached what all read
 
-    # model
+    # data first: files may be missing
+    test = data.load_dataset(args.data, args.root, "test", **data.dataset_options(args))
+    dataset = None if args.eval else load_training(args)
+    data.describe(dataset, test)
     clip, clip_preprocess = clip_model.load(args.clip, args.device)
-    model = MKT(clip, args.topk).to(args.device).eval()
-    state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
-             "labels": None if args.predict else test.labels, "log": []}
-    if saved:
-        if saved["clip_fingerprint"] != state["clip_fingerprint"]:
-            raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
-        if saved["labels"] != state["labels"] and not args.predict:
-            raise UserError(f"the checkpoint was trained for other labels than {args.data} has")
-        model.load_state_dict(saved["model"], strict=False)
-        state = {**saved, "args": vars(args)}
-    elif released := args.checkpoint or args.eval:
-        load_release(model, released)
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    clip.check_labels(test.labels)
+    model = load_model(clip, saved, test.labels, args)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
-    train_preprocess, preprocess = transforms_of(clip_preprocess, args)
-    if args.predict:
-        labels = args.labels.split(",") if args.labels else state["labels"] or []
-        return predict(model, preprocess, [label.strip() for label in labels], args)
+    train_preprocess, test.transform = transforms_of(clip_preprocess, args)
 
-    # train
-    test.transform = preprocess
     if not args.eval:
-        print(f"{args.data}: {len(dataset):,} training images, {len(dataset.seen)} seen labels; "
-              f"{len(test):,} test images, {len(test.unseen)} unseen labels", flush=True)
+        state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
+                 "labels": test.labels, "log": saved["log"] if saved else []}
+        if saved:
+            state["optimizer"] = saved["optimizer"]
         dataset.transform = train_preprocess
-        dataset, validation = dataset.hold_out(args.val_fraction, preprocess)
+        dataset, validation = dataset.hold_out(args.val_fraction, test.transform)
         if RANK == 0:
             data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
-        train(model, 1, args.epochs, dataset, validation, state, args)
-        train(model, 2, args.prompt_epochs, dataset, validation, state, args)
+        with data.way_back(args.output):
+            for stage in make_stages(model, dataset, args):
+                train(model, stage, dataset, validation, state, args)
 
-    # evaluate
-    rows = table(model, test, clip_preprocess, args)
-    metrics.print_table(rows)
-    if test.missing:
-        print(f"{test.missing} test images are missing: not comparable with complete results")
-    if args.output and RANK == 0:
-        results = {"method": "mkt", "data": args.data, "clip": args.clip, "seed": args.seed,
-                   "seconds": round(time.time() - begin), "rows": rows}
-        data.write_file(f"{args.output}/results.json", json.dumps(results, indent=1))
-        print(f"{results['seconds']} s; results and checkpoints: {args.output}")
+    rows, scores = table(model, test, clip_preprocess, args)
+    if RANK == 0:
+        metrics.print_table(rows, test)
+    if RANK == 0 and args.output:
+        results = metrics.results("mkt", rows, scores, test, args, time.time() - begin)
+        data.write_file(f"{args.output}/results.json", results)
+        print(f"{time.time() - begin:.0f} s; results and checkpoints: {args.output}")
+    if WORLD > 1:
+        dist.destroy_process_group()
     return rows
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, clip_model.ClipError) as error:
-        print(f"mkt.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; a training run goes on with --resume")
+    data.run(main, clip_model.ClipError)
