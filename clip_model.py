@@ -19,7 +19,6 @@ Where this differs from OpenAI's code, with equal results:
  4. float32 weights by default; LayerNorm always computes in float32, so autocast is safe;
  5. images of another size than the trained one: positional embeddings are interpolated.
 """
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -545,7 +544,8 @@ AN = regex.compile(r"[AEFHILMNORSX](?![a-z])|(?!U[A-Z])(?i:[fhlmnrsx8](?![a-z])|
 
 @torch.no_grad()
 def zero_shot_embeddings(model, labels):
-    """Of "a photo of a dog.", "a photo of an ear." -> float32 [C, D], of unit length."""
+    """Labels -> embeddings of "a photo of a dog.", "a photo of an ear.": float32 [C, D], unit length,
+    without a gradient, on the model's device. Raises ClipError for a label that is too long."""
     prompts = [f"a photo of {'an' if AN.match(label) else 'a'} {label}." for label in labels]
     parts = model.tokenize(prompts).to(model.text_projection.device).split(256)
     return F.normalize(torch.cat([model.encode_text(part).float() for part in parts]), dim=-1)
@@ -665,7 +665,7 @@ class TorchScriptReader(pickle.Unpickler):
         self.archive, self.folder = archive, file.removesuffix(".pkl")
 
     def find_class(self, module, name):
-        """What the pickle may name, for what is called there."""
+        """What the pickle gets for a class or function that it names."""
         if module.split(".")[0] == "__torch__":
             return Module
         if f"{module}.{name}" not in self.known:
@@ -733,7 +733,7 @@ def load(name, device="cpu", download_root=None):
         path = TOY / f"{name}.pt"
     else:
         path = Path(name)
-    if not os.path.isfile(path):  # path.is_file() fails behind a folder that is not readable
+    if not os.path.isfile(path):
         raise ClipError(f"no CLIP called {name!r}: it is neither a file nor one of "
                         f"{', '.join(available_models())}")
     model = read_model(path, name)
@@ -810,7 +810,7 @@ def download(url, path, sha256=None, check=None):
         by_hand = f"Download {url} (SHA-256 {sha256 or 'unknown'}) elsewhere and put it at {path}."
         raise ClipError(f"cannot fetch {path.name}: {error}. {by_hand}") from None
     finally:
-        with contextlib.suppress(OSError):  # there is none, or no way to it
+        if os.path.exists(temporary):
             temporary.unlink()
     print(f"fetched {path} from {url}", file=sys.stderr)
     return path
