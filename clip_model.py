@@ -24,10 +24,14 @@ import gzip
 import hashlib
 import html
 import http.client
+import json
 import os
+import pickle
 import shutil
+import sys
 import urllib.request
 import warnings
+import zipfile
 from pathlib import Path
 
 import ftfy
@@ -38,23 +42,34 @@ from torch import nn
 from torchvision import transforms
 from tqdm import tqdm
 
-CACHE = Path("~/.cache/clip").expanduser()  # shared with OpenAI's own package
+CACHE = "~/.cache/clip"  # shared with OpenAI's own package
 TOY = Path(__file__).resolve().parent / "toy"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# name -> SHA-256, which is also the folder of the URL
+# name -> SHA-256 of OpenAI's file, which is also the folder of its URL; the repository with the
+# hub's copy of it in float32; the number of parameters, by which an architecture is known
 WEIGHTS_URL = "https://openaipublic.azureedge.net/clip/models"
+HUB_URL = "https://huggingface.co"
 WEIGHTS = {
-    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+             "timm/resnet50_clip.openai", 102_007_137),
+    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+              "timm/resnet101_clip.openai", 119_688_033),
+    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+               "timm/resnet50x4_clip.openai", 178_300_601),
+    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+                "timm/resnet50x16_clip.openai", 290_979_217),
+    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+                "timm/resnet50x64_clip.openai", 623_258_305),
+    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+                 "timm/vit_base_patch32_clip_224.openai", 151_277_313),
+    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                 "timm/vit_base_patch16_clip_224.openai", 149_620_737),
+    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+                 "timm/vit_large_patch14_clip_224.openai", 427_616_513),
+    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+                       "timm/vit_large_patch14_clip_336.openai", 427_944_193),
 }
 VOCABULARY_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -62,7 +77,7 @@ VOCABULARY_SIZE = 49408
 
 
 class ClipError(RuntimeError):
-    """Weights or a vocabulary that cannot be had, or a text that is too long; says what to do."""
+    """Weights that cannot be had or are not CLIP's, texts that it cannot take; says what to do."""
 
 
 # ---- tokenizer
@@ -160,7 +175,8 @@ class Tokenizer:
 @functools.lru_cache
 def official_tokenizer():
     """OpenAI's vocabulary: from the cache, or downloaded into it."""
-    return Tokenizer(download(VOCABULARY_URL, VOCABULARY_SHA256, CACHE))
+    path = cache_folder() / "bpe_simple_vocab_16e6.txt.gz"
+    return Tokenizer(download(VOCABULARY_URL, path, VOCABULARY_SHA256))
 
 
 def tokenize(texts, context_length=77, truncate=False):
@@ -462,6 +478,19 @@ class CLIP(nn.Module):
         tokenizer = self.tokenizer or official_tokenizer()
         return tokenizer.tokenize(texts, self.context_length, truncate)
 
+    def check_labels(self, labels):
+        """Raises ClipError where two labels have the same tokens (Dog and dog), or one has none."""
+        tokenizer = self.tokenizer or official_tokenizer()
+        known = {}
+        for label in labels:
+            tokens = tuple(tokenizer.encode(label))
+            if not tokens:
+                raise ClipError(f"the label {label!r} is empty: CLIP finds no token in it")
+            if tokens in known:
+                raise ClipError(f"CLIP cannot tell the labels {known[tokens]!r} and {label!r} "
+                                "apart, they have the same tokens: leave one out")
+            known[tokens] = label
+
     def encode_image(self, images):
         """Normalised images [B, 3, H, W] -> embeddings [B, D], not of unit length."""
         return self.visual(images.to(self.dtype))
@@ -508,6 +537,20 @@ class CLIP(nn.Module):
         return logits, logits.T
 
 
+# "an" stands before letters that are spelled (an MRI, an X-ray) and before vowels that are heard
+AN = regex.compile(r"[AEFHILMNORSX](?![a-z])|(?!U[A-Z])(?i:[fhlmnrsx8](?![a-z])|hour|heir|hono|"
+                   r"honest|(?!eu|ew|one\b|u\b|u[krst][aeiou]|uni(?!n))[aeiou])")
+
+
+@torch.no_grad()
+def zero_shot_embeddings(model, labels):
+    """Labels -> embeddings of "a photo of a dog.", "a photo of an ear.": float32 [C, D], unit length,
+    without a gradient, on the model's device. Raises ClipError for a label that is too long."""
+    prompts = [f"a photo of {'an' if AN.match(label) else 'a'} {label}." for label in labels]
+    parts = model.tokenize(prompts).to(model.text_projection.device).split(256)
+    return F.normalize(torch.cat([model.encode_text(part).float() for part in parts]), dim=-1)
+
+
 # ---- weights
 
 def available_models():
@@ -537,7 +580,10 @@ def count_blocks(state_dict, prefix):
 def build_model(state_dict):
     """OpenAI-format state dict -> CLIP in eval mode and float32; the tensors are copied.
 
-    The architecture is inferred from the shapes. Raises ClipError if the keys are not CLIP's."""
+    The architecture is inferred from the shapes. Raises ClipError where they are not OpenAI's.
+    LAION's and others' weights have the same keys but were trained with GELU, some with averaged
+    patches, where OpenAI's have QuickGELU and a class token. Nothing in them tells: they load, and
+    their embeddings are wrong."""
     try:
         embed_dim = state_dict["text_projection"].shape[1]
         context_length, width = state_dict["positional_embedding"].shape
@@ -554,6 +600,10 @@ def build_model(state_dict):
             layers = [count_blocks(state_dict, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
             positions = state_dict["visual.attnpool.positional_embedding"]
         resolution = (patch_size or 32) * round((len(positions) - 1) ** 0.5)
+        transformers = [width] if patch_size is None else [vision_width, width]
+        if any(size % 64 or size > 1024 for size in transformers):
+            raise ValueError(f"transformers {transformers} wide; OpenAI's are a multiple of 64 up "
+                             "to 1024, how many heads others have (ViT-H) the weights don't tell")
         with torch.device("meta"):  # nothing is allocated: the copies become the model's weights
             model = CLIP(embed_dim, resolution, layers, vision_width, patch_size, context_length,
                          vocab_size, width, width // 64, text_layers)
@@ -564,48 +614,129 @@ def build_model(state_dict):
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             copies[key] = value.detach().to(dtype, copy=True)
         model.load_state_dict(copies, assign=True)
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())  # one line instead of one a key
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]  # there may be a line for each key
         raise ClipError(f"not a CLIP state dict in OpenAI's format: {reason}") from None
     return model.eval()
 
 
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: a length, a JSON header, the tensors' bytes."""
+    dtypes = {"F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16, "I64": torch.long}
+    tensors = {}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(8 + length + begin)
+            content = bytearray(file.read(end - begin))
+            tensor = torch.frombuffer(content, dtype=dtypes[entry["dtype"]])
+            tensors[name] = tensor.reshape(entry["shape"])
+    return tensors
+
+
+class Module(dict):
+    """Stands for a module of any class in a TorchScript archive: its state dict."""
+
+    def __setstate__(self, attributes):
+        for name, value in attributes.items():
+            if isinstance(value, Module):
+                self.update({f"{name}.{key}": tensor for key, tensor in value.items()})
+            elif isinstance(value, torch.Tensor):
+                self[name] = value
+
+
+class TorchScriptReader(pickle.Unpickler):
+    """Its load() gives the state dict of a TorchScript archive, and runs nothing of the archive."""
+
+    known = {
+        "torch.FloatStorage": torch.float, "torch.HalfStorage": torch.half,
+        "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.long,
+        "torch._utils._rebuild_tensor_v2":
+            lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset),
+        "collections.OrderedDict": dict,
+    }
+
+    def __init__(self, archive):
+        file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        super().__init__(archive.open(file))
+        self.archive, self.folder = archive, file.removesuffix(".pkl")
+
+    def find_class(self, module, name):
+        """What the pickle gets for a class or function that it names."""
+        if module.split(".")[0] == "__torch__":
+            return Module
+        if f"{module}.{name}" not in self.known:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of weights")
+        return self.known[f"{module}.{name}"]
+
+    def persistent_load(self, storage):
+        _, dtype, name, *_ = storage
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/{name}")), dtype=dtype)
+
+
 def read_state_dict(path):
-    """A TorchScript archive's or a saved file's state dict, on the CPU, as it is stored."""
+    """A CLIP's state dict on the CPU, as it is stored in a TorchScript archive, a safetensors file,
+    a saved state dict or a checkpoint of open_clip's training. Nothing in the file is executed.
+
+    Raises ClipError, which says what the file holds instead."""
+    start = b""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files are not
-            return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError:
-        pass  # not an archive
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a broken file can make the unpickler raise anything
-        state_dict = None
-    if not isinstance(state_dict, dict) or "text_projection" not in state_dict:
-        raise ClipError(f"{path} is no TorchScript archive or state dict of a CLIP, or damaged")
+        with open(path, "rb") as file:
+            start = file.read(9)
+        archive = zipfile.ZipFile(path) if start[:2] == b"PK" else None
+        if archive and any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            content = TorchScriptReader(archive).load()  # saved weights have no constants
+        elif start[8:] == b"{":
+            content = read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content.get("state_dict", content)  # open_clip's, with module. where it was DDP
+        state_dict = {key.removeprefix("module."): value for key, value in content.items()}
+    except Exception as error:  # a broken file can make a reader raise anything
+        reason = f"{type(error).__name__}: {error}".partition(". ")[0]
+        raise ClipError(f"{path} is damaged or holds no weights, it starts with {start} "
+                        f"({reason})") from None
+    if "text_projection" not in state_dict:
+        keys = ", ".join(state_dict)[:200] or "nothing"
+        raise ClipError(f"{path} is no CLIP in OpenAI's format: no text_projection, but {keys}")
     return state_dict
+
+
+def read_model(path, name):
+    """A file's model; if the name is one of OpenAI's, it must have that architecture."""
+    state_dict = read_state_dict(path)
+    try:
+        model = build_model(state_dict)
+    except ClipError as error:
+        raise ClipError(f"{path}: {error}") from None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if name in WEIGHTS and parameters != WEIGHTS[name][2]:
+        raise ClipError(f"{path} is not {name}: it has {parameters:,} parameters instead of "
+                        f"{WEIGHTS[name][2]:,}")
+    return model
 
 
 def load(name, device="cpu", download_root=None):
     """-> (CLIP in eval mode and float32 on the device, preprocess).
 
-    name: one of available_models(), "toy" (the same as "toy-ViT"), or a path to a TorchScript
-    archive as OpenAI publishes them or to a saved state dict. download_root: for weights, by
-    default ~/.cache/clip. ClipError: no such CLIP or device, or a download that failed."""
+    name: one of available_models(), "toy" (the same as "toy-ViT"), or a path to weights in a form
+    that read_state_dict takes; build_model says which are wrong and load all the same.
+    download_root: for weights, by default ~/.cache/clip. ClipError: no such CLIP or device, or
+    weights that cannot be had or are not CLIP's."""
     name = "toy-ViT" if name == "toy" else os.fspath(name)
     if name in WEIGHTS:
-        file = name.replace("/", "-").replace("@", "-") + ".pt"
-        url = f"{WEIGHTS_URL}/{WEIGHTS[name]}/{file}"
-        path = download(url, WEIGHTS[name], Path(download_root or CACHE).expanduser())
+        path = find_weights(name, cache_folder(download_root))
     elif name in available_models():
         path = TOY / f"{name}.pt"
     else:
         path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ClipError(f"no CLIP called {name!r}: it is neither a file nor one of "
                         f"{', '.join(available_models())}")
-    model = build_model(read_state_dict(path))
+    model = read_model(path, name)
     if model.vocab_size != VOCABULARY_SIZE:
         merges = path.parent / "merges.txt.gz"
         if not merges.is_file():
@@ -620,29 +751,66 @@ def load(name, device="cpu", download_root=None):
     return model, preprocess_transform(model.visual.input_resolution)
 
 
-def download(url, sha256, folder):
-    """The URL's file in the folder, fetched if it is missing or its SHA-256 is wrong -> path.
+def cache_folder(folder=None):
+    """Where downloads are kept; asked for only when it is needed, as not everyone has a home."""
+    try:
+        return Path(folder or CACHE).expanduser()
+    except RuntimeError as error:
+        raise ClipError(f"no folder {folder or CACHE} for downloads: {error} Set HOME.") from None
 
-    It gets its name when complete. Raises ClipError, which says what to put where by hand."""
-    path = folder / url.rpartition("/")[2]
-    if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-            return path
-        warnings.warn(f"{path} is corrupt (its SHA-256 is not {sha256}); fetching it again")
+
+def find_weights(name, folder):
+    """-> path of OpenAI's file, else of the hub's copy; nothing is fetched if either is there."""
+    sha256, repository, _ = WEIGHTS[name]
+    file = name.replace("/", "-").replace("@", "-")
+    sources = [
+        (f"{WEIGHTS_URL}/{sha256}/{file}.pt", folder / f"{file}.pt", sha256),
+        (f"{HUB_URL}/{repository}/resolve/main/open_clip_model.safetensors",
+         folder / f"{file}.safetensors", None, lambda path: read_model(path, name))]
+    sources.sort(key=lambda source: not os.path.exists(source[1]))
+    problems = []
+    for source in sources:
+        try:
+            return download(*source)
+        except ClipError as error:
+            problems.append(str(error))
+    raise ClipError(" Or: ".join(problems))
+
+
+def download(url, path, sha256=None, check=None):
+    """Fetches the URL to the path, unless it is there with the right SHA-256 -> path.
+
+    If that is not known, check(path) raises ClipError for a wrong file and the SHA-256 of the first
+    right one is kept beside it: no other is taken later. A file gets its name when it is complete.
+    Raises ClipError, which says what to put where by hand."""
+    record = path.with_name(path.name + ".sha256")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if sha256 is None and record.exists():
+            sha256 = record.read_text().strip()
+        if path.exists():
+            if sha256 in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+                return path
+            warnings.warn(f"{path} is corrupt (its SHA-256 is not {sha256}); fetching it again")
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as target:
             size = int(source.headers.get("Content-Length") or 0)
             with tqdm.wrapattr(source, "read", size, desc=path.name, disable=None) as reader:
                 shutil.copyfileobj(reader, target)
+            if target.tell() < size:
+                raise OSError(f"only {target.tell():,} of {size:,} bytes came")
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        if digest != sha256:
+        if sha256 not in (None, digest):
             raise OSError(f"what came is corrupt, its SHA-256 is {digest}")
+        if check:
+            check(temporary)
+            record.write_text(f"{digest}\n")
         temporary.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        raise ClipError(f"cannot fetch {path.name}: {error}. Download {url} (SHA-256 {sha256}) "
-                        f"elsewhere and put it at {path}.") from None
+    except (OSError, http.client.HTTPException, ClipError) as error:
+        by_hand = f"Download {url} (SHA-256 {sha256 or 'unknown'}) elsewhere and put it at {path}."
+        raise ClipError(f"cannot fetch {path.name}: {error}. {by_hand}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            temporary.unlink()
+    print(f"fetched {path} from {url}", file=sys.stderr)
     return path

@@ -5,7 +5,10 @@ import os
 import pickle
 import random
 import re
+import threading
 import warnings
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +130,67 @@ def test_published_architectures_are_inferred(name):
     with torch.device("meta"):  # shapes without memory
         model = clip_model.CLIP(*sizes, 77, 49408, text_width, text_width // 64, text_layers)
     assert sum(parameter.numel() for parameter in model.parameters()) == total
+    assert clip_model.WEIGHTS[name][2] == total
     inferred = clip_model.build_model(model.state_dict())
     found, expected = ({key: value.shape for key, value in each.state_dict().items()}
                        for each in (inferred, model))
     assert found == expected and inferred.visual.input_resolution == sizes[1]
     heads = [module.heads for module in inferred.modules() if hasattr(module, "heads")]
     assert set(heads) == {text_width // 64, sizes[3] // (64 if name.startswith("ViT") else 2)}
+
+
+# open_clip's: wider than OpenAI's; heads of 64 all the same; without a layer; with others
+@pytest.mark.parametrize("name, loads", [("ViT-H-14", False), ("ViT-g-14", False),
+    ("ViT-B-16-plus-240", True), ("ViT-S-16", True), ("RN50x4", True), ("ViT-L-14-CLIPA", False),
+    ("ViT-M-16-alt", False)])
+def test_other_shapes_are_refused(name, loads):
+    open_clip = pytest.importorskip("open_clip")
+    config = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        theirs = open_clip.model.CLIP(**config)
+    if not loads:
+        with pytest.raises(ClipError, match="heads|ln_pre|ls_1"):
+            clip_model.build_model(theirs.state_dict())
+        return
+    ours = clip_model.build_model(theirs.state_dict())
+    pairs = [(ours.transformer, theirs.transformer)]
+    if name.startswith("ViT"):
+        pairs.append((ours.visual.transformer, theirs.visual.transformer))
+    for our_tower, their_tower in pairs:
+        assert our_tower.resblocks[0].attn.heads == their_tower.resblocks[0].attn.num_heads
+
+
+@pytest.mark.parametrize("width", [96, 1088])
+def test_widths_without_heads_of_64_are_refused(width):
+    with torch.device("meta"):
+        model = clip_model.CLIP(32, 32, 1, 64, 8, 77, 100, width, 1, 1)
+    with pytest.raises(ClipError, match=f"{width}.*heads"):
+        clip_model.build_model(model.state_dict())
+
+
+# ---- labels
+
+def test_zero_shot_embeddings():
+    model = clip_model.load("toy-RN")[0]
+    phrases = ["a dog", "an ear", "a unicorn", "an hour", "an MRI scanner", "a US passport",
+               "an X-ray", "a one-way street", "a European", "an umbrella", "a T-shirt", "a -"]
+    labels = [phrase.split(" ", 1)[1] for phrase in phrases]
+    embeddings = clip_model.zero_shot_embeddings(model, labels * 30)  # more than a batch
+    expected = [model.encode_text(model.tokenize(f"a photo of {phrase}.")) for phrase in phrases]
+    expected = F.normalize(torch.cat(expected), dim=-1)
+    torch.testing.assert_close(embeddings, expected.repeat(30, 1), atol=1e-5, rtol=0)
+    assert not embeddings.requires_grad
+
+
+def test_labels_must_differ_for_clip():
+    model = clip_model.load("toy")[0]
+    model.check_labels(["dog", "dogs", "-", "+", "\U0001f600", "\U0001f436", "\u732b"])
+    for first, second in [("Dog", "dog"), ("hot dog", "hot  dog"), ("caf\u00e9", "cafe\u0301")]:
+        with pytest.raises(ClipError, match=f"{first}.*{second}"):
+            model.check_labels([first, "cat", second])
+    for empty in ("", " \n"):
+        with pytest.raises(ClipError, match="is empty"):
+            model.check_labels(["dog", empty])
 
 
 # ---- tokenizer
@@ -164,7 +222,7 @@ def test_tokens_equal_open_clip(tmp_path, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     file = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
     monkeypatch.setattr(clip_model, "VOCABULARY_URL", file.as_uri())
-    monkeypatch.setattr(clip_model, "CACHE", tmp_path)
+    monkeypatch.setattr(clip_model, "CACHE", str(tmp_path))
     official, theirs = clip_model.official_tokenizer(), open_clip.tokenizer.SimpleTokenizer()
     texts = STRINGS + random_strings(300)
     for text in texts:
@@ -333,11 +391,15 @@ def test_load_reads_archives_and_state_dicts(model, merges_path):
     expected = clip_model.build_model(state_dict)
     images, tokens = random_images(model), random_tokens()
     torch.save(state_dict, folder / "saved.pt")
+    training = {"module." + key: value for key, value in state_dict.items()}
+    optimizer = torch.optim.AdamW(expected.parameters()).state_dict()
+    torch.save({"epoch": 3, "name": "run", "state_dict": training, "optimizer": optimizer},
+               folder / "training.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
         archive = torch.jit.trace(expected, (images, tokens), check_trace=False)
         archive.save(str(folder / "archive.pt"))
-    for path in (folder / "archive.pt", str(folder / "saved.pt")):
+    for path in (folder / "archive.pt", folder / "training.pt", str(folder / "saved.pt")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # which is not the user's concern
             loaded, preprocess = clip_model.load(path)
@@ -350,6 +412,48 @@ def test_load_reads_archives_and_state_dicts(model, merges_path):
     merges_path.unlink()
     with pytest.raises(ClipError, match=f"{VOCABULARY} entries.*merges.txt.gz"):
         clip_model.load(path)
+
+
+class Scripted(torch.nn.Module):
+    """What TorchScript may hold: all kinds of weights, views, shared weights, odd names, others."""
+
+    def __init__(self):
+        super().__init__()
+        table = torch.randn(7, 5)
+        self.text_projection = torch.nn.Parameter(table.T[1:4, ::2])
+        self.same = torch.nn.Parameter(table.half())
+        self.register_buffer("brain", table.bfloat16())
+        self.register_buffer("resolution", torch.tensor(224))
+        self.inner = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
+        self.inner.add_module("-1", self.inner[1])
+        self.size, self.name, self.nothing = (3, 4.5), "a", None
+
+    def forward(self, x):
+        return self.inner(x) + self.resolution
+
+
+@pytest.mark.parametrize("compile", [torch.jit.script,
+                                     lambda model: torch.jit.trace(model, torch.ones(2, 3))])
+def test_archives_equal_torch_jit_load(compile, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        compile(Scripted()).save(str(tmp_path / "archive.pt"))
+        expected = torch.jit.load(tmp_path / "archive.pt").state_dict()
+    state_dict = clip_model.read_state_dict(tmp_path / "archive.pt")
+    assert set(state_dict) == set(expected) and len(expected) == 13
+    for key, value in expected.items():
+        assert state_dict[key].dtype == value.dtype and torch.equal(state_dict[key], value), key
+
+
+def test_safetensors_equal_the_library(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {"text_projection": torch.randn(3, 5), "b": torch.randn(4).half(),
+               "c": torch.randn(2, 1, 3).bfloat16(), "d": torch.tensor(7), "e": torch.tensor(0.5)}
+    library.save_file(tensors, tmp_path / "weights", metadata={"format": "pt"})
+    state_dict = clip_model.read_state_dict(tmp_path / "weights")
+    assert set(state_dict) == set(tensors)
+    for key, value in tensors.items():
+        assert state_dict[key].dtype == value.dtype and torch.equal(state_dict[key], value), key
 
 
 def test_fingerprints_are_taken_before_the_weights_move():
@@ -372,50 +476,131 @@ def test_other_files_are_no_weights_and_nothing_in_them_is_executed(vit, tmp_pat
     torch.save(half_state_dict(vit), path)
     truncated = path.read_bytes()[:-1000]
     torch.save({"text_projection": Trap()}, path)
+    saved = path.read_bytes()
     trap = pickle.dumps({"text_projection": Trap()}, protocol=2)
-    for content in (path.read_bytes(), trap, b"", b"<html>404</html>\n", b"PK\x03\x04", truncated,
-                    pickle.dumps([1, 2, 3], protocol=2), pickle.dumps({"a": 1}, protocol=2)):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", trap)
+        archive.writestr("archive/constants.pkl", pickle.dumps(()))  # so it is TorchScript
+    for content, found in [
+            (path.read_bytes(), r"\.open is no part"), (saved, "PK"), (trap, r"x80"), (b"", "b''"),
+            (b"<html>404</html>\n", "<html>"), (b"PK\x03\x04", "PK"), (truncated, "PK"),
+            ((1000).to_bytes(8, "little") + b'{"text_proj', r'\{'),
+            (pickle.dumps([1, 2, 3], protocol=2), "x80")]:
         path.write_bytes(content)
-        with pytest.raises(ClipError, match="weights.pt"):
+        with pytest.raises(ClipError, match=f"weights.pt is damaged.*{found}") as error:
             clip_model.load(path)
+        assert "\n" not in str(error.value)
     assert not Path("trap").exists()
     pickle.loads(trap)["text_projection"].close()
     assert Path("trap").exists()  # the trap works
+    for content, found in [({"model": half_state_dict(vit), "epoch": 1}, "but model, epoch"),
+                           ({"text_projection": 3}, "'int'"), ({}, "but nothing")]:
+        torch.save(content, path)
+        with pytest.raises(ClipError, match=f"weights.pt.*{found}"):
+            clip_model.load(path)
 
 
 def test_download(tmp_path, monkeypatch):
     content = bytes(range(256)) * 500
     digest = hashlib.sha256(content).hexdigest()
-    source, folder = tmp_path / "good.pt", tmp_path / "new" / "folder"
+    source, path = tmp_path / "good.pt", tmp_path / "new" / "folder" / "good.pt"
     source.write_bytes(content)
-    path = clip_model.download(source.as_uri(), digest, folder)
-    assert path == folder / "good.pt" and path.read_bytes() == content
+    assert clip_model.download(source.as_uri(), path, digest) == path
+    assert path.read_bytes() == content
     path.write_bytes(content[:-1])
     with pytest.warns(UserWarning, match="good.pt is corrupt"):
-        clip_model.download(source.as_uri(), digest, folder)
+        clip_model.download(source.as_uri(), path, digest)
     assert path.read_bytes() == content
     source.unlink()
-    clip_model.download(source.as_uri(), digest, folder)  # it is there: nothing is fetched
+    clip_model.download(source.as_uri(), path, digest)  # it is there: nothing is fetched
     monkeypatch.setenv("no_proxy", "*")
-    (tmp_path / "corrupt.pt").write_bytes(content[:-1])
-    for url in ((tmp_path / "corrupt.pt").as_uri(), "http://127.0.0.1:1/no-network.pt"):
+    source.write_bytes(content[:-1])
+    for url in (source.as_uri(), "http://127.0.0.1:1/no-network.pt"):
         with pytest.raises(ClipError) as error:
-            clip_model.download(url, digest, folder)
-        for part in (url, digest, str(folder / url.split("/")[-1])):
+            clip_model.download(url, path.with_name("other.pt"), digest)
+        for part in (url, digest, str(path.with_name("other.pt"))):
             assert part in str(error.value)
-    assert os.listdir(folder) == ["good.pt"]  # the bad ones leave nothing
+    assert os.listdir(path.parent) == ["good.pt"]  # the bad ones leave nothing
+    monkeypatch.setattr(clip_model, "CACHE", "~nobody-of-this-name/clip")
+    with pytest.raises(ClipError, match="home"):
+        clip_model.load("RN50")
 
 
-def test_published_names_are_downloaded(vit, tmp_path, monkeypatch):
-    state_dict = half_state_dict(vit)
-    state_dict["token_embedding.weight"] = torch.zeros(49408, 128, dtype=torch.float16)
+@pytest.fixture
+def server(monkeypatch):
+    """OpenAI's address and the hub: .files {path: content}, .requests; .cut bytes are lost."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests.append(self.path)
+            if self.path not in server.files:
+                return self.send_error(404)
+            content = server.files[self.path]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:len(content) - server.cut])
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.requests, server.cut = {}, [], 0
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr(clip_model, "WEIGHTS_URL", server.url + "/models")
+        monkeypatch.setattr(clip_model, "HUB_URL", server.url)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_weights_come_from_openai_or_the_hub(server, vit, resnet, tmp_path, monkeypatch, capsys):
+    library = pytest.importorskip("safetensors.torch")
+    table = {"token_embedding.weight": torch.zeros(49408, 128)}
+    wrong, state_dict = resnet.state_dict() | table, vit.state_dict() | table
     torch.save(state_dict, tmp_path / "weights")
-    digest = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()
-    (tmp_path / digest).mkdir()
-    (tmp_path / "weights").rename(tmp_path / digest / "ViT-B-32.pt")
-    monkeypatch.setattr(clip_model, "WEIGHTS_URL", tmp_path.as_uri())
-    monkeypatch.setitem(clip_model.WEIGHTS, "ViT-B/32", digest)
-    model, _ = clip_model.load("ViT-B/32", download_root=tmp_path / "cache")
-    assert model.tokenizer is None and (tmp_path / "cache" / "ViT-B-32.pt").is_file()
-    images = random_images(vit)
-    assert_equal(model.encode_image(images), vit.encode_image(images), 0.05)  # rounded weights
+    content = (tmp_path / "weights").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    size = sum(value.numel() for value in state_dict.values())  # a ViT has no other tensors
+    monkeypatch.setitem(clip_model.WEIGHTS, "ViT-B/32", (digest, "somebody/copy", size))
+    openai = f"/models/{digest}/ViT-B-32.pt"
+    hub = "/somebody/copy/resolve/main/open_clip_model.safetensors"
+    cache = tmp_path / "cache"
+
+    def refused(*reasons):
+        with pytest.raises(ClipError) as error:
+            clip_model.load("ViT-B/32", download_root=cache)
+        for part in (*reasons, server.url + openai, server.url + hub,
+                     str(cache / "ViT-B-32.pt"), str(cache / "ViT-B-32.safetensors")):
+            assert part in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def load():
+        server.requests.clear()
+        model = clip_model.load("ViT-B/32", download_root=cache)[0]
+        assert_equal(model.encode_image(random_images(vit)), vit.encode_image(random_images(vit)))
+        return server.requests
+
+    refused("404")  # by both
+    copy = library.save(state_dict)
+    for server.files[hub], server.cut, reason in [
+            (copy, 9, f"{len(copy) - 9:,} of {len(copy):,} bytes"), (b"<html>", 0, "<html>"),
+            (library.save(wrong), 0, f"instead of {size:,}")]:
+        refused("404", reason)
+        assert os.listdir(cache) == []
+    server.files[hub] = copy
+    assert load() == [openai, hub] and server.url + hub in capsys.readouterr().err
+    assert sorted(os.listdir(cache)) == ["ViT-B-32.safetensors", "ViT-B-32.safetensors.sha256"]
+    server.files = {openai: content}
+    assert load() == [] and capsys.readouterr().err == ""  # no network is needed
+
+    # another file in the place of the first, here or at the hub, is not taken
+    (cache / "ViT-B-32.safetensors").write_bytes(library.save(state_dict | wrong))
+    server.files = {hub: library.save({key: value + 1 for key, value in state_dict.items()})}
+    with pytest.warns(UserWarning, match="is corrupt"):
+        refused("what came is corrupt", "404")
+    server.files[openai] = content
+    with pytest.warns(UserWarning, match="is corrupt"):
+        assert load() == [hub, openai]
+    server.files = {}
+    assert load() == []
