@@ -268,9 +268,10 @@ def print_table(rows, dataset):
         if not (shown & hidden).any():
             print("no mAP: no label is known to be present in one image and absent in another")
         elif not (shown & hidden).all():
-            print(f"mAP averages {shown.sum()} of {len(shown)} labels, those with a known present "
-                  f"entry; {(shown & ~hidden).sum()} of them have no absent one: AP 1 whatever the "
-                  f"scores")
+            line = f"mAP averages the {shown.sum()} of {len(shown)} labels with a known present entry"
+            if not hidden[shown].all():
+                line += f"; {(~hidden[shown]).sum()} have no absent one: AP 1 whatever the scores"
+            print(line)
     if best is not None:
         print("* the best zero-shot scoring")
     if dataset.missing:
