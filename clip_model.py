@@ -544,8 +544,8 @@ AN = regex.compile(r"[AEFHILMNORSX](?![a-z])|(?!U[A-Z])(?i:[fhlmnrsx8](?![a-z])|
 
 @torch.no_grad()
 def zero_shot_embeddings(model, labels):
-    """Labels -> embeddings of "a photo of a dog.", "a photo of an ear.": float32 [C, D], unit length,
-    without a gradient, on the model's device. Raises ClipError for a label that is too long."""
+    """Labels -> embeddings of "a photo of a dog.", "a photo of an ear.": float32 [C, D], of unit
+    length, on the model's device. Raises ClipError for a label that is too long."""
     prompts = [f"a photo of {'an' if AN.match(label) else 'a'} {label}." for label in labels]
     parts = model.tokenize(prompts).to(model.text_projection.device).split(256)
     return F.normalize(torch.cat([model.encode_text(part).float() for part in parts]), dim=-1)
@@ -696,7 +696,7 @@ def read_state_dict(path):
         content = content.get("state_dict", content)  # open_clip's, with module. where it was DDP
         state_dict = {key.removeprefix("module."): value for key, value in content.items()}
     except Exception as error:  # a broken file can make a reader raise anything
-        reason = f"{type(error).__name__}: {error}".partition(". ")[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
         raise ClipError(f"{path} is damaged or holds no weights, it starts with {start} "
                         f"({reason})") from None
     if "text_projection" not in state_dict:
