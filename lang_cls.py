@@ -11,7 +11,7 @@ classifies images:
  3. ranking: every present label p above every absent one n, the sum over pairs of
         max(0, 1 - l_p + l_n),  l the logits;
  4. mapping: at test time an image embedding e is drawn towards the texts by what it is as a
-    mixture of the labels' embeddings M [C, D],
+    mixture of the labels' embeddings M [C, D] (memory),
         m(e) = normalise(softmax(e M^T / 0.01) M),   f(e) = 0.7 e + 0.3 m(e);
  5. two streams: the logits of the whole image and of its best locations, averaged.
 
@@ -30,8 +30,8 @@ Implementation details
 What we follow is the authors' released code. Where this differs from it
  1. Sentences come from a built-in grammar unless --texts names a file. Theirs are published as
     pickled token ids, which are not read. The 36 prompt templates are our own.
- 2. Their release has made 4,200 steps, which are about 100,000 sentences (--sentences 100000), not
-    the 40,000 of their generator.
+ 2. The optimiser in their release has made 4,200 steps, which takes about 100,000 sentences
+    (--sentences 100000); their generator, and our default, makes 40,000.
  3. The last epoch is reported. They select one on the test images.
 """
 import argparse
@@ -59,7 +59,7 @@ MARGIN = 1.0  # of the ranking loss; authors' code
 TEMPERATURE = 0.01  # of the mapping; authors' code
 FIRST_LR = 1e-5  # of the first epoch, which warms up; authors' code
 WEIGHT_DECAY = 5e-4  # authors' code
-PLAIN = 9  # times that "a photo of a {}." is trained with, beside all templates; authors' code
+PLAIN_COPIES = 9  # of "a photo of a {}.", beside all templates; authors' code
 TEMPLATES = [  # in the spirit of OpenAI's 80 for ImageNet, which the authors use; ours
     "a photo of a {}.", "a photo of the {}.", "a photo with a {}.", "a scene with a {}.",
     "a picture of a {}.", "a snapshot of a {}.", "a close-up of a {}.", "a drawing of a {}.",
@@ -88,9 +88,9 @@ TOY = "--clip toy-RN --lr 5e-3 --workers 0 --no-zero-shot"
 
 def map_to_text(embeddings, memory, temperature=TEMPERATURE):
     """Cross-modal mapping: unit-length embeddings float [..., D] as mixtures of the labels' text
-    embeddings, memory float [M, D], unit length too -> [..., D], unit length."""
-    weights = (embeddings @ memory.T / temperature).softmax(dim=-1)  # [..., M]
-    return F.normalize(weights @ memory, dim=-1)
+    embeddings, memory float [C, D], unit length too -> [..., D], unit length."""
+    mixture = (embeddings @ memory.T / temperature).softmax(dim=-1)  # [..., C]
+    return F.normalize(mixture @ memory, dim=-1)
 
 
 class CoMC(nn.Module):
@@ -102,7 +102,7 @@ class CoMC(nn.Module):
         self.register_buffer("memory", memory)
 
     def forward(self, embeddings, mapping_weight):
-        """Embeddings [..., D], those of images of unit length -> logits [..., C], of any size.
+        """Embeddings [..., D], those of images of unit length -> logits [..., C], unbounded.
         mapping_weight: the share of the mapped embedding; 0 for texts, which need no mapping."""
         if mapping_weight:
             mapped = map_to_text(embeddings, self.memory)
@@ -122,8 +122,8 @@ def merge(scores, streams="both"):
 
 
 def encode(clip, images, args):
-    """Images [B, 3, H, W] -> unit-length embeddings of the whole and of L locations [B, 1 + L, D]:
-    CLIP's own, and CoMC's, which a ResNet pools without positional embeddings."""
+    """Images [B, 3, H, W] -> two tensors of unit-length embeddings [B, 1 + L, D], of the whole and
+    of L locations: CLIP's own, and CoMC's, which a ResNet pools without positional embeddings."""
     with autocast(args):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             clips_own, local = clip.encode_image_dense(images)
@@ -145,8 +145,8 @@ def ranking_loss(logits, targets):
     on the CPU, so that no GPU is waited for to count the present ones."""
     present = (targets == 1).nonzero().to(logits.device, non_blocking=True)  # [P, 2]
     is_absent = (targets == -1).to(logits.device, non_blocking=True)
-    rows, columns = present.T  # B x C x C is never built
-    absent = logits.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
+    rows, columns = present.T
+    absent = logits.masked_fill(~is_absent, -torch.inf)  # others are below every margin
     margins = (MARGIN - logits[rows, columns, None] + absent[rows]).relu()  # [P, C]
     return margins.sum() / len(logits)
 
@@ -154,8 +154,8 @@ def ranking_loss(logits, targets):
 # ---- texts and their embeddings
 
 def names_of(labels):
-    """{a name that texts may use, in lower case: column of the label}: its own, its plural, and the
-    synonyms of it alone."""
+    """{a name that texts may use, in lower case: column of the label}: its own, its synonyms, but
+    where two labels share them, and their plurals."""
     column_of = {label.lower(): column for column, label in enumerate(labels)}
     for group in SYNONYMS:
         columns = [column_of[name] for name in group if name in column_of]
@@ -202,7 +202,7 @@ def described(dropped):
 
 def training_texts(labels, templates, args):
     """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}. Templates: for each
-    label "a photo of a {}." nine times, and every template once (Liu et al., 2024)."""
+    label "a photo of a {}." nine times, and every template once."""
     sentences, targets = [], torch.empty(0, len(labels), dtype=torch.int8)
     if args.texts:
         sentences, targets, dropped = load_texts(args.texts, labels)
@@ -210,7 +210,7 @@ def training_texts(labels, templates, args):
     elif args.sources != "templates":
         sentences, targets = sentences_about(labels, args.sentences, args.seed)
     if args.sources != "sentences":
-        templates = PLAIN * TEMPLATES[:1] + templates
+        templates = PLAIN_COPIES * TEMPLATES[:1] + templates
         sentences += [fill_template(template, label) for label in labels for template in templates]
         one_present = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
         targets = torch.cat([targets, one_present.repeat_interleave(len(templates), dim=0)])
@@ -225,7 +225,8 @@ def embed_texts(clip, texts, args):
     def embed():
         tokens = clip.tokenize(unique, truncate=True)
         embeddings = torch.empty(len(unique), clip.text_projection.shape[1])
-        by_length = tokens.argmax(dim=1).argsort(stable=True).split(256)  # little padding
+        # by length, which the end of text says, the highest id: texts are cut behind the longest
+        by_length = tokens.argmax(dim=1).argsort(stable=True).split(256)
         for rows in tqdm(by_length, "embedding texts", leave=False, disable=args.quiet or None):
             embedded = clip.encode_text(tokens[rows].to(args.device)).float()
             embeddings[rows] = F.normalize(embedded, dim=-1).cpu()
@@ -254,14 +255,13 @@ def learning_rate(epoch, peak, epochs):
 def train(model, embeddings, targets, args):
     """On embeddings [N, D] -> the log, a dict an epoch."""
     log, embeddings = [], embeddings.to(args.device)
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam([model.weight], lr=args.lr, weight_decay=WEIGHT_DECAY)
     for epoch in range(args.epochs):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin, total = time.time(), 0
         lr = learning_rate(epoch, args.lr, args.epochs)
         optimizer.param_groups[0]["lr"] = lr
-        batches = order[torch.randperm(len(order))].split(args.batch_size)
+        batches = torch.randperm(len(targets)).split(args.batch_size)
         for rows in batches:
             batch = embeddings[rows.to(args.device, non_blocking=True)]
             noisy = batch + args.noise * torch.randn_like(batch)
@@ -284,36 +284,38 @@ def train(model, embeddings, targets, args):
 def table(clip, model, test, args):
     """-> the rows that a run ends with, {"name", "kind", metric: value in [0, 1], ...}, and the
     logits [N, C] of the last, CoMC's."""
-    ks, playing = (10, 20) if test.name == "openimages" else (3, 5), metrics.in_play(test)
-    labels, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
-    names = ["CoMC without mapping", "CoMC, global alone", "CoMC, local alone",
-             "CoMC without mapping, merged as probabilities", "CoMC, merged as probabilities",
-             "CoMC"]
+    ks = (10, 20) if test.name == "openimages" else (3, 5)
+    playing, scale = metrics.in_play(test), clip.logit_scale.exp()
+    prompts = clip_model.zero_shot_embeddings(clip, test.labels)
 
     def score(images):
         clips_own, x = encode(clip, images, args)
-        plain, mapped = model(x, 0), model(x, args.mapping_weight)  # [B, 1 + L, C]
-        scores = metrics.zero_shot_scores(clips_own, labels, scale, test.unseen)
-        scores += [merge(plain[..., index], args.streams) for index in playing.values()]
-        scores += [merge(mapped[..., index], "global") for index in playing.values()]
-        scores += [merge(mapped[..., index], "local") for index in playing.values()]
-        for logits in (plain, mapped):  # a softmax over the labels in play, as zero-shot CLIP's
-            scores += [merge(logits[..., index].softmax(dim=-1), args.streams)
-                       for index in playing.values()]
-        return scores + [merge(mapped[..., index], args.streams) for index in playing.values()]
+        of_all, mapped_of_all = model(x, 0), model(x, args.mapping_weight)  # [B, 1 + L, C]
+        scores = metrics.zero_shot_scores(clips_own, prompts, scale, playing)
+        for prefix, index in playing.items():
+            plain, mapped = of_all[..., index], mapped_of_all[..., index]
+            of_name = {
+                "CoMC without mapping": merge(plain, args.streams),
+                "CoMC, global alone": merge(mapped, "global"),
+                "CoMC, local alone": merge(mapped, "local"),
+                "CoMC without mapping, merged as probabilities":
+                    merge(plain.softmax(dim=-1), args.streams),
+                "CoMC, merged as probabilities": merge(mapped.softmax(dim=-1), args.streams),
+                "CoMC": merge(mapped, args.streams)}
+            scores |= {(name, prefix): value for name, value in of_name.items()}
+        return scores
 
     parts = []
     loader = DataLoader(test, 64, num_workers=args.workers, pin_memory="cuda" in args.device)
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
         scores = score(images.to(args.device, non_blocking=True))
-        parts.append([matrix.cpu() for matrix in scores])
-    scores = [torch.cat(matrices) for matrices in zip(*parts)]
-    rows = metrics.zero_shot_rows(scores[:4], test, ks)
-    for i, name in enumerate(names):
-        of_name = dict(zip(playing, scores[4 + i * len(playing):]))
+        parts.append({key: matrix.cpu() for key, matrix in scores.items()})
+    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    rows = metrics.zero_shot_rows(scores, test, ks)
+    for name in dict.fromkeys(name for name, _ in scores if name.startswith("CoMC")):
         kind = "method" if name == "CoMC" else "ablation"
-        rows.append(metrics.table_row(name, kind, of_name, test, ks))
-    return rows, scores[-1]
+        rows.append(metrics.table_row(name, kind, scores, test, ks))
+    return rows, scores["CoMC", [*playing][-1]]
 
 
 # ---- predict
@@ -421,8 +423,8 @@ def main(argv=None):
     else:
         torch.manual_seed(args.seed)
         memory = label_embeddings(clip, labels, templates, args)
-        weight = nn.Linear(memory.shape[1], len(labels), bias=False).weight.detach()
-        model = CoMC(weight, memory).to(args.device)
+        linear = nn.Linear(memory.shape[1], len(labels), bias=False)  # for its initial weight
+        model = CoMC(linear.weight.detach(), memory).to(args.device)
         sentences, targets = training_texts(labels, templates, args)
         print(f"{args.clip}: {len(labels)} labels, {len(sentences):,} texts to train with, "
               f"{len(set(sentences)):,} distinct", flush=True)

@@ -140,12 +140,11 @@ def _check(scores, targets):
 
 
 def best_threshold(scores, targets):
-    """The score that, as a threshold, gives the highest OF1 over the known entries, and that OF1.
-
-    Returns two floats, NaN where no entry is known to be present."""
+    """The score that, as a threshold, gives the highest OF1 over the known entries, and that OF1:
+    two floats, NaN where no entry is known to be present. On test images it is optimistic."""
     scores, targets = _check(scores, targets)
     scores, targets = scores.float().cpu().numpy(), targets.cpu().numpy()
-    # between two present entries OF1 only falls: a best threshold is the score of one
+    # a threshold between two present entries only adds wrong predictions: the best is one's score
     known, positives = np.sort(scores[targets != 0]), np.sort(scores[targets == 1])
     if not len(positives):
         return math.nan, math.nan
@@ -158,19 +157,22 @@ def best_threshold(scores, targets):
 
 # ---- CLIP as it is
 
-def zero_shot_scores(embeddings, labels, scale, unseen):
-    """Scores of CLIP without training, in float32 whatever comes in.
+ZERO_SHOT = "zero-shot, global", "zero-shot, global + local", "zero-shot, as probabilities"
+
+
+def zero_shot_scores(embeddings, labels, scale, playing):
+    """Scores of CLIP without training, in float32 whatever comes in, for the labels in play.
 
     embeddings: unit length [B, 1 + L, D], the whole image's, then the locations'. labels: unit
-    length [C, D]. scale: CLIP's own, the inverse of its temperature. unseen: indices of U labels.
-    Returns cosines of the whole image [B, C] and of the best location [B, C]; probabilities [B, C],
-    by a softmax over all labels, the mean of the whole image's and the best location's; and the
-    same [B, U] by a softmax over the unseen labels alone."""
-    cosines = embeddings.float() @ labels.float().T  # [B, 1 + L, C]
-    scores = [cosines[:, 0], cosines[:, 1:].amax(dim=1)]
-    for logits in (scale * cosines, scale * cosines[..., unseen.to(cosines.device)]):
-        probabilities = logits.softmax(dim=-1)
-        scores.append((probabilities[:, 0] + probabilities[:, 1:].amax(dim=1)) / 2)
+    length [C, D]. scale: CLIP's own, the inverse of its temperature. playing: as in_play gives it.
+    Returns {(name, prefix): [B, c]}: the cosine of the whole image; the mean of that and the best
+    location's; the same of probabilities, a softmax over the labels in play at each place."""
+    cosines, scores = embeddings.float() @ labels.float().T, {}  # [B, 1 + L, C]
+    for prefix, index in playing.items():
+        whole, best = cosines[:, 0, index], cosines[:, 1:, index].amax(dim=1)
+        p = (scale * cosines[..., index]).softmax(dim=-1)
+        rows = whole, (whole + best) / 2, (p[:, 0] + p[:, 1:].amax(dim=1)) / 2
+        scores |= {(name, prefix): row for name, row in zip(ZERO_SHOT, rows)}
     return scores
 
 
@@ -190,22 +192,14 @@ def normalize_scores(scores):
 
 
 def zero_shot_rows(scores, dataset, ks):
-    """What a method has to beat, four rows of zero_shot_scores, which were collected over all test
-    images: global; global + best location; as probabilities; the best of these normalised."""
-    global_, local, probabilities, among_unseen = scores
-    both = (global_ + local) / 2
+    """What a method has to beat, four rows: those of zero_shot_scores, here of all test images,
+    and the best of them normalised."""
+    rows = [table_row(name, "zero-shot", scores, dataset, ks) for name in ZERO_SHOT]
     playing = in_play(dataset)
-    by_probability = {"": probabilities}
-    if len(dataset.unseen):
-        by_probability = {"zsl_": among_unseen, "gzsl_": probabilities}
-    found = {
-        "zero-shot, global": {prefix: global_[:, index] for prefix, index in playing.items()},
-        "zero-shot, global + local": {prefix: both[:, index] for prefix, index in playing.items()},
-        "zero-shot, as probabilities": by_probability}
-    rows = [table_row(name, "zero-shot", x, dataset, ks) for name, x in found.items()]
-    strongest = _strongest(rows, [*playing][-1])["name"]
-    normalised = {prefix: normalize_scores(x) for prefix, x in found[strongest].items()}
+    best = _strongest(rows, [*playing][-1]) or rows[0]  # by the mAP of all labels
     name = "zero-shot, the best of these normalised"
+    normalised = {(name, prefix): normalize_scores(scores[best["name"], prefix])
+                  for prefix in playing}
     return [*rows, table_row(name, "zero-shot", normalised, dataset, ks)]
 
 
@@ -221,31 +215,29 @@ def in_play(dataset):
 
 def table_row(name, kind, scores, dataset, ks):
     """A row of the table: {"name", "kind", "mAP", "P@k", "R@k", "F1@k" of every k}, each metric
-    with the prefix of its setting. scores: {prefix: float [N, c]}, of the labels in play.
+    with the prefix of its setting. scores: {(name, prefix): float [N, c], of the labels in play}.
 
     NaN is what cannot be said: mAP where no label is known to be present in one image and absent
     in another, all metrics where no label is known to be present at all."""
     row = {"name": name, "kind": kind}
     present, absent = dataset.counts()
-    targets = dataset.targets
     for prefix, index in in_play(dataset).items():
-        ranked, known = scores[prefix], targets[:, index]
-        row[f"{prefix}mAP"] = math.nan
-        if ((present > 0) & (absent > 0))[index].any():
-            row[f"{prefix}mAP"] = mean_average_precision(ranked, known)
+        ranked, targets = scores[name, prefix], dataset.targets[:, index]
+        can_rank = ((present > 0) & (absent > 0))[index].any()
+        row[f"{prefix}mAP"] = mean_average_precision(ranked, targets) if can_rank else math.nan
         for k in ks:
             if k <= ranked.shape[1]:
-                values = [math.nan] * 3
+                values = 3 * [math.nan]
                 if present[index].any():
-                    values = precision_recall_f1_at_k(ranked, known, k)
+                    values = precision_recall_f1_at_k(ranked, targets, k)
                 row |= zip((f"{prefix}P@{k}", f"{prefix}R@{k}", f"{prefix}F1@{k}"), values)
     return row
 
 
 def _strongest(rows, prefix):
     """The zero-shot row of the highest mAP, None where there is no mAP."""
-    rows = [row for row in rows if row["kind"] == "zero-shot"]
-    rows = [row for row in rows if not math.isnan(row[f"{prefix}mAP"])]
+    rows = [row for row in rows
+            if row["kind"] == "zero-shot" and not math.isnan(row[f"{prefix}mAP"])]
     return max(rows, key=lambda row: row[f"{prefix}mAP"], default=None)
 
 
@@ -264,13 +256,15 @@ def print_table(rows, dataset):
             title = f"{row['name']} *" if row is best else row["name"]
             values = [f"{100 * row[name]:7.1f}" for name in names]
             print(f"{title:{width}}" + "".join(values).replace("    nan", "    n/a"))
-        shown, hidden = present[index] > 0, absent[index] > 0
-        if not (shown & hidden).any():
+        has_present, has_absent = present[index] > 0, absent[index] > 0
+        if not (has_present & has_absent).any():
             print("no mAP: no label is known to be present in one image and absent in another")
-        elif not (shown & hidden).all():
-            line = f"mAP averages the {shown.sum()} of {len(shown)} labels with a known present entry"
-            if not hidden[shown].all():
-                line += f"; {(~hidden[shown]).sum()} have no absent one: AP 1 whatever the scores"
+        elif not (has_present & has_absent).all():
+            line = f"mAP averages the {has_present.sum()} of {len(has_present)} labels with a known "
+            line += "present entry"
+            if not has_absent[has_present].all():
+                count = (~has_absent[has_present]).sum()
+                line += f"; {count} have no absent one: AP 1 whatever the scores"
             print(line)
     if best is not None:
         print("* the best zero-shot scoring")
@@ -282,9 +276,9 @@ def results(method, rows, scores, dataset, args, seconds):
     """The text of a run's results.json. scores: float [N, C] of the last row, the method's, of
     which every label's AP and the best threshold are kept. What cannot be said is null."""
     threshold, of1 = best_threshold(scores, dataset.targets)
-    columns = dataset.labels, average_precision(scores, dataset.targets), *dataset.counts()
-    labels = [dict(zip(("label", "AP", "present", "absent"), (label, *(x.item() for x in values))))
-              for label, *values in zip(*columns)]
+    values = average_precision(scores, dataset.targets), *dataset.counts()
+    labels = [{"label": label, "AP": ap, "present": present, "absent": absent}
+              for label, ap, present, absent in zip(dataset.labels, *(x.tolist() for x in values))]
     found = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,
              "seconds": round(seconds), "images": len(dataset), "missing": dataset.missing,
              "limit": args.limit, "rows": rows, "threshold": threshold, "threshold_OF1": of1,
@@ -337,11 +331,9 @@ def write_prediction(path, photo, scores, maps, labels, args, crop=1.0):
 def heatmap_file(path, folder):
     """Where the heatmap of an image goes: album/a.jpg -> folder/album/a.jpg.png, a Path that does
     not exist yet. Names too long for a file system are cut."""
-    def cut(name):
-        return name.encode()[:200].decode(errors="ignore")
-
     path = Path(path)
-    *folders, name = [cut(part) for part in path.parts if part not in ("..", path.anchor)]
+    *folders, name = [part.encode()[:200].decode(errors="ignore") for part in path.parts
+                      if part not in ("..", path.anchor)]
     name = name.removesuffix(".png")
     file = Path(folder, *folders, f"{name}.png")
     number = 2

@@ -423,27 +423,24 @@ def save(state, folder):
 
 @torch.no_grad()
 def evaluate(score, dataset, args):
-    """All images' scores. score: images [B, 3, H, W] -> a list of tensors [B, ...] -> a list of
-    float32 [N, ...] on the CPU; under torchrun None but on rank 0."""
+    """All images' scores. score: images [B, 3, H, W] -> {key: tensor [B, ...]}; -> {key: float32
+    [N, ...] on the CPU}, under torchrun {} but on rank 0."""
     rounds = math.ceil(len(dataset) / WORLD)
     # every process takes every WORLD-th image; where they run out, one of the first again
     mine = [i % len(dataset) for i in range(RANK, rounds * WORLD, WORLD)]
     loader = DataLoader(Subset(dataset, mine), args.batch_size, num_workers=args.workers,
                         pin_memory="cuda" in args.device)
-    collected, first = None, 0
+    scores, first = {}, 0
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
-        parts = [x.float().cpu() for x in score(images.to(args.device, non_blocking=True))]
-        if WORLD > 1:
-            parts = [gather(part) for part in parts]
-        if RANK > 0:
-            continue
-        if collected is None:
-            collected = [torch.empty(len(dataset), *part.shape[1:]) for part in parts]
-        for scores, part in zip(collected, parts):
-            rows = scores[first:first + len(part)]
-            rows.copy_(part[:len(rows)])
-        first += len(parts[0])
-    return collected
+        for key, part in score(images.to(args.device, non_blocking=True)).items():
+            part = part.float().cpu()
+            if WORLD > 1:
+                part = gather(part)
+            if RANK == 0:
+                scores.setdefault(key, torch.empty(len(dataset), *part.shape[1:]))
+                scores[key][first:first + len(part)] = part[:len(dataset) - first]
+        first += WORLD * len(images)
+    return scores
 
 
 def gather(part):
@@ -454,10 +451,11 @@ def gather(part):
 
 
 def mkt_scores(model, images, label_embeddings, args):
-    """Images [B, 3, H, W] -> scores [B, C] of each of these sets of label embeddings [C, D]."""
+    """Images [B, 3, H, W], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
     with autocast(args):
         global_, local = model(images)
-    return [two_stream_scores(local, global_, z, args.topk, args.streams) for z in label_embeddings]
+    return {key: two_stream_scores(local, global_, z, args.topk, args.streams)
+            for key, z in label_embeddings.items()}
 
 
 def clip_embeddings(clip, images, args):
@@ -471,11 +469,11 @@ def clip_embeddings(clip, images, args):
 def validate(model, validation, args):
     """mAP of the seen labels on held-out images; NaN but on rank 0, which chooses the epoch."""
     labels = [validation.labels[i] for i in validation.seen]
-    z = model.label_embeddings(model.prompts(labels))
-    scores = evaluate(lambda images: mkt_scores(model, images, [z], args), validation, args)
+    z = {"seen": model.label_embeddings(model.prompts(labels))}
+    scores = evaluate(lambda images: mkt_scores(model, images, z, args), validation, args)
     if RANK > 0:
         return math.nan
-    return metrics.mean_average_precision(scores[0], validation.targets[:, validation.seen])
+    return metrics.mean_average_precision(scores["seen"], validation.targets[:, validation.seen])
 
 
 @torch.no_grad()
@@ -488,7 +486,7 @@ def table(model, test, clip_preprocess, args):
     original = copy.copy(test)
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
     scores = evaluate(lambda images: metrics.zero_shot_scores(
-        clip_embeddings(clip, images, args), labels, scale, test.unseen), original, args)
+        clip_embeddings(clip, images, args), labels, scale, playing), original, args)
     rows = metrics.zero_shot_rows(scores, test, ks) if RANK == 0 else None
 
     contexts, clips_own = {}, clip.token_embedding.weight[model.context_ids]
@@ -496,16 +494,15 @@ def table(model, test, clip_preprocess, args):
         contexts["MKT without prompt tuning"] = clips_own
     contexts["MKT"] = model.context
     prompts = model.prompts(test.labels)
-    z = [model.label_embeddings(prompts, context) for context in contexts.values()]
-    z = [embeddings[index] for embeddings in z for index in playing.values()]
+    z = {name: model.label_embeddings(prompts, context) for name, context in contexts.items()}
+    z = {(name, prefix): z[name][index] for name in z for prefix, index in playing.items()}
     scores = evaluate(lambda images: mkt_scores(model, images, z, args), test, args)
     if RANK > 0:
         return None, None
-    for i, name in enumerate(contexts):
-        of_name = dict(zip(playing, scores[i * len(playing):]))
+    for name in contexts:
         kind = "method" if name == "MKT" else "ablation"
-        rows.append(metrics.table_row(name, kind, of_name, test, ks))
-    return rows, scores[-1]
+        rows.append(metrics.table_row(name, kind, scores, test, ks))
+    return rows, scores["MKT", [*playing][-1]]
 
 
 # ---- predict
@@ -537,7 +534,8 @@ def predict(saved, args):
             maps = maps / maps.amax(dim=(1, 2), keepdim=True)  # relative, as the scores are
         else:
             x = clip_embeddings(clip, images, args)
-            scores = metrics.zero_shot_scores(x, z, scale, torch.arange(0))[2]
+            scores = metrics.zero_shot_scores(x, z, scale, {"": slice(None)})
+            scores = scores["zero-shot, as probabilities", ""]
             maps = (scale * x[:, 1:] @ z.T).softmax(dim=2)
         side = math.isqrt(maps.shape[1])
         maps = maps.transpose(1, 2).unflatten(2, (side, side))  # [B, C, h, w]

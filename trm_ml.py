@@ -497,16 +497,15 @@ def table(models, names, clip, test, args):
     loader = make_loader(test, args)
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
         x = encode(clip, images.to(args.device, non_blocking=True), args)
-        scores = metrics.zero_shot_scores(x, labels, scale, test.unseen)
-        scores += [logits_of(model, x, text, args) for model, text in zip(models, texts)]
-        parts.append([matrix.cpu() for matrix in scores])
-    scores = [torch.cat(matrices) for matrices in zip(*parts)]
-    zero_shot, scores = scores[:4], scores[4:]
-    rows = metrics.zero_shot_rows(zero_shot, test, ks)
-    for name, logits in zip(names, scores):
-        in_play = {prefix: logits[:, index] for prefix, index in playing.items()}
-        rows.append(metrics.table_row(name, "method", in_play, test, ks))
-    return rows, scores
+        scores = metrics.zero_shot_scores(x, labels, scale, playing)
+        for name, model, text in zip(names, models, texts):
+            logits = logits_of(model, x, text, args)
+            scores |= {(name, prefix): logits[:, index] for prefix, index in playing.items()}
+        parts.append({key: matrix.cpu() for key, matrix in scores.items()})
+    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    rows = metrics.zero_shot_rows(scores, test, ks)
+    rows += [metrics.table_row(name, "method", scores, test, ks) for name in names]
+    return rows, [scores[name, [*playing][-1]] for name in names]
 
 
 def name_of(run, args):
