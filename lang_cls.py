@@ -328,8 +328,7 @@ def predict(saved, args):
     for paths, photos, images in data.photo_batches(args, preprocess):
         _, x = encode(clip, images.to(args.device), args)
         logits = model(x, args.mapping_weight)  # [B, 1 + L, C]
-        maps = logits[:, 1:].softmax(dim=-1).transpose(1, 2).cpu()  # [B, C, L], in [0, 1]
-        maps = maps.unflatten(2, (math.isqrt(maps.shape[2]), -1))  # [B, C, h, w]
+        maps = logits[:, 1:].softmax(dim=-1).transpose(1, 2).cpu()  # [B, C, L], for heatmaps
         for prediction in zip(paths, photos, merge(logits, args.streams).cpu(), maps):
             metrics.write_prediction(*prediction, saved["labels"], args)
 

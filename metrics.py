@@ -260,8 +260,8 @@ def print_table(rows, dataset):
         if not (has_present & has_absent).any():
             print("no mAP: no label is known to be present in one image and absent in another")
         elif not (has_present & has_absent).all():
-            line = f"mAP averages the {has_present.sum()} of {len(has_present)} labels with a known "
-            line += "present entry"
+            count = f"{has_present.sum()} of {len(has_present)}"
+            line = f"mAP averages the {count} labels with a known present entry"
             if not has_absent[has_present].all():
                 count = (~has_absent[has_present]).sum()
                 line += f"; {count} have no absent one: AP 1 whatever the scores"
@@ -310,7 +310,8 @@ def write_prediction(path, photo, scores, maps, labels, args, crop=1.0):
     """Print an image's JSON line, {"path", "labels": [{"label", "score"}, ...]}, best label first,
     or append it to the file --output; with --heatmap draw its three best labels before.
 
-    scores: float [C]. maps: float [C, h, w] in [0, 1], crop: as draw_heatmaps takes them."""
+    scores: float [C]. maps: float [C, L] in [0, 1], of a square grid's locations, row by row; crop:
+    as draw_heatmaps takes it."""
     scores = scores.tolist()
     count = args.top or (5 if args.threshold is None else len(labels))
     best = sorted(range(len(labels)), key=lambda i: -scores[i])[:count]
@@ -318,7 +319,9 @@ def write_prediction(path, photo, scores, maps, labels, args, crop=1.0):
     if args.heatmap:
         file = heatmap_file(path, args.heatmap)
         file.parent.mkdir(parents=True, exist_ok=True)
-        draw_heatmaps(photo, [(labels[i], scores[i], maps[i]) for i in best[:3]], crop).save(file)
+        side = math.isqrt(maps.shape[1])
+        shown = [(labels[i], scores[i], maps[i].view(side, side)) for i in best[:3]]
+        draw_heatmaps(photo, shown, crop).save(file)
     predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best]
     line = json.dumps({"path": str(path), "labels": predicted}, ensure_ascii=False)
     if args.output:

@@ -15,29 +15,30 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
     {label} in the scene", the start and the end of text become learned embeddings, shared by
     all labels, unseen ones too.
 
-In the code o_cls is global_, o_i a row of local, z_c a row of label_embeddings.
+In the code o_cls is global_, o_i a row of local, z_c of label_embeddings; none is of unit length.
+Labels that compete, in play, are the seen in training, the unseen (ZSL) or all (GZSL) in the test.
 
     python mkt.py                                              # toy world, nothing to download
     python mkt.py --data nuswide                               # the paper's first table
     torchrun --nproc-per-node 8 mkt.py --data nuswide          # on eight GPUs
     python mkt.py --predict photos/ --labels "owl, ice cream"  # CLIP as it is; MKT: --checkpoint
 
-B images, L patches, C labels, T tokens, W width, D joint embedding. Targets: +1 present,
+B images, L patches, C labels, T tokens, W width of a tower, D joint embedding. Targets: +1 present,
 -1 absent, 0 unknown.
 
 Implementation details
  1. Teacher and student share the frozen blocks, which run once and without gradients.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
- 3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut after their end.
+ 3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut behind the longest.
  4. Under torchrun every process takes its part of each batch: the same sums but for rounding.
-What we follow is the authors' released code. Where this differs from it
+What we follow, formulas included, is the authors' released code. Where this differs from it
  1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
     Photos are turned as EXIF says.
  2. They train the whole token embedding; we only the eight rows of the context.
- 3. Images without a seen label are dropped before batching, theirs inside the batch: with theirs
-    an epoch of NUS-WIDE keeps its 2,527 steps. Their last, smaller batch is dropped too.
+ 3. They drop images without a seen label inside each batch, of which NUS-WIDE has 2,527 an epoch,
+    and the last, smaller batch; we drop these images first, so batches are full and fewer.
  4. Their teacher and their stage 2 run in half precision, and stage 2 repeats one order of images.
- 5. The last epoch is reported, or with --val-fraction each stage's best on held-out images.
+ 5. We report the last epoch, or with --val-fraction each stage's best on held-out images.
  6. Seed 0, theirs is 42; AP of a label without a positive is left out, theirs is 0.
 """
 import argparse
@@ -67,9 +68,10 @@ from data import UserError
 # settings; the defaults of the command line, in arguments(), are the authors' code's too
 PROMPT = "There is a {} in the scene"  # authors' code
 MARGIN = 1.0  # of the ranking loss; authors' code
+TINY = 1e-8  # beside the number of pairs that violate it; authors' code
 LAYER_DECAY = 0.65  # of the learning rate, a layer down; authors' code
 WEIGHT_DECAY = 0.05  # authors' code
-MINIMUM_LR = 1e-6, 1e-8  # at the ends of stage 1 and 2; authors' code
+MINIMUM_LR_1, MINIMUM_LR_2 = 1e-6, 1e-8  # at the ends of the stages; authors' code
 CHANGES, MAGNITUDE, DEVIATION = 2, 9.0, 0.5  # of RandAugment; authors' code
 EMPTY = (124, 116, 104)  # colour of empty corners, ImageNet's mean; authors' code
 LABELS_AT_ONCE = 1024  # in stage 2, as memory allows: 4 GB of activations for ViT-B/16; ours
@@ -98,10 +100,11 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 
 
 class MKT(nn.Module):
-    """CLIP, frozen, beside what is trained: the last two blocks, ln_post, the projection and the
-    prompt's context. CLIP's own blocks are the teacher. Embeddings are float32 in any precision."""
+    """CLIP, frozen, beside what is trained (authors' code): the last two blocks, ln_post, the
+    projection and the prompt's context. CLIP's own blocks are the teacher. Embeddings are float32
+    in any precision."""
 
-    def __init__(self, clip, topk=16):
+    def __init__(self, clip, topk):
         super().__init__()
         visual = clip.visual
         if not isinstance(visual, clip_model.VisionTransformer):
@@ -113,16 +116,15 @@ class MKT(nn.Module):
         self.blocks = nn.Sequential(*copy.deepcopy(visual.transformer.resblocks[-2:]))
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
-        # the prompt without a label: start of text, the words before and after it, end of text
-        words_before = len(clip.tokenize(PROMPT.partition("{}")[0])[0].nonzero()) - 2
-        tokens = clip.tokenize(PROMPT.format(""))[0]
-        self.before = 1 + words_before  # learned embeddings in front of the label; 4
-        self.context_ids = tokens[:tokens.argmax() + 1]  # end of text has the highest id
+        # the prompt without a label; end of text has the highest id
+        whole, before = clip.tokenize([PROMPT.format(""), PROMPT.partition("{}")[0]])
+        self.before = before.argmax().item()  # tokens in front of the label, start of text too: 4
+        self.context_ids = whole[:whole.argmax() + 1]
         self.context = nn.Parameter(clip.token_embedding.weight[self.context_ids])  # [8, W]
 
     @torch.no_grad()
     def trunk(self, images):
-        """Images [B, 3, H, W] -> tokens [B, 1 + L, W] below the first trained block."""
+        """Images [B, 3, h, w] -> tokens [B, 1 + L, W] below the first trained block."""
         x = self.clip.visual.embed(images)
         for block in self.clip.visual.transformer.resblocks[:-2]:
             x = block(x)
@@ -141,11 +143,12 @@ class MKT(nn.Module):
         return (self.clip.visual.ln_post(x) @ self.clip.visual.proj).float()
 
     def forward(self, images):
-        """Images [B, 3, H, W] -> (global [B, D], local [B, L, D])."""
+        """Images [B, 3, h, w] -> (global [B, D], local [B, L, D])."""
         return self.student(self.trunk(images))
 
     def prompts(self, labels):
-        """Names -> token ids int64 [C, T] on the device, and their ends of text [C] on the CPU."""
+        """Names -> token ids int64 [C, T] on the device, and their ends of text [C] on the CPU,
+        so that no GPU is waited for."""
         tokens = self.clip.tokenize([PROMPT.format(label) for label in labels])
         ends = tokens.argmax(dim=1)
         return tokens[:, :ends.max() + 1].to(self.context.device), ends
@@ -158,7 +161,8 @@ class MKT(nn.Module):
 
         def encode(tokens, ends):
             x = self.clip.token_embedding(tokens)  # [c, T, W]
-            last = ends[:, None] + torch.arange(1 - after, 1)  # [c, 4]: behind the label
+            # [c, 4]: where the prompt goes on behind the label, up to the end of text
+            last = ends[:, None] + torch.arange(1 - after, 1)
             rows = torch.arange(len(x), device=x.device)[:, None]
             x[:, :self.before] = context[:self.before]
             x[rows, last.to(x.device, non_blocking=True)] = context[self.before:]
@@ -216,7 +220,8 @@ def rand_augment(image):
 
 
 def transforms_of(preprocess, args):
-    """CLIP's preprocess -> (of training images, of test images)."""
+    """CLIP's preprocess (resize, crop, to RGB, to tensor, normalise) -> (of training images, of
+    test images)."""
     size, bicubic = preprocess.transforms[0].size, transforms.InterpolationMode.BICUBIC
     if args.preprocess == "authors":  # ImageNet's
         preprocess = transforms.Compose([
@@ -247,7 +252,7 @@ def ranking_loss(scores, targets):
     """Pairwise ranking (section 3.3): scores float [B, C], targets int8 [B, C] -> scalar.
 
     Per image the sum over (present p, absent n) of max(0, 1 + s_n - s_p), divided by the number
-    of pairs that violate the margin (+ 1e-8); the mean over images. Unknown labels (0) form no
+    of pairs that violate the margin; the mean over images. Unknown labels (0) form no
     pairs. Targets may stay on the CPU, so that no GPU is waited for to count the present ones."""
     present = (targets == 1).nonzero().to(scores.device, non_blocking=True)  # [P, 2]
     is_absent = (targets == -1).to(scores.device, non_blocking=True)
@@ -257,12 +262,12 @@ def ranking_loss(scores, targets):
     total = scores.new_zeros(len(scores)).index_add(0, rows, margins.sum(dim=1))
     violated = scores.new_zeros(len(scores)).index_add(
         0, rows, (margins > 0).sum(dim=1).to(scores.dtype))
-    return (total / (violated + 1e-8)).mean()
+    return (total / (violated + TINY)).mean()
 
 
 def losses_of_stage_1(model, images, targets, label_embeddings, args):
     """Knowledge transfer (section 3.3): ranking of the seen labels, whose embeddings are constant,
-    and distillation. images [B, 3, H, W], targets int8 [B, C] -> {term: weighted scalar}."""
+    and distillation. images [B, 3, h, w], targets int8 [B, C] -> {term: weighted scalar}."""
     with autocast(args):
         tokens = model.trunk(images)
         global_, local = model.student(tokens)
@@ -271,13 +276,13 @@ def losses_of_stage_1(model, images, targets, label_embeddings, args):
     if args.distillation:
         with autocast(args):
             teacher = model.teacher(tokens)
-        # at first global_ = teacher: the gradient, a sign, is rounding's (torchrun differs)
+        # at the first step they are equal, and the gradient's sign is that of rounding
         terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
     return terms
 
 
 def losses_of_stage_2(model, images, targets, prompts, args):
-    """Prompt tuning (section 3.4): the same ranking, of the context alone. -> {term: scalar}"""
+    """Prompt tuning (section 3.4): the same ranking, by which the context alone is trained."""
     with autocast(args):
         with torch.no_grad():
             global_, local = model(images)
@@ -288,23 +293,22 @@ def losses_of_stage_2(model, images, targets, prompts, args):
 
 # ---- train
 
-# What sets the two stages apart. losses: (images, targets) -> {term: weighted scalar}; layers:
-# lists of parameters, the topmost first.
-Stage = namedtuple("Stage", "number losses layers epochs batch_size warmup_epochs minimum_lr")
+# What sets the two stages apart. losses: a function as above, labels: what it takes as its fourth;
+# layers: lists of parameters, the topmost first.
+Stage = namedtuple("Stage", "number losses labels layers epochs batch_size warmup minimum_lr")
 
 
 def make_stages(model, dataset, args):
     """-> knowledge transfer and prompt tuning, on the dataset's seen labels."""
     prompts = model.prompts([dataset.labels[i] for i in dataset.seen])
     with torch.no_grad():
-        constant = model.label_embeddings(prompts)  # the prompt is not trained in stage 1
+        constant = model.label_embeddings(prompts)
     layers = [[*model.ln_post.parameters(), model.proj], [*model.blocks[1].parameters()],
               [*model.blocks[0].parameters()]]
-    transfer = Stage(1, lambda *batch: losses_of_stage_1(model, *batch, constant, args), layers,
-                     args.epochs, args.batch_size, args.warmup_epochs, MINIMUM_LR[0])
-    tuning = Stage(2, lambda *batch: losses_of_stage_2(model, *batch, prompts, args),
-                   [[model.context]], args.prompt_epochs, args.prompt_batch_size, 0, MINIMUM_LR[1])
-    return transfer, tuning
+    return (Stage(1, losses_of_stage_1, constant, layers, args.epochs, args.batch_size,
+                  args.warmup_epochs, MINIMUM_LR_1),
+            Stage(2, losses_of_stage_2, prompts, [[model.context]], args.prompt_epochs,
+                  args.prompt_batch_size, 0, MINIMUM_LR_2))
 
 
 def learning_rate(epoch, peak, minimum, epochs, warmup_epochs):
@@ -320,12 +324,12 @@ def make_optimizer(layers, lr):
     decay: two groups a layer."""
     groups = []
     for depth, layer in enumerate(layers):
+        scale = LAYER_DECAY ** depth
         matrices = [parameter for parameter in layer if parameter.ndim > 1]
         vectors = [parameter for parameter in layer if parameter.ndim <= 1]
-        scale = LAYER_DECAY ** depth
         groups.append({"params": matrices, "scale": scale, "weight_decay": WEIGHT_DECAY})
         groups.append({"params": vectors, "scale": scale, "weight_decay": 0.0})
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def add_up(tensors):
@@ -341,7 +345,7 @@ def train(model, stage, dataset, validation, state, args):
     own shuffling and augmentation, so a resumed run repeats the epoch it was killed in exactly."""
     log = state["log"]
     done = sum(line["stage"] == stage.number for line in log)
-    if done < stage.epochs and log and log[-1]["stage"] > stage.number:
+    if done < stage.epochs and log and log[-1]["stage"] > stage.number:  # a later, higher --epochs
         raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
     model.requires_grad_(False)
     parameters = [parameter.requires_grad_() for layer in stage.layers for parameter in layer]
@@ -350,12 +354,12 @@ def train(model, stage, dataset, validation, state, args):
         optimizer.load_state_dict(state["optimizer"])
 
     for epoch in range(done, stage.epochs):
-        generator = torch.Generator().manual_seed(
-            1_000_003 * args.seed + 1_000 * stage.number + epoch)
+        seed = 1_000_003 * args.seed + 1_000 * stage.number + epoch  # another one every epoch
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(dataset), generator=generator)
         seeds = torch.randint(2 ** 31, (len(dataset),), generator=generator)
         batches = [batch.tolist() for batch in order.split(stage.batch_size)]
-        # where a process gets none of a small batch it takes the first image, which counts 0
+        # where a process gets none of a small batch it takes the first image, whose share is 0
         mine = [batch[RANK::WORLD] or batch[:1] for batch in batches]
         loader = DataLoader(Seeded(dataset, seeds), batch_sampler=mine, num_workers=args.workers,
                             pin_memory="cuda" in args.device)
@@ -364,14 +368,15 @@ def train(model, stage, dataset, validation, state, args):
                    disable=args.quiet or None)
         for step, ((images, targets), batch) in enumerate(zip(bar, batches)):
             lr = learning_rate(epoch + step / len(loader), args.lr, stage.minimum_lr, stage.epochs,
-                               stage.warmup_epochs)
+                               stage.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             images = images.to(args.device, non_blocking=True)
-            terms = stage.losses(images, targets[:, dataset.seen])
+            # the targets stay on the CPU, see ranking_loss
+            terms = stage.losses(model, images, targets[:, dataset.seen], stage.labels, args)
             # means over this process's images -> its part of the means over the whole batch
             share = len(batch[RANK::WORLD]) / len(batch)
-            losses = share * torch.stack([sum(terms.values()), *terms.values()])
+            losses = share * torch.stack([sum(terms.values()), *terms.values()])  # total and terms
             optimizer.zero_grad()
             losses[0].backward()
             losses = losses.detach()
@@ -395,35 +400,34 @@ def train(model, stage, dataset, validation, state, args):
         log.append(line)
         if RANK == 0:
             print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
-            state.update(model=model.trained(), optimizer=optimizer.state_dict())
-            save(state, args.output)
+            save(model, optimizer, state, args.output)
     if log and log[-1]["stage"] == stage.number:  # go on from the best epoch
         if RANK == 0:
-            best = data.read_checkpoint(f"{args.output}/best.pt", "mkt")
-            model.load_state_dict(best["model"], strict=False)
-        if WORLD > 1:  # whose disks may have no best.pt
+            model.load_state_dict(state["best"], strict=False)
+        if WORLD > 1:
             for weights in model.trained().values():
                 dist.broadcast(weights, 0)
 
 
-def save(state, folder):
+def save(model, optimizer, state, folder):
     """The run so far: best.pt, of the stage's best epoch; log.jsonl, curves.png, last.pt."""
-    log = state["log"]
-    line = log[-1]
-    best = max(x.get("val_mAP", 0) for x in log if x["stage"] == line["stage"])
-    if not line.get("val_mAP", 0) < best:  # without --val-fraction, or NaN: always
-        weights = {key: value for key, value in state.items() if key != "optimizer"}
-        data.write_file(f"{folder}/best.pt", weights)
-    data.write_file(f"{folder}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
+    log, weights = state["log"], model.trained()
+    earlier = [line.get("val_mAP", 0) for line in log[:-1] if line["stage"] == log[-1]["stage"]]
+    # without --val-fraction, or where it is NaN, the last is the best
+    if not any(value > log[-1].get("val_mAP", 0) for value in earlier):
+        state["best"] = {name: value.clone() for name, value in weights.items()}
+    data.write_file(f"{folder}/best.pt", {**state, "model": state["best"], "optimizer": None})
+    data.write_file(f"{folder}/log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     data.write_file(f"{folder}/curves.png", metrics.draw_curves(log))
-    data.write_file(f"{folder}/last.pt", state)  # at the end: the epoch is done
+    state |= {"model": weights, "optimizer": optimizer.state_dict()}
+    data.write_file(f"{folder}/last.pt", state)  # at the end, as --resume goes by it
 
 
 # ---- evaluate
 
 @torch.no_grad()
 def evaluate(score, dataset, args):
-    """All images' scores. score: images [B, 3, H, W] -> {key: tensor [B, ...]}; -> {key: float32
+    """All images' scores. score: images [B, 3, h, w] -> {key: tensor [B, ...]}; -> {key: float32
     [N, ...] on the CPU}, under torchrun {} but on rank 0."""
     rounds = math.ceil(len(dataset) / WORLD)
     # every process takes every WORLD-th image; where they run out, one of the first again
@@ -451,7 +455,7 @@ def gather(part):
 
 
 def mkt_scores(model, images, label_embeddings, args):
-    """Images [B, 3, H, W], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
+    """Images [B, 3, h, w], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
     with autocast(args):
         global_, local = model(images)
     return {key: two_stream_scores(local, global_, z, args.topk, args.streams)
@@ -481,16 +485,16 @@ def table(model, test, clip_preprocess, args):
     """-> the rows that a run ends with, {"name", "kind", metric: value in [0, 1], ...}, and the
     scores [N, C] of the last, MKT's; under torchrun None but on rank 0."""
     clip, playing = model.clip, metrics.in_play(test)
-    ks = (10, 20) if test.name == "openimages" else (3, 5)
-    labels, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
+    ks = (10, 20) if test.name == "openimages" else (3, 5)  # as LESA, BiAM and MKT report
+    plain, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
     original = copy.copy(test)
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
     scores = evaluate(lambda images: metrics.zero_shot_scores(
-        clip_embeddings(clip, images, args), labels, scale, playing), original, args)
+        clip_embeddings(clip, images, args), plain, scale, playing), original, args)
     rows = metrics.zero_shot_rows(scores, test, ks) if RANK == 0 else None
 
     contexts, clips_own = {}, clip.token_embedding.weight[model.context_ids]
-    if args.epochs and not torch.equal(model.context, clips_own):  # what stage 2 has trained
+    if args.epochs and not torch.equal(model.context, clips_own):  # both stages have trained
         contexts["MKT without prompt tuning"] = clips_own
     contexts["MKT"] = model.context
     prompts = model.prompts(test.labels)
@@ -515,12 +519,12 @@ def predict(saved, args):
         raise UserError('--labels: at least two, scores are relative: "owl, ice cream" or a file')
     clip, preprocess = clip_model.load(args.clip, args.device)
     clip.check_labels(labels)
-    z, scale = clip_model.zero_shot_embeddings(clip, labels), clip.logit_scale.exp()
+    z, scale, crop = clip_model.zero_shot_embeddings(clip, labels), clip.logit_scale.exp(), 1.0
     if saved:
         model = load_model(clip, saved, None, args)
         _, preprocess = transforms_of(preprocess, args)
         z = model.label_embeddings(model.prompts(labels))
-    crop = 224 / 256 if args.preprocess == "authors" else 1.0
+        crop = 224 / 256 if args.preprocess == "authors" else 1.0
 
     for paths, photos, images in data.photo_batches(args, preprocess):
         images = images.to(args.device)
@@ -537,9 +541,7 @@ def predict(saved, args):
             scores = metrics.zero_shot_scores(x, z, scale, {"": slice(None)})
             scores = scores["zero-shot, as probabilities", ""]
             maps = (scale * x[:, 1:] @ z.T).softmax(dim=2)
-        side = math.isqrt(maps.shape[1])
-        maps = maps.transpose(1, 2).unflatten(2, (side, side))  # [B, C, h, w]
-        for prediction in zip(paths, photos, scores.cpu(), maps.cpu()):
+        for prediction in zip(paths, photos, scores.cpu(), maps.transpose(1, 2).cpu()):
             metrics.write_prediction(*prediction, labels, args, crop)
 
 
@@ -569,11 +571,13 @@ def arguments(argv=None):
     add("--val-fraction", type=real, default=0.0, help="share held out, to select the epoch")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--resume", action="store_true", help="go on in --output; options typed now win")
-    data.add_options(parser)
-    data.add_run_options(parser, "runs/mkt-DATA")
+    data.add_options(parser)  # --data, --root, --limit, ...
+    data.add_run_options(parser, "runs/mkt-DATA")  # --output, --device, --precision, --seed, ...
     add = metrics.add_prediction_options(parser).add_argument
     add("--labels", help='for --predict, any labels: "owl, ice cream", or a file, a label a line')
     args, saved = data.parse(parser, argv, "mkt", TOY)
+    if args.predict and not saved and {"topk", "streams", "preprocess"} & data.typed(parser, argv):
+        parser.error("--topk, --streams, --preprocess are MKT's: give its --checkpoint")
     if args.epochs + args.prompt_epochs == 0:
         parser.error("--epochs 0 and --prompt-epochs 0 leave nothing to train")
     if args.val_fraction >= 1:
@@ -610,8 +614,8 @@ def load_training(args):
 
 def start_processes(args):
     """Under torchrun: rank 0 alone prints and writes."""
-    if "RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set, but torchrun did not start this: unset it")
+    if "RANK" not in os.environ or args.predict:
+        raise UserError("WORLD_SIZE is set, but this is no training by torchrun: unset it")
     dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
     if "cuda" in args.device:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -624,13 +628,13 @@ def main(argv=None):
     begin = time.time()
     args, saved = arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
+    if WORLD > 1:
+        start_processes(args)
     if args.predict:
         return predict(saved, args)
     data.refuse_used(args)
-    if WORLD > 1:
-        start_processes(args)
-        if RANK > 0:
-            dist.barrier()  # until rank 0 has downloaded and cached what all read
+    if RANK > 0:
+        dist.barrier()  # until rank 0 has downloaded and cached what all read
 
     # data first: files may be missing
     test = data.load_dataset(args.data, args.root, "test", **data.dataset_options(args))
@@ -646,10 +650,8 @@ def main(argv=None):
     train_preprocess, test.transform = transforms_of(clip_preprocess, args)
 
     if not args.eval:
-        state = {"method": "mkt", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
-                 "labels": test.labels, "log": saved["log"] if saved else []}
-        if saved:
-            state["optimizer"] = saved["optimizer"]
+        state = {**(saved or {"log": []}), "method": "mkt", "args": vars(args),
+                 "clip_fingerprint": clip.fingerprint(), "labels": test.labels}
         dataset.transform = train_preprocess
         dataset, validation = dataset.hold_out(args.val_fraction, test.transform)
         if RANK == 0:

@@ -67,7 +67,7 @@ def train(make, x, targets, z, lr, args):
     for epoch in range(args.epochs):
         for step, rows in enumerate(torch.randperm(len(x)).split(args.batch_size)):
             for group in optimizer.param_groups:
-                group["lr"] = mkt.learning_rate(epoch + step / steps, lr, mkt.MINIMUM_LR[0],
+                group["lr"] = mkt.learning_rate(epoch + step / steps, lr, mkt.MINIMUM_LR_1,
                                                 args.epochs, args.warmup_epochs)
             before = x[rows].float()
             after = head(before)
