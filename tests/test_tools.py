@@ -164,6 +164,14 @@ def test_the_servers_own_words_are_shown(trouble, words, attempts):
         assert "\n" not in str(error.value) and len(server.prompts) == attempts
 
 
+def test_where_no_server_is_none_is_waited_for(monkeypatch):
+    monkeypatch.setattr(generate_texts, "WAITS", (0, 60))
+    server = ChatServer()
+    server.server_close()
+    with pytest.raises(UserError, match="refused"):
+        ask(server)
+
+
 def test_retry_after_is_heeded():
     with ChatServer({0: b"HTTP/1.0 429 Slow\r\nRetry-After: 1\r\n\r\n"}) as server:
         begin = time.monotonic()

@@ -16,6 +16,7 @@ import os
 import queue
 import random
 import re
+import socket
 import sys
 import threading
 import urllib.error
@@ -29,20 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from data import UserError  # noqa: E402
 
-if not hasattr(data, "read_labels"):  # FALLBACK until data.read_labels is there: delete
-    data.read_labels = lambda text: [
-        name.strip() for name in (data.read_text(text).split("\n") if os.path.isfile(text)
-                                  else text.split(",")) if name.strip()]
-
 WAITS = (0, 1, 2, 4, 8, 16)  # seconds before each attempt, unless the server asks for more
 TIMEOUT = 300  # seconds: reasoning takes long
+NO_SERVER = (ConnectionRefusedError, socket.gaierror)
 ANSWERS = 4  # to a request, until one of them is a sentence
 
 
 # ---- what an answer says
 
-# reasoning ends with a closing tag of whatever name, with or without an opening one, or as Mistral,
-# Kimi, Cohere, gpt-oss (with its tokens or without them) and Gemma end it
+# reasoning ends with a closing tag of whatever name, with or without an opening one, or as
+# Mistral, Kimi, Cohere, gpt-oss (with its tokens or without them) and Gemma end it
 REASONING_END = (r"</[\w:-]+>|\[/[A-Z]+\]|◁/\w+▷|<\|(?i:end_(?:of_)?th\w+)\|>"
                  r"|<\|channel\|>final<\|message\|>|assistantfinal|<channel\|>")
 REASONING_START = (r"<[\w:-]+>|\[[A-Z]+\]|◁\w+▷|<\|(?i:(?:start|begin)_(?:of_)?th\w+)\|>"
@@ -91,10 +88,10 @@ def ask(url, model, labels, stop):
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions",
                                      json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     if key:  # unredirected: another host must not get it
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    retry_after = 0
+    words, retry_after = "", 0
     for wait in WAITS:
         if stop.wait(max(wait, retry_after)):
             return "", None
@@ -109,12 +106,15 @@ def ask(url, model, labels, stop):
         except urllib.error.HTTPError as error:
             words, code = str(error), error.code
             with contextlib.suppress(Exception):  # it may break off too
-                words += f" {error.read().decode(errors='replace')}"
+                words += f" {error.read(10_000).decode(errors='replace')}"
             if error.headers.get("Retry-After", "").isdigit():
                 retry_after = min(int(error.headers["Retry-After"]), 600)
         except (OSError, http.client.HTTPException) as error:
             words, code = f"{type(error).__name__}: {error}", 503
-        except (ValueError, LookupError, TypeError, AttributeError):  # 200 OK, and yet no answer
+            if isinstance(getattr(error, "reason", None), NO_SERVER):
+                break
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # OK, but no answer
+            words = words or str(error)  # of a key or URL that cannot be sent
             code = int((re.findall(r'"code": *"?(\d{3})\b', words) or [200])[0])
         if code not in (408, 409, 425, 429) and code < 500:
             break
@@ -228,7 +228,7 @@ def main(argv=None):
     if args.labels:
         labels = data.read_labels(args.labels)
     else:
-        labels = data.load_dataset(args.data, args.root, "test", allow_missing=True).labels
+        labels = data.load_dataset(args.data, args.root, "test", limit=1, allow_missing=True).labels
     generate(args.file, labels, args)
 
 
