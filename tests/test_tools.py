@@ -19,9 +19,8 @@ import data
 import lang_cls
 import mkt
 import trees
-from data import UserError
+from data import UserError, clean_sentence
 from tools import convert_release, generate_texts
-from tools.generate_texts import clean_sentence
 from toy import world
 from toy.grammar import fill_template
 from trees import checkpoint, lines, predictions
@@ -290,7 +289,7 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path):
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=30)
-    assert time.monotonic() - begin < 2 and process.returncode == 1 and len(lines(path)) == 2
+    assert time.monotonic() - begin < 5 and process.returncode == 1 and len(lines(path)) == 2
     assert shown.splitlines()[-1] == "interrupted; the same command goes on"
 
 
@@ -311,7 +310,7 @@ def test_labels_of_a_file_or_of_a_dataset(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["none/out.jsonl"], "none/out.jsonl"), (["other.jsonl"], "other labels or another seed"),
-    (["text.jsonl"], "not written by this program"), (["new", "--requests", "0"], "at least 1"),
+    (["text.jsonl"], "not written by this program"), (["new", "--requests", "0"], "0 is below 1"),
     (["new", "--root", "x"], "--data"), (["new", "--url", "localhost"], "http")])
 def test_what_cannot_be_is_refused_before_anything_is_asked(tmp_path, monkeypatch, capsys,
                                                             arguments, message):
@@ -392,6 +391,9 @@ def test_mkt_as_released(trained_mkt, toy_vit, tmp_path, photo, capsys):
     line, = predictions(mkt, capsys, photo, "--checkpoint", both, "--labels", ",".join(labels),
                         "--preprocess", "clip")
     assert trees.shown(line, labels) == pytest.approx(scores.tolist(), abs=2e-4)
+    rows = mkt.main(["--eval", str(both), "--data", "toy", "--limit", "8", "--workers", "0",
+                     "--device", "cpu"])
+    assert rows[-1]["name"] == "MKT" and 0 < rows[-1]["zsl_mAP"] <= 1
 
 
 def test_another_file_or_clip_than_mkts_is_refused(trained_mkt, tmp_path):
@@ -437,11 +439,12 @@ def test_comc_as_released(tmp_path, photo, capsys, toy_resnet):
     ours = F.normalize(clip.encode_text(clip.tokenize(prompts)), dim=-1)
     ours = ours.view(80, -1, 128).mean(dim=1)
     images = preprocess(data.open_image(photo))[None]
-    embeddings = [F.normalize(x, dim=-1)
-                  for x in clip.encode_image_dense(images, global_position=False)]
+    global_, local = clip.encode_image_dense(images, global_position=False)
+    x = F.normalize(torch.cat([global_[:, None], local], dim=1), dim=-1)
     for more, labels in ([], ours), (["--memory", "memory.pt"], memory.float()):
         path = convert(tmp_path, "comc", "model.tar", *more, "--clip", "toy-RN")
-        expected = lang_cls.CoMC(weight, F.normalize(labels, dim=-1)).scores(*embeddings)[0]
+        model = lang_cls.CoMC(weight, F.normalize(labels, dim=-1))
+        expected = lang_cls.merge(model(x, mapping_weight=0.3))[0]
         line, = predictions(lang_cls, capsys, photo, "--checkpoint", path, "--top", 80)
         found = trees.shown(line, data.COCO_LABELS)
         assert found == pytest.approx(expected.tolist(), abs=2e-3)

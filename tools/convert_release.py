@@ -79,7 +79,7 @@ def read_tensor(path, shape, name=None):
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if name:
-            (found, content), = content.get("state_dict").items()
+            (found, content), = dict(content)["state_dict"].items()
             if found != name:
                 raise KeyError(found)
         tensor = content.float()
@@ -139,8 +139,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, clip_model.ClipError) as error:
-        print(f"convert_release.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.run(main, clip_model.ClipError)

@@ -36,45 +36,6 @@ NO_SERVER = (ConnectionRefusedError, socket.gaierror)
 ANSWERS = 4  # to a request, until one of them is a sentence
 
 
-# ---- what an answer says
-
-# reasoning ends with a closing tag of whatever name, with or without an opening one, or as
-# Mistral, Kimi, Cohere, gpt-oss (with its tokens or without them) and Gemma end it
-REASONING_END = (r"</[\w:-]+>|\[/[A-Z]+\]|◁/\w+▷|<\|(?i:end_(?:of_)?th\w+)\|>"
-                 r"|<\|channel\|>final<\|message\|>|assistantfinal|<channel\|>")
-REASONING_START = (r"<[\w:-]+>|\[[A-Z]+\]|◁\w+▷|<\|(?i:(?:start|begin)_(?:of_)?th\w+)\|>"
-                   r"|<\|channel|\Aanalysis(?=[A-Z])")
-ANSWER_TAG = r"(?i)</?(?:answer|response|final|output|sentence|b|i|em|p|strong)>"
-TEXT_ENDS = r"</?s>|<(?:bos|eos|pad|(?:start|end)_of_turn)>"  # Llama's, Gemma's; others: <|...|>
-LEAD_IN = (r"(?i)\A(?:(?:sure|certainly|of course|absolutely|okay)[!,.]\s+(?:I\b.*\n\s*)?)?"
-           r"(?:[^:\n]*\b(?:sentence|description|caption|answer|response)\b[^:\n]*:"
-           r"|[^:\n]*:\s*\n)?\s*")
-REFUSAL = (  # the writer speaks of itself: "Unable to fly, an owl ..." is none
-    r"(?i)(?:(?:unfortunately|regrettably|sorry),? )?i(?:"
-    r"(?:['’]m| am) (?:\w+ )?(?:sorry|afraid|unable|not)\b"
-    r"| (?:can|could|do|must|should|will|wo|would) ?(?:not|n?['’]?t)\b"
-    r"|(?: (?:must|will|would|have|need|to|politely))* (?:decline|refuse|apologi[sz]e)\b)"
-    r"|(?:very |so )?sorry(?:[,.;:!]|$| but\b)|(?:my )?apologies\b"
-    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b")
-
-
-def clean_sentence(text):
-    """A language model's answer -> its sentence in one line, "" if it has none or is a refusal.
-
-    Dropped are reasoning, tokens of the chat template and what a model writes on behind them,
-    "Here is a sentence:", markdown, quotation marks and further paragraphs. Reasoning without an
-    end was cut off: "" too."""
-    text = re.sub(TEXT_ENDS, "<|end|>", re.sub(ANSWER_TAG, " ", text))
-    text = re.split(REASONING_END, text)[-1].strip()
-    if re.search(REASONING_START, text):
-        return ""
-    parts = re.split(r"<\|[^<>|]*\|>(?:assistant\b|model\b)?", text)
-    text = next((part for part in parts if part.strip()), "")
-    text = re.sub(LEAD_IN, "", re.sub(r"[*`]", "", text).strip())
-    text = " ".join(re.split(r"\n\s*\n", text)[0].split()).strip("\"'“”‘’«»_#>•- ")
-    return "" if re.match(REFUSAL, text) or not re.search(r"[^\W\d_]", text) else text
-
-
 # ---- the server
 
 def ask(url, model, labels, stop):
@@ -127,7 +88,7 @@ def sentence_about(labels, args, stop):
     """-> the first sentence in at most ANSWERS answers, or "", and how the last one looked."""
     for _ in range(ANSWERS):
         answer, end = ask(args.url, args.model, labels, stop)
-        sentence = "" if end in ("length", "content_filter") else clean_sentence(answer)
+        sentence = "" if end in ("length", "content_filter") else data.clean_sentence(answer)
         if sentence or stop.is_set():
             break
     return sentence, f"{answer[:100]!r} ({end})"
@@ -214,29 +175,24 @@ def main(argv=None):
     add("--root", metavar="DIR", help="its folder")
     add("--url", required=True, help="an OpenAI-compatible server's: http://localhost:11434/v1")
     add("--model", required=True, metavar="NAME", help="the server's name of the language model")
-    add("--count", type=int, default=40_000, help="sentences (40,000)")
-    add("--requests", type=int, default=8, help="at a time (8)")
+    add("--count", type=data.at_least(1), default=40_000, help="sentences (40,000)")
+    add("--requests", type=data.at_least(1), default=8, help="at a time (8)")
     add("--seed", type=int, default=0, help="of the labels that are drawn (0)")
     add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     if args.root and not args.data:
         parser.error("--root is the folder of --data")
-    if min(args.count, args.requests) < 1:
-        parser.error("--count and --requests: at least 1")
     if not args.url.startswith(("http://", "https://")):
         parser.error("--url starts with http:// or https://")
     if args.labels:
         labels = data.read_labels(args.labels)
     else:
         labels = data.load_dataset(args.data, args.root, "test", limit=1, allow_missing=True).labels
-    generate(args.file, labels, args)
+    try:
+        generate(args.file, labels, args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; the same command goes on") from None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"generate_texts.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on")
+    data.run(main, OSError)
