@@ -265,7 +265,7 @@ def test_what_is_no_sentence_is_asked_for_again_and_reported(tmp_path, capsys):
         shown, kept = capsys.readouterr(), lines(path)
         assert [line["request"] for line in kept] == [0, 2] and "2 sentences" in shown.out
         named = server.prompts[4].partition(": ")[2].partition(".")[0].split(", ")
-        assert "1 requests got no sentence" in shown.err and "I cannot do that." in shown.err
+        assert "without a sentence in 4 answers: 1, about" in shown.err and "I cannot do that." in shown.err
         assert all(f"{label} (1)" in shown.err for label in named)
         generate(path, server.url, 3)
         assert lines(path)[:2] == kept and lines(path)[2]["request"] == 1
@@ -273,7 +273,7 @@ def test_what_is_no_sentence_is_asked_for_again_and_reported(tmp_path, capsys):
 
 def test_a_model_that_writes_no_sentence_is_not_asked_forever(tmp_path):
     with ChatServer(dict.fromkeys(range(999), reply(f"<think>{T}", "length"))) as server:
-        with pytest.raises(UserError, match=r"10 requests got no sentence.*\(length\)"):
+        with pytest.raises(UserError, match=r"without a sentence.*: 10, .*\(length\)"):
             generate(tmp_path / "out.jsonl", server.url, 500, "--requests", "1")
         assert len(server.prompts) < 50
 

@@ -155,7 +155,7 @@ def generate(path, labels, args):
                 break
     if failed:
         counts = Counter(label for named, _ in failed for label in named).most_common(10)
-        message = (f"{len(failed):,} requests got no sentence in {ANSWERS} answers, about "
+        message = (f"requests without a sentence in {ANSWERS} answers: {len(failed):,}, about "
                    f"{', '.join(f'{label} ({count})' for label, count in counts)}: empty, cut off "
                    f"or refusals, the last one {failed[-1][1]}; the same command asks again")
         if len(failed) == number:
