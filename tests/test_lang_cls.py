@@ -1,13 +1,6 @@
-"""lang_cls.py: the method's formulas, its texts, a language model's client, and the program."""
-import contextlib
-import functools
+"""lang_cls.py: the method's formulas, its texts, and the program."""
 import json
-import os
-import threading
-import time
-import urllib.request
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import NormalDist
 from types import SimpleNamespace
 
@@ -21,9 +14,7 @@ import lang_cls
 import metrics
 import trees
 from data import UserError
-from toy import world
-from toy.grammar import fill_template
-from trees import checkpoint, lines, predictions, results
+from trees import checkpoint, lines, results
 
 
 def unit(*shape):
@@ -212,159 +203,6 @@ def test_embeddings_are_kept_on_disk_for_these_texts_and_weights():
             lang_cls.embed_texts(another, changed, ARGS)
 
 
-# ---- a language model that misbehaves
-
-class ChatServer(ThreadingHTTPServer):
-    """An OpenAI-compatible server. troubles: {number of a request, from 0: what happens instead of
-    an answer, the bytes to send or a function of the handler}."""
-    daemon_threads = True
-
-    def __init__(self, troubles=None):
-        super().__init__(("127.0.0.1", 0), ChatHandler)
-        self.troubles = troubles or {}
-        self.prompts, self.headers = [], []
-        self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-
-class ChatHandler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        assert self.path == "/v1/chat/completions"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][0]["content"]
-        with self.server.lock:
-            trouble = self.server.troubles.get(len(self.server.prompts))
-            self.server.prompts.append(prompt)
-            self.server.headers.append(str(self.headers))
-        if callable(trouble):
-            trouble = trouble(self)
-        if trouble is None:
-            message = {"content": f"<think>a cat\nperhaps</think>\n\"{body['model']}: {prompt}\""}
-            trouble = OK + json.dumps({"choices": [{"message": message}]}).encode()
-        self.wfile.write(trouble)
-
-    def do_GET(self):  # where a redirect leads
-        self.server.headers.append(str(self.headers))
-        self.wfile.write(b"HTTP/1.0 404 Not Found\r\n\r\n")
-
-
-OK = b"HTTP/1.0 200 OK\r\n\r\n"
-FAILED = b"HTTP/1.0 500 Internal Server Error\r\n\r\n"
-TROUBLES = {
-    "too many": b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 0\r\n\r\n",
-    "failed and cut": FAILED[:-2] + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
-    "garbage": OK + b'{"choices": [{"mess',
-    "an error": OK + b'{"error": "overloaded"}',
-    "closed": b"",
-    "slow": lambda handler: time.sleep(0.5),
-}
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("no_proxy", "*")
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """Retries at once, and a time-out of a fraction of a second."""
-    urlopen = urllib.request.urlopen
-    monkeypatch.setattr(lang_cls, "ask", functools.partial(lang_cls.ask, waits=6 * [0]))
-    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: urlopen(
-        request, timeout=0.3))
-
-
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_every_trouble_is_survived(impatient, trouble):
-    with ChatServer({0: TROUBLES[trouble], 1: TROUBLES[trouble]}) as server:
-        answer = lang_cls.ask(server.url, "toy-llm", ["red owl", "ice cream"])
-        assert answer == f"toy-llm: {server.prompts[0]}"  # without reasoning and quotation marks
-        assert len(server.prompts) == 3 and len(set(server.prompts)) == 1
-        assert "red owl, ice cream" in server.prompts[0]
-
-
-def test_attempts_end(impatient):
-    with ChatServer(dict.fromkeys(range(9), FAILED)) as server:
-        with pytest.raises(UserError, match=f"{server.url}: HTTP Error 500.*same command goes on"):
-            lang_cls.ask(server.url, "toy-llm", ["dog"], waits=4 * [0])
-        assert len(server.prompts) == 4
-
-
-def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
-    # the key lies where a long message may be cut
-    refusal = f"HTTP/1.0 401 Unauthorized\r\n\r\n{280 * '.'} no such key: sk-secret".encode()
-    path = tmp_path / "out.jsonl"
-    with ChatServer(dict.fromkeys(range(3, 99), refusal)) as server:
-        with pytest.raises(UserError, match="HTTP Error 401") as error:
-            generate(path, server.url, 50, "--llm-requests", "1")
-        assert len(set(server.prompts)) == len(server.prompts) < 50  # none is tried again
-        assert all("Authorization: Bearer sk-secret" in headers for headers in server.headers)
-    shown = capfd.readouterr()
-    assert len(lines(path)) == 3
-    assert "sk-" not in path.read_text() + shown.out + shown.err + str(error.value)
-
-
-def test_the_key_does_not_follow_a_redirect(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    with ChatServer() as server:
-        elsewhere = f"http://localhost:{server.server_port}/"
-        server.troubles[0] = f"HTTP/1.0 302 Found\r\nLocation: {elsewhere}\r\n\r\n".encode()
-        with pytest.raises(UserError, match="404"):
-            lang_cls.ask(server.url, "toy-llm", ["dog"])
-        assert "sk-secret" in server.headers[0] and "sk-" not in server.headers[1]
-
-
-THINGS = [f"thing{i}" for i in range(300)]  # so many that no two requests are the same
-
-
-def generate(path, url, sentences, *arguments):
-    lang_cls.main(["--labels", ",".join(THINGS), "--generate", str(path), "--llm-url", url,
-                   "--llm-model", "toy-llm", "--sentences", str(sentences), "--quiet", *arguments])
-
-
-def test_answers_are_kept_when_another_request_fails(tmp_path):
-    path = tmp_path / "out.jsonl"
-    everyone = threading.Barrier(3)  # three requests at a time
-
-    def refuse(handler):
-        everyone.wait(20)
-        return b"HTTP/1.0 400 Bad Request\r\n\r\n"
-
-    def answer_late(handler):
-        everyone.wait(20)
-        time.sleep(0.3)
-
-    with ChatServer({5: refuse, 6: answer_late, 7: answer_late}) as server:
-        with pytest.raises(UserError, match="HTTP Error 400"):
-            generate(path, server.url, 8, "--llm-requests", "3")
-    assert len(lines(path)) == 7
-
-
-def test_a_killed_calls_cut_line_is_asked_for_again(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with ChatServer() as server:
-        generate(path, server.url, 6)
-        *others, last = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(others) + last[:5])
-        generate(path, server.url, 8)
-    (again, count), *once = Counter(server.prompts).most_common()
-    assert count == 2 and len(once) == 7 and {count for _, count in once} == {1}
-    assert f": {again}" in json.loads(last)["description"]
-    assert path.read_text().startswith("".join(others))
-    sentences, targets, _ = lang_cls.load_texts(path, THINGS)
-    assert len(sentences) == 8 and all(1 <= count <= 5 for count in (targets == 1).sum(dim=1))
-
-
 # ---- the program
 
 @torch.no_grad()
@@ -436,55 +274,3 @@ def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy_resne
     trees.check_predictions(
         lang_cls, capsys, tmp_path, labels, lambda photo: model.scores(
             *embed(clip, preprocess(photo)[None]))[0], "--checkpoint", run / "best.pt")
-
-
-# ---- the authors' release
-
-def write_release(path, weight, **more):
-    """A file like theirs: with the state of an optimiser and a pickled scheduler."""
-    parameter = torch.nn.Parameter(weight.clone())
-    optimizer = torch.optim.Adam([parameter])
-    parameter.sum().backward()
-    optimizer.step()
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
-    torch.save({"state_dict": {"adapter.0.weight": weight}, "epoch": 20, "val_result": None,
-                "optimizer": optimizer.state_dict(), "scheduler": scheduler, **more}, path)
-
-
-def test_the_authors_release_works_as_published(tmp_path, capsys, toy_resnet, quick):
-    clip, preprocess = toy_resnet
-    torch.manual_seed(0)
-    weight, memory = torch.randn(80, 128), unit(80, 128).half()
-    write_release(tmp_path / "model-best.pth.tar", weight)
-    torch.save(memory, tmp_path / "memory.pt")
-    photo = world.scene("benchmark", 7, 0)
-    data.write_file(tmp_path / "photo.png", photo)
-    with torch.no_grad():  # without --memory: the mean over the two templates
-        prompts = [fill_template(template, label) for label in data.COCO_LABELS
-                   for template in ("a photo of a {}.", "a scene with a {}.")]
-        embeddings = F.normalize(clip.encode_text(clip.tokenize(prompts)), dim=-1)
-        ours = embeddings.view(80, 2, 128).mean(dim=1)
-    arguments = [str(tmp_path / "photo.png"), "--clip", "toy-RN", "--top", "80", "--checkpoint",
-                 str(tmp_path / "model-best.pth.tar"), *quick[-2:]]
-    for more, labels in ([], ours), (["--memory", str(tmp_path / "memory.pt")], memory.float()):
-        model = lang_cls.CoMC(weight, F.normalize(labels, dim=-1))
-        expected = model.scores(*embed(clip, preprocess(photo)[None]))[0]
-        line, = predictions(lang_cls, capsys, *arguments, *more)
-        found = trees.shown(line, data.COCO_LABELS)
-        assert found == pytest.approx(expected.tolist(), abs=2e-3)
-
-
-class Malicious(functools.partial):
-    def __reduce__(self):  # pickled as the call of a function
-        return self.func, self.args
-
-
-def test_nothing_that_is_pickled_in_a_release_is_executed(tmp_path):
-    path, harm = tmp_path / "model-best.pth.tar", tmp_path / "harm"
-    write_release(path, torch.randn(80, 128), extra=Malicious(os.system, f"touch {harm}"))
-    torch.load(path, weights_only=False)
-    assert harm.exists()  # what the file does to whoever is careless
-    harm.unlink()
-    with contextlib.suppress(UserError):
-        lang_cls.main(["--predict", str(path), "--checkpoint", str(path), "--clip", "toy-RN"])
-    assert not harm.exists()

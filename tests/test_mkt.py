@@ -1,4 +1,4 @@
-"""mkt.py: scores, losses, steps of training, pixels, the program, the authors' releases."""
+"""mkt.py: scores, losses, steps of training, pixels, the program."""
 import copy
 import functools
 import math
@@ -368,43 +368,6 @@ def test_under_bf16_scores_are_float32(scenes, toy):
 
 
 # ---- a trained model
-
-def write_release(folder, model):
-    """MKT's two files as its authors release them, of a model of ours."""
-    theirs = model.clip.visual.state_dict()
-    last = len(model.clip.visual.transformer.resblocks) - 1
-    for name, value in model.trained().items():
-        name = name.replace("blocks.0", f"transformer.resblocks.{last - 1}")
-        theirs[name.replace("blocks.1", f"transformer.resblocks.{last}")] = value
-    theirs["projection_dist"] = theirs.pop("proj")
-    context = theirs.pop("context")
-    for layer in ("fc1", "fc2"):  # in their files, and never used
-        theirs[f"projection.{layer}.weight"] = torch.randn(4, 4)
-    text = {name: value.clone() for name, value in model.clip.state_dict().items()
-            if not name.startswith("visual.")}
-    text["token_embedding.weight"] += 1  # of all tokens; those of labels do not count
-    text["token_embedding.weight"][model.context_ids] = context
-    torch.save(theirs, folder / "STAGE1.pth")
-    torch.save({f"module.{name}": value for name, value in text.items()}, folder / "STAGE2.pth")
-
-
-def test_the_authors_releases_load(trained, quick, scenes, toy, tmp_path, capsys):
-    model = mkt.MKT(copy.deepcopy(toy[0]), topk=4)
-    model.load_state_dict(checkpoint(trained / "best.pt")["model"], strict=False)
-    write_release(tmp_path, model)
-    files = [str(tmp_path / "STAGE1.pth"), str(tmp_path / "STAGE2.pth")]
-    assert mkt.main([*quick, "--eval", *files]) == results(trained)["rows"]
-    without = mkt.main([*quick, "--eval", files[0]])[-1]
-    assert without["gzsl_mAP"] == results(trained)["rows"][-2]["gzsl_mAP"]  # no prompt tuning
-    other = torch.load(files[0])
-    torch.save({**other, "conv1.weight": 1.5 * other["conv1.weight"]}, tmp_path / "OTHER.pth")
-    with pytest.raises(data.UserError, match="another CLIP"):
-        mkt.main([*quick, "--eval", str(tmp_path / "OTHER.pth")])
-    arguments = [scenes / "test/0.png", "--labels", "star, blue boat,owl"]
-    more = ["--clip", "toy-ViT", "--topk", "4", "--checkpoint", *files]
-    ours = predictions(mkt, capsys, *arguments, "--checkpoint", trained / "best.pt")
-    assert predictions(mkt, capsys, *arguments, *more) == ours
-
 
 @torch.no_grad()
 def test_predict_scores_labels_never_seen(trained, toy, tmp_path, capsys):
