@@ -5,59 +5,62 @@ Ma et al., "Text-Region Matching for Multi-Label Image Recognition with Missing 
 absent; nobody looked for the others. Both encoders of CLIP stay as they are.
 
  1. regions: label c asks the image's embeddings x, of the whole and of L locations, with its
-    query q_c by cross-attention,
-        S_c = softmax(q_c K^T),   a_c = S_c V,   Q_c = normalise(a_c + MLP(LN(a_c)));
+    query q_c by cross-attention of H heads, at CLIP's temperature,
+        S_c = softmax(q_c . key(x)),   a_c = S_c value(x),   Q_c = normalise(a_c + MLP(a_c));
  2. matching, one to one: l_c = s <Q_c, T_c> + b, with T_c the embedding of learned words and the
     label's name;
  3. known labels: asymmetric loss; unknown ones are left out;
  4. prototypes, V_c of the label's regions and T_c, estimate an unknown label by relations within
-    and between categories: how near Q_c is to its own and how much nearer than to the others',
-        e_c = mean over P in {V, T} of  <Q_c, P_c> / t + log softmax_c'(<Q_c, P_c'> / t)[c];
-    where e_c leaves no doubt it becomes a pseudo label;
- 5. contrast: among the prototypes of either modality, Q_c of a present label must find its own,
-        -log softmax_c'(<Q_c, P_c'> / t)[c], mean over P in {V, T};
+    and between categories, how near Q_c is to its own and how much nearer than to the others',
+    and by zero-shot CLIP's probability p_c of the label,
+        e_c = log(p_c / (1 - p_c))
+              + mean over P in {V, T} of  <Q_c, P_c> / t + log softmax_c'(<Q_c, P_c'> / t)[c].
+    The unknown entries of a label are ranked by e_c: those above half the number of positives that
+    must hide among them become pseudo present, those below twice that number pseudo absent;
+ 5. contrast: among the prototypes of either modality, Q_c of a present label, pseudo ones too,
+    must find its own, -log softmax_c'(<Q_c, P_c'> / t)[c], mean over P in {V, T};
  6. distillation of G_c = normalise(S_c x), which the saliency map pools: |Q_c - G_c|_1.
 
 In the code S is saliency, Q query_level, G region_level, T texts, V visual, e estimates.
 
 We had no full text, and the authors' repository has a README but no code (July 2024). The sources
-are the paper's abstract (A), the caption of its figure 2 (F) and the abstract of the patent
-application of the same title, CN119399505A, 2025 (P):
+are the paper's abstract [A], the caption of its figure 2 [F] and the abstract of the patent
+application of the same title, CN119399505A, 2025 [P]:
 
     step               the sources say                          ours
-    encoders           frozen (F)                               whole images, squeezed to a square
-    texts T            learned prompts (A, F)                   16 words, shared by all labels
+    encoders           frozen [F]                               whole images, squeezed to a square
+    texts T            learned prompts [A, F]                   16 words, shared by all labels
     regions S, Q       category queries, cross-attention, MLP   4 heads, start at CLIP's matching,
-                       (F); the map, query-level features (P)   the residual, LayerNorm
-    matching           text with region, one to one (A)         that Q is classified, scale, bias
+                       [F]; the map, query-level features [P]   the residual, LayerNorm
+    matching           text with region, one to one [A]         that Q is classified, scale, bias
     known labels       -                                        asymmetric loss (DualCoOp's)
-    prototypes V, T    visual and text ones (A), a memory (P)   running mean, temperature t
-    pseudo labels      by relations within and between          e_c, thresholds, their time,
-                       categories (A)                           the loss and its weight
-    contrast           multimodal, of prototypes (A, P)         its form and weight
-    distillation       of region- into query-level (P)          L1, its weight
+    prototypes V, T    visual and text ones [A], a memory [P]   running mean, temperature t
+    pseudo labels      by relations within and between          e_c, CLIP's part in it, thresholds,
+                       categories [A]                           the loss and its weight
+    contrast           multimodal, of prototypes [A, P]         its form and weight
+    distillation       of region- into query-level [P]          L1, over all labels, its weight
 
     python trm_ml.py --partial 0.3                 # toy world, nothing to download
     python trm_ml.py --data coco --partial 0.1 0.3 0.5 0.7 0.9
     python trm_ml.py --predict photos/ --checkpoint runs/trm_ml-coco/best.pt --heatmap maps/
 
-B images, L locations, C labels, T tokens, W width, D joint embedding, H heads, R runs. Targets:
-+1 present, -1 absent, 0 unknown.
+B images, L locations, C labels, T tokens, W text width, D joint embedding, H heads, R runs, N
+images of a dataset, F of its full list. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
  1. Attention starts as CLIP's own matching, in each head's share of the dimensions: its weights
-    are the identity, the queries the labels' embeddings, the temperature CLIP's, the MLP's last
-    layer 0. In a prototype on the toy world, the known labels' loss alone ended at 36 mAP from a
-    random start, at 94 from this.
+    are the identity, the queries and V the labels' embeddings, the MLP's last layer 0. In a
+    prototype on the toy world, the known labels' loss alone ended at 36 mAP from a random start,
+    at 94 from this.
  2. Which entries are known is drawn over the full official list with the seeds of this line of
     work: every method and every --seed gets the same.
- 3. The encoders are frozen: shares train side by side on images that are encoded once, and
-    without augmentation once for all epochs (float16).
+ 3. Shares train side by side on images that are encoded once, and without augmentation once for
+    all epochs (float16).
  4. The losses of known and of pseudo labels are sums over entries: from 90% to 10% known labels
-    theirs shrinks ninefold against the other terms.
+    the first shrinks ninefold against the other terms.
  5. 448 pixels, RN101, batch 32, 16 words and the asymmetric loss's numbers are DualCoOp's
     (NeurIPS 2022). AdamW at 1e-4 for 20 epochs, the shared words, flip, RandAugment and cutout
-    are ours (DualCoOp: SGD at 2e-3 for 50, no flip; it tests on annotated images alone).
+    are ours (DualCoOp: SGD at 2e-3 for 50, no flip).
 """
 import argparse
 import json
@@ -83,15 +86,14 @@ from data import UserError
 CONTEXT = 16  # learned words of a prompt; DualCoOp
 HEADS = 4  # of the attention; ours
 TEMPERATURE = 0.1  # t, of similarities with prototypes; ours
-MOMENTUM = 0.99  # of the visual prototypes; ours
+MOMENTUM = 0.9  # of the visual prototypes; ours
 SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # ranks of the thresholds, times the hidden positives; ours
+ESTIMATED = 20_000  # images of an epoch whose estimates set the thresholds, as memory allows; ours
 WEIGHT_DECAY = 0.01  # ours
 LABELS_AT_ONCE = 1024  # whose texts' activations are kept; ours
 # labels that an image shows, on average; the benchmarks' as Cole et al. (CVPR 2021) have them
 EXPECTED_POSITIVES = {"voc2007": 1.5, "voc2012": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4,
                       "toy": 2.7}
-TEMPLATES = ["a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a scene with a {}.",
-             "there is a {} in the scene.", "a photo of a small {}.", "a photo of a large {}."]
 # what the toy world's small CLIP and 10,000 scenes ask for; ours
 TOY = ("--clip toy-RN --image-size 128 --partial 0.3 --epochs 8 --batch-size 128 --lr 1e-3 "
        "--augment no --workers 0 --no-zero-shot")
@@ -107,11 +109,9 @@ class TRM(nn.Module):
         super().__init__()
         self.clip = clip.requires_grad_(False)
         # an x holds the place of a learned word
-        try:
-            tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
-        except clip_model.ClipError as error:
-            raise UserError(f"a label behind {CONTEXT} learned words, x: {error}") from None
-        self.ends = tokens.argmax(dim=1)  # highest id; on the CPU, so that no GPU is waited for
+        tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
+        # end of text has the highest id; on the CPU, so that no GPU is waited for
+        self.ends = tokens.argmax(dim=1)
         self.register_buffer("tokens", tokens[:, :self.ends.max() + 1], persistent=False)
         width, size = clip.text_projection.shape
         contexts = len(labels) if per_label_context else 1
@@ -122,13 +122,14 @@ class TRM(nn.Module):
             nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.zeros_(self.mlp[-1].bias)
-        start = zero_shot_embeddings(clip, labels, TEMPLATES)
+        start = clip_model.zero_shot_embeddings(clip, labels)
         self.queries = nn.Parameter(start.clone())
         self.query, self.key, self.value, self.out = (nn.Linear(size, size) for _ in range(4))
         for layer in (self.query, self.key, self.value, self.out):  # change nothing at first
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.register_buffer("visual", start.clone())  # the prototypes V
+        # thresholds of the estimates: nothing is sure yet
         self.register_buffer("sure_present", torch.full((len(labels),), torch.inf))
         self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
         self.to(clip.text_projection.device)
@@ -137,20 +138,21 @@ class TRM(nn.Module):
         """T, the labels' embeddings with the learned context: unit length, [C, D].
 
         Chunks of many labels are recomputed in the backward pass, which bounds the memory."""
-        def encode(tokens, context, ends):
+        def encode_texts(tokens, context, ends):
             words = self.clip.token_embedding(tokens)  # [c, T, W]
             words = torch.cat([words[:, :1], context, words[:, 1 + CONTEXT:]], dim=1)
             return F.normalize(self.clip.encode_prompts(words, ends).float(), dim=-1)
 
         context = self.context.expand(len(self.tokens), -1, -1)  # [C, 16, W]
         if len(context) <= chunk:
-            return encode(self.tokens, context, self.ends)
+            return encode_texts(self.tokens, context, self.ends)
         pieces = zip(*(x.split(chunk) for x in (self.tokens, context, self.ends)))
-        return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
+        texts = [recompute(encode_texts, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(texts)
 
-    def regions(self, x):
-        """Embeddings [B, 1 + L, D] -> query-level features [B, C, D], of unit length, and saliency
-        maps [B, C, 1 + L], which sum to 1 and say where each label looked."""
+    def forward(self, x, texts):
+        """Embeddings [B, 1 + L, D], texts [C, D] -> logits [B, C]; query-level features [B, C, D],
+        of unit length; saliency maps [B, C, 1 + L], which sum to 1 and say where a label looked."""
         query = self.query(self.queries).unflatten(-1, (HEADS, -1))  # [C, H, d]
         key = self.key(x).unflatten(-1, (HEADS, -1))  # [B, 1 + L, H, d]
         value = self.value(x).unflatten(-1, (HEADS, -1))
@@ -159,13 +161,8 @@ class TRM(nn.Module):
         attended = torch.einsum("bhcl,blhd->bchd", saliency.to(value.dtype), value)
         attended = self.out(attended.flatten(2))  # [B, C, D]
         query_level = F.normalize((attended + self.mlp(attended)).float(), dim=-1)
-        return query_level, saliency.mean(dim=1)
-
-    def forward(self, x, texts):
-        """Embeddings [B, 1 + L, D], texts [C, D] -> logits [B, C], and what regions(x) gives."""
-        query_level, saliency = self.regions(x)
-        similarity = (query_level * texts).sum(dim=-1)
-        return self.log_scale.exp() * similarity + self.bias, query_level, saliency
+        logits = self.log_scale.exp() * (query_level * texts).sum(dim=-1) + self.bias
+        return logits.float(), query_level, saliency.mean(dim=1)
 
     @torch.no_grad()
     def update_prototypes(self, query_level, present):
@@ -176,27 +173,28 @@ class TRM(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, estimates, known, expected_positives):
-        """Set each label's thresholds from an epoch's estimates and known targets [N, C]: those of
-        its unknown entries, sorted, at ranks of half and twice the positives hidden among them.
-        Entries known at random have the unknown ones' share of positives. If fewer are known absent
-        than present, it was not at random: then an image shows expected_positives, and the hidden
-        ones are spread over labels as the known ones are. Known ones do not rank: they are fitted.
-        A label without a known positive gets no pseudo labels."""
+        """Set each label's thresholds from estimates and known targets [N, C]: those of its unknown
+        entries, sorted, at ranks of half and twice the positives that hide among them.
+
+        Entries known at random have the unknown ones' share of positives; few of them say little,
+        so one positive more is counted, among as many entries as have one on average. If fewer are
+        known absent than present, it was not at random: then an image shows expected_positives, and
+        the hidden ones are spread over labels as the known ones are."""
         estimates, known = estimates.cpu(), known.cpu()
-        positives, negatives = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
-        all_hidden = max(0, expected_positives * len(known) - positives.sum().item())
-        for c, (present, absent) in enumerate(zip(positives.tolist(), negatives.tolist())):
+        present, absent = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
+        at_random = present.sum() < absent.sum()
+        share = present.sum() / (present + absent).sum().clamp(min=1)
+        all_hidden = (expected_positives * len(known) - present.sum()).clamp(min=0)
+        for c in range(known.shape[1]):
             unknown = estimates[known[:, c] == 0, c].sort(descending=True).values
-            if not present or not len(unknown):
-                self.sure_present[c], self.sure_absent[c] = torch.inf, -torch.inf
-                continue
-            if positives.sum() < negatives.sum():
-                hidden = len(unknown) * present / (present + absent)
+            if at_random:
+                hidden = len(unknown) * (present[c] + 1) / (present[c] + absent[c] + 1 / share)
             else:
-                hidden = all_hidden * present / positives.sum().item()
-            last = len(unknown) - 1
-            self.sure_present[c] = unknown[min(int(SURE_PRESENT * hidden), last)]
-            self.sure_absent[c] = unknown[min(int(SURE_ABSENT * hidden), last)]
+                hidden = all_hidden * present[c] / present.sum().clamp(min=1)
+            if len(unknown):
+                last = len(unknown) - 1
+                self.sure_present[c] = unknown[min(int(SURE_PRESENT * hidden), last)]
+                self.sure_absent[c] = unknown[min(int(SURE_ABSENT * hidden), last)]
 
     def pseudo_labels(self, estimates, known):
         """-> int8 [B, C]: +1 surely present, -1 surely absent; 0 in doubt, and where known."""
@@ -216,24 +214,13 @@ class TRM(nn.Module):
             raise UserError(f"the checkpoint is of another kind of model: {error}") from None
 
 
-@torch.no_grad()
-def zero_shot_embeddings(clip, labels, templates):
-    """CLIP's own embeddings of the labels, the mean over templates: unit length, [C, D]."""
-    total = 0
-    for template in templates:
-        tokens = clip.tokenize([template.format(label) for label in labels])
-        texts = clip.encode_text(tokens.to(clip.text_projection.device))
-        total = total + F.normalize(texts.float(), dim=-1)
-    return F.normalize(total, dim=-1)
-
-
 # ---- images
 
 def transforms_of(preprocess, args):
     """CLIP's preprocess -> (of training images, of test images): squeezed to a square, not cropped.
     In training a flip, RandAugment, and a quarter of the image cut out every other time."""
-    size, bicubic = (args.image_size, args.image_size), transforms.InterpolationMode.BICUBIC
     _, _, to_rgb, to_tensor, normalize = preprocess.transforms
+    size, bicubic = (args.image_size, args.image_size), transforms.InterpolationMode.BICUBIC
     resize = transforms.Resize(size, bicubic)
     preprocess = transforms.Compose([resize, to_rgb, to_tensor, normalize])
     if args.augment == "no":
@@ -253,14 +240,14 @@ def make_loader(dataset, args, shuffle=False):
 def encode(clip, images, args):
     """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
     with autocast(args):
-        # value_path: a ViT's patches localise better
+        # value_path: a ViT's patches localise better; of no effect on a ResNet
         global_, local = clip.encode_image_dense(images, value_path=True)
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 
 def embed(clip, dataset, args):
-    """All images' embeddings, float16 [N, 1 + L, D] on the CPU, and their targets; both are another
-    image's where one cannot be read."""
+    """All images' embeddings, float16 [N, 1 + L, D] on the CPU, and their targets. Where an image
+    cannot be read, both are another one's."""
     embeddings, first = None, 0
     loader = make_loader(dataset, args)
     for images, part in tqdm(loader, "embedding", leave=False, disable=args.quiet or None):
@@ -277,6 +264,13 @@ def embed(clip, dataset, args):
 
 
 # ---- losses
+
+@torch.no_grad()
+def clip_log_odds(x, prompts, scale):
+    """Of zero-shot CLIP's probabilities: embeddings [B, 1 + L, D], labels [C, D] -> [B, C]."""
+    scores = metrics.zero_shot_scores(x, prompts, scale, {"": slice(None)})
+    return scores["zero-shot, as probabilities", ""].logit(eps=1e-6)
+
 
 def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
     """Ridnik et al. (ICCV 2021) over the known entries: their sum, mean over images, a scalar.
@@ -295,40 +289,38 @@ def asymmetric_loss(logits, targets, gamma_pos=1, gamma_neg=2, clip=0.05):
 
 
 def relations(query_level, prototypes):
-    """Within and between categories: of every region [B, C, D] the similarity with its own label's
-    prototype, and its log-probability among the prototypes [C, D] of all: two tensors [B, C]."""
+    """Within and between categories: of query-level features [B, C, D] the similarity with their
+    own label's prototype, and its log-probability among all labels' [C, D]: two tensors [B, C]."""
     own = (query_level * prototypes).sum(dim=-1) / TEMPERATURE
     among_all = (query_level @ prototypes.T / TEMPERATURE).logsumexp(dim=-1)  # over c'
     return own, own - among_all
 
 
-def losses_of(model, x, known, args):
-    """Embeddings x [B, 1 + L, D] with known targets [B, C] -> {term: weighted value} of the loss,
-    and the estimates [B, C] of unknown labels, None without prototypes."""
+def losses_of(model, x, known, log_odds, args):
+    """Embeddings x [B, 1 + L, D], known targets [B, C], clip_log_odds [B, C] -> {term: weighted
+    value}, "loss", their sum, first; and the estimates [B, C], None without prototypes."""
     with autocast(args):
         texts = model.texts()
         logits, query_level, saliency = model(x, texts)
-    logits = logits.float()
-    terms, estimates = {"known": asymmetric_loss(logits, known)}, None
-    present = known == 1
+    terms, estimates, present = {"known": asymmetric_loss(logits, known)}, None, known == 1
     own, contrast = relations(query_level, texts)
     if args.pseudo:
         model.update_prototypes(query_level, present)
         own_visual, contrast_visual = relations(query_level, model.visual)
         own, contrast = (own + own_visual) / 2, (contrast + contrast_visual) / 2
-        estimates = (own + contrast).detach()  # e_c
+        estimates = log_odds + (own + contrast).detach()  # e_c
         pseudo = model.pseudo_labels(estimates, known)
         terms["pseudo"] = args.pseudo * asymmetric_loss(logits, pseudo)
         present = present | (pseudo == 1)
     if args.contrastive:
-        # of all labels, masked: a list of those that are present would be waited for on a GPU
+        # masked: to index those that are present, a GPU would be waited for
         mean = -(contrast * present).sum() / present.sum().clamp(min=1)
         terms["contrastive"] = args.contrastive * mean
     if args.distillation:
         region_level = F.normalize(saliency.detach().float() @ x, dim=-1)  # [B, C, D], G
         distance = (query_level - region_level).abs().sum(dim=-1).mean()
         terms["distillation"] = args.distillation * distance
-    return terms, estimates
+    return {"loss": sum(terms.values()), **terms}, estimates
 
 
 # ---- train
@@ -336,41 +328,41 @@ def losses_of(model, x, known, args):
 @dataclass
 class Run:
     """One of the models that train side by side, with their own share of known labels."""
-    share: float  # of the entries; None for a single positive an image
-    index: int  # of its known labels among an image's targets
+    name: str  # of its row in the table
+    index: int  # of its known labels among an image's targets [R + 1, C]
     output: str  # its folder
     model: TRM
     optimizer: torch.optim.Optimizer
+    best: dict  # the weights of the best epoch
     log: list = field(default_factory=list)  # a dict an epoch
-
-
-def known_labels(targets, share):
-    """What is known of the full list's targets [F, C], drawn as this line of work does."""
-    if share is None:
-        return data.keep_single_positive(targets, seed=1200)  # Cole et al., CVPR 2021
-    return data.keep_partial(targets, share, seed=0)  # SST, SARB, HCP
 
 
 def make_run(index, clip, labels, known, args):
     """A model at its start or, with --resume, where it was left. known: int8 [N, C]."""
-    share = None if args.single_positive else args.partial[index]
-    output = args.output if len(args.partial) == 1 else f"{args.output}/partial-{share:g}"
+    name, output = "TRM-ML", args.output
+    if len(args.partial) > 1:
+        share = args.partial[index]
+        name, output = f"TRM-ML, {100 * share:g}% known", f"{output}/partial-{share:g}"
+    count = (known != 0).sum().item()
+    if not count:
+        raise UserError("none of the training labels is known: raise --partial or --limit")
+    print(f"{name}: {count:,} training entries are known, {100 * count / known.numel():.3g}%")
     torch.manual_seed(args.seed)  # as if it were trained alone
     model = TRM(clip, labels, args.per_label_context)
-    if not (known == -1).any():
-        model.sure_absent.fill_(torch.inf)  # absent, until there are estimates
+    if not (known == -1).any():  # until there are estimates, all that is unknown counts as absent
+        model.sure_absent.fill_(torch.inf)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW([
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0}], lr=args.lr, fused=True)
-    run = Run(share, index, output, model, optimizer)
+    run = Run(name, index, output, model, optimizer, best={})
     if args.resume and os.path.exists(f"{output}/last.pt"):
         saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
         model.load_trained(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        run.log = saved["log"]
+        run.best, run.log = saved["best"], saved["log"]
     return run
 
 
@@ -386,6 +378,7 @@ def train(runs, clip, dataset, validation, state, args):
     first = min(len(run.log) for run in runs)  # they differ in a resumed sweep
     held_out = None
     if first < args.epochs:
+        prompts = clip_model.zero_shot_embeddings(clip, dataset.labels)
         loader = make_loader(dataset, args, shuffle=True)
         if args.augment == "no":
             loader = DataLoader(TensorDataset(*embed(clip, dataset, args)), args.batch_size, True)
@@ -394,40 +387,41 @@ def train(runs, clip, dataset, validation, state, args):
     for epoch in range(first, args.epochs):
         torch.manual_seed(1_000_003 * args.seed + epoch)
         begin = time.time()
-        unfinished = [run for run in runs if len(run.log) == epoch]
-        totals = [0] * len(unfinished)  # of the losses
-        estimated = [[] for _ in unfinished]  # estimates, known targets, hidden ones of every batch
+        here = [run for run in runs if len(run.log) == epoch]  # runs ahead wait
+        totals = [0] * len(here)  # of the losses
+        estimated = [[] for _ in here]  # estimates, known targets, hidden ones of every batch
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (x, targets) in enumerate(bar):
             lr = learning_rate(epoch + step / len(loader), args.lr, args.epochs)
             x = x.to(args.device, non_blocking=True)
             x = x.float() if args.augment == "no" else encode(clip, x, args)
+            log_odds = clip_log_odds(x, prompts, clip.logit_scale.exp())
             targets = targets.to(args.device, non_blocking=True)  # [B, R + 1, C]
-            for i, run in enumerate(unfinished):
+            for i, run in enumerate(here):
                 known = targets[:, run.index]
-                terms, estimates = losses_of(run.model, x, known, args)
-                losses = torch.stack([sum(terms.values()), *terms.values()])
+                terms, estimates = losses_of(run.model, x, known, log_odds, args)
                 for group in run.optimizer.param_groups:
                     group["lr"] = lr
                 run.optimizer.zero_grad()
-                losses[0].backward()
+                terms["loss"].backward()
                 run.optimizer.step()
-                totals[i] = totals[i] + losses.detach()
-                if estimates is not None and step * args.batch_size < 20_000:  # bounds memory
+                totals[i] = totals[i] + torch.stack([*terms.values()]).detach()
+                if estimates is not None and step * args.batch_size < ESTIMATED:
                     hidden = targets[:, -1].masked_fill(known != 0, 0)
                     estimated[i].append((estimates, known, hidden))
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
-                names = ["loss", *terms]
-                means = [dict(zip(names, (total / (step + 1)).tolist())) for total in totals]
-                for run, mean in zip(unfinished, means):
+                means = [dict(zip(terms, (total / (step + 1)).tolist())) for total in totals]
+                for run, mean in zip(here, means):
                     if not math.isfinite(mean["loss"]):
-                        raise UserError(f"{name_of(run, args)}, epoch {epoch + 1}, step {step + 1}: "
-                                        f"the loss is not finite, {mean}; finished epochs are in "
+                        raise UserError(f"{run.name}, epoch {epoch + 1}, step {step + 1}: the loss "
+                                        f"is not finite, {mean}; finished epochs are in "
                                         f"{run.output}: try a smaller --lr or --precision fp32")
-        for run, mean, parts in zip(unfinished, means, estimated):
+        for run, mean, parts in zip(here, means, estimated):
             line = {"epoch": epoch + 1, **mean}
             if parts:
-                line |= estimate(run.model, *map(torch.cat, zip(*parts)), epoch, args)
+                estimates, known, hidden = (torch.cat(part) for part in zip(*parts))
+                line |= quality_of(run.model.pseudo_labels(estimates, known), hidden)
+                run.model.calibrate(estimates, known, args.expected_positives)
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
@@ -435,46 +429,43 @@ def train(runs, clip, dataset, validation, state, args):
                 line["val_mAP"] = validate(run, *held_out, args)
             run.log.append(line)
             text = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
-            print(f"{name_of(run, args)}  {text}", flush=True)
+            print(f"{run.name}  {text}", flush=True)
             save(run, state)
     for run in runs:
-        best = data.read_checkpoint(f"{run.output}/best.pt", "trm_ml")
-        run.model.load_trained(best["model"])
+        run.model.load_trained(run.best)
 
 
-def estimate(model, estimates, known, hidden, epoch, args):
-    """After an epoch: how good its pseudo labels were, {} where that is not known; and the next
-    ones' thresholds. All [N, C]; hidden: the true targets of unknown entries."""
-    quality = {}
-    pseudo = model.pseudo_labels(estimates, known).float()
-    if ((pseudo == 1) & (hidden != 0)).any() and (hidden == 1).any():
-        scores = metrics.f1_at_threshold(pseudo, hidden, threshold=1)
-        quality = {"pseudo_precision": scores["OP"], "pseudo_recall": scores["OR"]}
-    if epoch + 1 >= args.epochs // 2:  # until then prototypes do not mean enough
-        model.calibrate(estimates, known, args.expected_positives)
-    return quality
+def quality_of(pseudo, hidden):
+    """Precision and recall of pseudo labels that are present, {} where that is not known. Both int8
+    [N, C]; hidden: the true targets of unknown entries."""
+    if not ((pseudo == 1) & (hidden != 0)).any() or not (hidden == 1).any():
+        return {}
+    quality = metrics.f1_at_threshold(pseudo.float(), hidden, threshold=1)
+    return {"pseudo_precision": quality["OP"], "pseudo_recall": quality["OR"]}
 
 
 @torch.no_grad()
 def validate(run, embeddings, targets, args):
     """mAP of the run's known labels on held-out images, by which the best epoch is chosen."""
     texts = run.model.texts()
-    scores = [logits_of(run.model, x.to(args.device).float(), texts, args)
+    scores = [logits_of(run.model, x.to(args.device).float(), texts, args).cpu()
               for x in embeddings.split(args.batch_size)]
-    return metrics.mean_average_precision(torch.cat(scores).cpu(), targets[:, run.index])
+    return metrics.mean_average_precision(torch.cat(scores), targets[:, run.index])
 
 
 def save(run, state):
     """The run so far: best.pt, of its best epoch; log.jsonl, curves.png, last.pt."""
-    state = {**state, "model": run.model.trained(), "log": run.log}
-    best = max(line.get("val_mAP", 0) for line in run.log)
-    if not run.log[-1].get("val_mAP", 0) < best:  # without --val-fraction, or NaN: always
-        data.write_file(f"{run.output}/best.pt", state)
-    lines = "".join(json.dumps(line) + "\n" for line in run.log)
+    log, weights = run.log, run.model.trained()
+    # without --val-fraction, or where it is NaN, the last is the best
+    if not any(line.get("val_mAP", 0) > log[-1].get("val_mAP", 0) for line in log[:-1]):
+        run.best = {name: value.clone() for name, value in weights.items()}
+    data.write_file(f"{run.output}/best.pt", {**state, "model": run.best, "log": log})
+    lines = "".join(json.dumps(line) + "\n" for line in log)
     data.write_file(f"{run.output}/log.jsonl", lines)
-    data.write_file(f"{run.output}/curves.png", metrics.draw_curves(run.log))
-    state["optimizer"] = run.optimizer.state_dict()
-    data.write_file(f"{run.output}/last.pt", state)  # at the end: the epoch is done
+    data.write_file(f"{run.output}/curves.png", metrics.draw_curves(log))
+    data.write_file(f"{run.output}/last.pt", {  # at the end, as --resume goes by it
+        **state, "model": weights, "log": log, "best": run.best,
+        "optimizer": run.optimizer.state_dict()})
 
 
 # ---- evaluate
@@ -482,22 +473,21 @@ def save(run, state):
 def logits_of(model, x, texts, args):
     """Embeddings [B, 1 + L, D], texts [C, D] -> logits float32 [B, C]."""
     with autocast(args):
-        logits, _, _ = model(x, texts)
-    return logits.float()
+        return model(x, texts)[0]
 
 
 @torch.no_grad()
 def table(models, names, clip, test, args):
     """-> the rows that a run ends with, {"name", "kind", metric: value in [0, 1], ...}: zero-shot
     CLIP's and one a model; and the models' scores, [N, C] each."""
-    ks, playing = (3, 5), metrics.in_play(test)
-    labels, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
+    ks, playing, scale = (3, 5), metrics.in_play(test), clip.logit_scale.exp()
+    prompts = clip_model.zero_shot_embeddings(clip, test.labels)
     texts = [model.texts() for model in models]
     parts = []
     loader = make_loader(test, args)
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
         x = encode(clip, images.to(args.device, non_blocking=True), args)
-        scores = metrics.zero_shot_scores(x, labels, scale, playing)
+        scores = metrics.zero_shot_scores(x, prompts, scale, playing)
         for name, model, text in zip(names, models, texts):
             logits = logits_of(model, x, text, args)
             scores |= {(name, prefix): logits[:, index] for prefix, index in playing.items()}
@@ -506,11 +496,6 @@ def table(models, names, clip, test, args):
     rows = metrics.zero_shot_rows(scores, test, ks)
     rows += [metrics.table_row(name, "method", scores, test, ks) for name in names]
     return rows, [scores[name, [*playing][-1]] for name in names]
-
-
-def name_of(run, args):
-    """The name of a run's row in the table."""
-    return "TRM-ML" if len(args.partial) == 1 else f"TRM-ML, {100 * run.share:g}% known"
 
 
 def average_of(rows, args):
@@ -539,10 +524,9 @@ def predict(saved, args):
         x = encode(clip, images.to(args.device), args)
         with autocast(args):
             logits, _, saliency = model(x, texts)
-        scores = logits.float().sigmoid().cpu()
-        maps = saliency[:, :, 1:].float().cpu()  # [B, C, L], without the whole image
+        scores = logits.sigmoid().cpu()
+        maps = saliency[:, :, 1:].cpu()  # [B, C, L], without the whole image
         maps = maps / maps.amax(dim=2, keepdim=True) * scores[..., None]  # as bright as likely
-        maps = maps.unflatten(2, (math.isqrt(maps.shape[2]), -1))  # [B, C, h, w]
         for prediction in zip(paths, photos, scores, maps):
             metrics.write_prediction(*prediction, labels, args, crop=0)
 
@@ -577,8 +561,8 @@ def arguments(argv=None):
     add("--val-fraction", type=real, default=0.0, help="share held out, to select the epoch")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--resume", action="store_true", help="go on in --output; options typed now win")
-    data.add_options(parser)
-    data.add_run_options(parser, "runs/trm_ml-DATA")
+    data.add_options(parser)  # --data, --root, --limit, ...
+    data.add_run_options(parser, "runs/trm_ml-DATA")  # --output, --device, --precision, --seed, ...
     metrics.add_prediction_options(parser)
     args, saved = data.parse(parser, argv, "trm_ml", TOY)
     if args.predict and not saved:
@@ -586,8 +570,8 @@ def arguments(argv=None):
     if args.data == "openimages":
         parser.error("--data openimages: 43 GB of known labels a share are too many")
     if args.single_positive:
-        args.partial = [None]
-    elif not 0 < min(args.partial) <= max(args.partial) <= 1:
+        args.partial = [1.0]
+    if not 0 < min(args.partial) <= max(args.partial) <= 1:
         parser.error("--partial: shares above 0 and up to 1")
     if args.val_fraction >= 1 or (args.single_positive and args.val_fraction):
         parser.error("--val-fraction: below 1, and not with --single-positive, which knows no "
@@ -638,16 +622,13 @@ def main(argv=None):
             data.check_belongs(saved, clip.fingerprint(), test.labels, args)
         state = {"method": "trm_ml", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
                  "labels": test.labels}
+        # over the full list, with the seeds of SST, SARB and HCP, and of Cole et al. (CVPR 2021)
         truth = dataset.full_targets
-        known = [known_labels(truth, share) for share in args.partial]
-        for share, labels in zip(args.partial, known):
-            count = (labels[dataset.rows] != 0).sum().item()
-            if not count:
-                raise UserError("none of the training labels is known: raise --partial or --limit")
-            part = count / labels[dataset.rows].numel()
-            print(f"{count:,} of the training entries, {100 * part:.3g}%, are known", flush=True)
-        runs = [make_run(i, clip, dataset.labels, labels[dataset.rows], args)
-                for i, labels in enumerate(known)]
+        known = [data.keep_partial(truth, share, seed=0) for share in args.partial]
+        if args.single_positive:
+            known = [data.keep_single_positive(truth, seed=1200)]
+        runs = [make_run(i, clip, dataset.labels, targets[dataset.rows], args)
+                for i, targets in enumerate(known)]
         # from here on an image's targets are what every run knows of it, then the truth
         dataset.full_targets = torch.stack([*known, truth], dim=1)  # [F, R + 1, C]
         dataset.transform = train_preprocess
@@ -655,7 +636,7 @@ def main(argv=None):
         data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
         with data.way_back(args.output):
             train(runs, clip, dataset, validation, state, args)
-        models, names = [run.model for run in runs], [name_of(run, args) for run in runs]
+        models, names = [run.model for run in runs], [run.name for run in runs]
 
     rows, scores = table(models, names, clip, test, args)
     metrics.print_table(rows, test)
