@@ -1,13 +1,21 @@
 """What a method must beat: the simplest things to try first, on the same frozen CLIP.
 
     python bench/baselines.py --partial 0.003 0.01 0.1 0.3 0.5 --seed 1
+    python bench/baselines.py --partial 0.003 --scenes 3   # to choose by, not the test scenes
 
 For labels of which only a part is known, or a single positive an image, on the toy world, toy-RN:
+ - zero-shot CLIP as probabilities, a softmax over the labels, which needs no training;
  - logistic regression on the global embedding of the image;
  - a simple head: every location through a small MLP, compared with one free vector a label that
    starts at the label's zero-shot text embedding, pooled by a softmax; the loss is TRM-ML's;
- - the same head, every unknown label assumed absent.
-A tenth of the training images chooses weight decay and learning rate.
+ - the same head, every unknown label assumed absent;
+ - the simple head whose logits have the log-odds of zero-shot CLIP's probabilities added, times
+   one learned weight;
+ - text-image and text-pixel matching: TRM-ML's learned texts and MLP, without regions and
+   without estimates of unknown labels.
+With a single positive no absent label is known: all but zero-shot CLIP assume unknown ones absent.
+A tenth of the training images chooses weight decay and learning rate; the two matchings have
+TRM-ML's rate.
 """
 import argparse
 import json
@@ -23,6 +31,23 @@ import clip_model  # noqa: E402
 import data  # noqa: E402
 import metrics  # noqa: E402
 import trm_ml  # noqa: E402
+from toy import world  # noqa: E402
+
+
+def use_scenes(dataset, seed):
+    """Replace the dataset's scenes and targets by those of another seed."""
+    dataset.images = world.Scenes(len(dataset), seed)
+    dataset.full_targets.fill_(-1)
+    for index, targets in enumerate(dataset.full_targets):
+        for thing, *_ in world.scene_objects("benchmark", seed, index):
+            targets[thing] = 1
+
+
+def zero_shot_probabilities(x, labels, scale):
+    """Embeddings x [B, 1 + L, D], label embeddings [C, D], CLIP's scale of cosines -> [B, C]: the
+    mean of the whole image's and the best location's softmax over the labels."""
+    probabilities = (scale * x @ labels.T).softmax(dim=-1)  # [B, 1 + L, C]
+    return (probabilities[:, 0] + probabilities[:, 1:].amax(dim=1)) / 2
 
 
 class SimpleHead(nn.Module):
@@ -46,9 +71,39 @@ class SimpleHead(nn.Module):
         return 10 * (weights * similarity).sum(dim=1) + self.bias
 
 
-def train_head(labels, x, known, seed, lr, epochs=8, batch_size=128):
+class ZeroShotHead(SimpleHead):
+    """SimpleHead, its logits added to zero-shot CLIP's log-odds times one learned weight."""
+
+    def __init__(self, labels, scale):
+        super().__init__(labels)
+        self.zero_shot, self.scale = labels, scale
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        probabilities = zero_shot_probabilities(x, self.zero_shot, self.scale)
+        return super().forward(x) + self.weight * probabilities.logit(eps=1e-6)
+
+
+class ImageMatching(trm_ml.TRM):
+    """The whole image's embedding through the MLP, matched with the labels' learned texts."""
+
+    def forward(self, x):
+        similarity = self.refine(x[:, 0]) @ self.texts().T
+        return self.log_scale.exp() * similarity + self.bias
+
+
+class PixelMatching(trm_ml.TRM):
+    """Every location's, weighted by a softmax of their similarities (as DualCoOp, NeurIPS 2022)."""
+
+    def forward(self, x):
+        similarity = self.refine(x[:, 1:]) @ self.texts().T  # [B, L, C]
+        weights = (self.clip.logit_scale.exp() * similarity).softmax(dim=1)
+        return self.log_scale.exp() * (weights * similarity).sum(dim=1) + self.bias
+
+
+def train_head(make_head, x, known, seed, lr, epochs=8, batch_size=128):
     torch.manual_seed(seed)
-    head = SimpleHead(labels)
+    head = make_head()
     useful = known.any(dim=1)  # without a known label an image teaches nothing
     x, known = x[useful], known[useful]
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
@@ -69,18 +124,18 @@ def score(head, x):
     return torch.cat([head(part.float()) for part in x.split(500)])
 
 
-def chosen_head(labels, x, targets, known, seed):
+def chosen_head(make_head, x, targets, known, seed):
     """The head at the learning rate that does best on the known labels of a tenth of the images,
     trained on all; at the highest where these tell nothing, as with single positives."""
     held_out = len(x) // 10
 
     def quality(lr):
-        head = train_head(labels, x[held_out:], targets[held_out:], seed, lr)
+        head = train_head(make_head, x[held_out:], targets[held_out:], seed, lr)
         # of all labels together: a few known entries are enough
         scores = score(head, x[:held_out]).reshape(-1, 1)
         return metrics.mean_average_precision(scores, known[:held_out].reshape(-1, 1))
 
-    return train_head(labels, x, targets, seed, max((3e-3, 1e-3, 3e-4), key=quality))
+    return train_head(make_head, x, targets, seed, max((3e-3, 1e-3, 3e-4), key=quality))
 
 
 def logistic_regression(x, known):
@@ -111,6 +166,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--partial", type=float, nargs="+", required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, metavar="SEED",
+                        help="evaluate on scenes of this seed (the test scenes)")
     parser.add_argument("--limit", type=int, help="only so many images of each split")
     parser.add_argument("--output", help="write the rows to results.json in this folder")
     args = parser.parse_args()
@@ -118,28 +175,43 @@ def main():
     clip, preprocess = clip_model.load("toy-RN")
     train = data.load_dataset("toy", None, "train", preprocess, zero_shot=False, limit=args.limit)
     test = data.load_dataset("toy", None, "test", preprocess, zero_shot=False, limit=args.limit)
+    if args.scenes is not None:
+        use_scenes(test, args.scenes)
     (x, _), (test_x, _) = (trm_ml.embed(clip, part, options) for part in (train, test))
     whole, test_whole = (F.pad(part[:, 0].float(), (0, 1), value=1.0) for part in (x, test_x))
-    labels = trm_ml.zero_shot_embeddings(clip, train.labels, trm_ml.TEMPLATES)
+    labels = clip_model.zero_shot_embeddings(clip, train.labels)
+    scale = clip.logit_scale.exp().item()
 
+    rows = []
+
+    def report(name, scores):
+        result = metrics.mean_average_precision(scores, test.targets)
+        rows.append({"name": name, "mAP": result})
+        print(f"{name:70}{100 * result:6.1f}", flush=True)
+
+    report("zero-shot, as probabilities", zero_shot_probabilities(test_x.float(), labels, scale))
     settings = {f"{100 * share:g}% known": data.keep_partial(train.full_targets, share, 0)
                 for share in args.partial}
     settings["single positive"] = data.keep_single_positive(train.full_targets, 1200)
-    rows = []
     for setting, known in settings.items():
         known = known[train.rows]
         assumed = torch.where(known == 0, -1, known).char()
         some_absent = (known == -1).any()
-        weights = logistic_regression(whole, known if some_absent else assumed)
-        scores = {"logistic regression": test_whole @ weights}
+        targets = known if some_absent else assumed
+        report(f"logistic regression, {setting}",
+               test_whole @ logistic_regression(whole, targets))
         if some_absent:
-            scores["simple head"] = score(chosen_head(labels, x, known, known, args.seed), test_x)
-        head = chosen_head(labels, x, assumed, known, args.seed)
-        scores["simple head, unknown is absent"] = score(head, test_x)
-        for name, matrix in scores.items():
-            result = metrics.mean_average_precision(matrix, test.targets)
-            rows.append({"name": f"{name}, {setting}", "mAP": result})
-            print(f"{rows[-1]['name']:70}{100 * result:6.1f}", flush=True)
+            head = chosen_head(lambda: SimpleHead(labels), x, known, known, args.seed)
+            report(f"simple head, {setting}", score(head, test_x))
+        head = chosen_head(lambda: SimpleHead(labels), x, assumed, known, args.seed)
+        report(f"simple head, unknown is absent, {setting}", score(head, test_x))
+        head = chosen_head(lambda: ZeroShotHead(labels, scale), x, targets, known, args.seed)
+        report(f"simple head + zero-shot CLIP, {setting}", score(head, test_x))
+        for name, matching in (("text-image matching", ImageMatching),
+                               ("text-pixel matching", PixelMatching)):
+            head = train_head(lambda: matching(clip, train.labels), x, targets, args.seed,
+                              options.lr)
+            report(f"{name}, {setting}", score(head, test_x))
     if args.output:
         data.write_file(f"{args.output}/results.json", json.dumps({"rows": rows}, indent=1))
 

@@ -2,9 +2,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import baselines
+import clip_model
 import pytest
 import torch
+import torch.nn.functional as F
 import training
+
+import data
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -26,3 +31,45 @@ def test_without_a_gpu_there_is_nothing_to_measure():
         pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, BENCH / "gpu.py"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "no GPU\n"
+
+
+def test_zero_shot_probabilities_are_a_loop_and_the_offset_of_the_simple_head():
+    torch.manual_seed(0)
+    x, labels = F.normalize(torch.randn(2, 4, 8), dim=-1), F.normalize(torch.randn(3, 8), dim=-1)
+    found = baselines.zero_shot_probabilities(x, labels, scale=5)
+    for image, probabilities in zip(x, found):
+        whole, *locations = [torch.exp(5 * labels @ part) for part in image]
+        best = torch.stack([part / part.sum() for part in locations]).amax(dim=0)
+        torch.testing.assert_close(probabilities, (whole / whole.sum() + best) / 2)
+    head, alone = baselines.ZeroShotHead(labels, scale=5), baselines.SimpleHead(labels)
+    odds = found / (1 - found)
+    torch.testing.assert_close(head(x), alone(x) + torch.log(odds))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("matching", [baselines.ImageMatching, baselines.PixelMatching])
+def test_matchings_are_a_loop(matching):
+    torch.manual_seed(0)
+    clip = clip_model.load("toy-RN")[0]
+    model = matching(clip, ["cup", "key"])
+    model.mlp[-1].weight.normal_()
+    x = F.normalize(torch.randn(2, 4, 128), dim=-1)
+    logits, texts = model(x), model.texts()
+    for b in range(2):
+        for c in range(2):
+            whole, *locations = [model.refine(part) @ texts[c] for part in x[b]]
+            weights = [torch.exp(clip.logit_scale.exp() * part) for part in locations]
+            similarity = sum(w * part for w, part in zip(weights, locations)) / sum(weights)
+            if matching is baselines.ImageMatching:
+                similarity = whole
+            expected = model.log_scale.exp() * similarity + model.bias
+            torch.testing.assert_close(logits[b, c], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scenes_of_the_test_seed_are_the_test_scenes():
+    test = data.load_dataset("toy", split="test", zero_shot=False, limit=5)
+    expected_image, expected_targets = test[4][0], test.targets.clone()
+    baselines.use_scenes(test, seed=3)
+    assert not torch.equal(test.targets, expected_targets) and test[4][0] != expected_image
+    baselines.use_scenes(test, seed=2)
+    assert torch.equal(test.targets, expected_targets) and test[4][0] == expected_image
