@@ -627,6 +627,8 @@ def main(argv=None):
         known = [data.keep_partial(truth, share, seed=0) for share in args.partial]
         if args.single_positive:
             known = [data.keep_single_positive(truth, seed=1200)]
+            if not args.pseudo:  # nothing estimates the others: they count as absent
+                known = [known[0].where(known[0] == 1, -1)]
         runs = [make_run(i, clip, dataset.labels, targets[dataset.rows], args)
                 for i, targets in enumerate(known)]
         # from here on an image's targets are what every run knows of it, then the truth

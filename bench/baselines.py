@@ -43,13 +43,6 @@ def use_scenes(dataset, seed):
             targets[thing] = 1
 
 
-def zero_shot_probabilities(x, labels, scale):
-    """Embeddings x [B, 1 + L, D], label embeddings [C, D], CLIP's scale of cosines -> [B, C]: the
-    mean of the whole image's and the best location's softmax over the labels."""
-    probabilities = (scale * x @ labels.T).softmax(dim=-1)  # [B, 1 + L, C]
-    return (probabilities[:, 0] + probabilities[:, 1:].amax(dim=1)) / 2
-
-
 class SimpleHead(nn.Module):
     """Embeddings x [B, 1 + L, D] -> logits [B, C]; labels: zero-shot embeddings [C, D]."""
 
@@ -80,11 +73,18 @@ class ZeroShotHead(SimpleHead):
         self.weight = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x):
-        probabilities = zero_shot_probabilities(x, self.zero_shot, self.scale)
-        return super().forward(x) + self.weight * probabilities.logit(eps=1e-6)
+        log_odds = trm_ml.clip_log_odds(x, self.zero_shot, self.scale)
+        return super().forward(x) + self.weight * log_odds
 
 
-class ImageMatching(trm_ml.TRM):
+class Matching(trm_ml.TRM):
+    """What both matchings share with TRM-ML: the labels' learned texts and the MLP."""
+
+    def refine(self, x):
+        return F.normalize(x + self.mlp(x), dim=-1)
+
+
+class ImageMatching(Matching):
     """The whole image's embedding through the MLP, matched with the labels' learned texts."""
 
     def forward(self, x):
@@ -92,8 +92,9 @@ class ImageMatching(trm_ml.TRM):
         return self.log_scale.exp() * similarity + self.bias
 
 
-class PixelMatching(trm_ml.TRM):
-    """Every location's, weighted by a softmax of their similarities (as DualCoOp, NeurIPS 2022)."""
+class PixelMatching(Matching):
+    """Every location's, weighted by a softmax of their similarities; ours (DualCoOp has another
+    temperature, two prompts a label and no MLP)."""
 
     def forward(self, x):
         similarity = self.refine(x[:, 1:]) @ self.texts().T  # [B, L, C]
@@ -189,7 +190,7 @@ def main():
         rows.append({"name": name, "mAP": result})
         print(f"{name:70}{100 * result:6.1f}", flush=True)
 
-    report("zero-shot, as probabilities", zero_shot_probabilities(test_x.float(), labels, scale))
+    report("zero-shot, as probabilities", trm_ml.clip_log_odds(test_x.float(), labels, scale))
     settings = {f"{100 * share:g}% known": data.keep_partial(train.full_targets, share, 0)
                 for share in args.partial}
     settings["single positive"] = data.keep_single_positive(train.full_targets, 1200)

@@ -18,12 +18,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = "--partial 0.003 0.01 0.1 0.3 0.5"
 BASELINES = f"bench/baselines.py {SHARES}"
-TRM_ML = f"trm_ml.py --matching region {SHARES}"
-NORMALISED = "zero-shot, the better one normalised"
+MKT_BASELINE = "bench/mkt_baseline.py"
+TRM_ML = f"trm_ml.py {SHARES}"
+PLAIN, PROBABILITIES = "zero-shot, global + local", "zero-shot, as probabilities"
+NORMALISED = "zero-shot, the best of these normalised"
 # {title of a line: (command, row)}
 MKT = {
-    "zero-shot CLIP, global + local": ("mkt.py", "zero-shot, global + local"),
-    "zero-shot CLIP, normalised": ("mkt.py", NORMALISED),
+    "zero-shot CLIP, global + local": ("mkt.py", PLAIN),
+    "zero-shot CLIP, as probabilities": ("mkt.py", PROBABILITIES),
+    "zero-shot CLIP, the best normalised": ("mkt.py", NORMALISED),
+    "linear map on frozen embeddings": (MKT_BASELINE, "linear map"),
+    "residual MLP on frozen embeddings": (MKT_BASELINE, "residual MLP"),
     "**MKT**": ("mkt.py", "MKT"),
     "without prompt tuning": ("mkt.py", "MKT without prompt tuning"),
     "without distillation, `--distillation 0`": ("mkt.py --distillation 0", "MKT"),
@@ -31,10 +36,14 @@ MKT = {
     "local stream alone, `--streams local`": ("mkt.py --streams local", "MKT"),
 }
 COMC = {
-    "zero-shot CLIP, global + local": ("lang_cls.py", "zero-shot, global + local"),
-    "zero-shot CLIP, normalised": ("lang_cls.py", NORMALISED),
+    "zero-shot CLIP, global + local": ("lang_cls.py", PLAIN),
+    "zero-shot CLIP, as probabilities": ("lang_cls.py", PROBABILITIES),
+    "zero-shot CLIP, the best normalised": ("lang_cls.py", NORMALISED),
     "**CoMC**": ("lang_cls.py", "CoMC"),
+    "merged as probabilities": ("lang_cls.py", "CoMC, merged as probabilities"),
     "without mapping": ("lang_cls.py", "CoMC without mapping"),
+    "without mapping, merged as probabilities":
+        ("lang_cls.py", "CoMC without mapping, merged as probabilities"),
     "global stream alone": ("lang_cls.py", "CoMC, global alone"),
     "local stream alone": ("lang_cls.py", "CoMC, local alone"),
     "without noise, `--noise 0`": ("lang_cls.py --noise 0", "CoMC"),
@@ -43,10 +52,13 @@ COMC = {
 }
 # here the columns are settings, and {} is one of them
 TRM = {
-    "zero-shot CLIP, normalised": (TRM_ML, NORMALISED),
+    "zero-shot CLIP, as probabilities": (TRM_ML, PROBABILITIES),
     "logistic regression": (BASELINES, "logistic regression, {}"),
+    "text-image matching": (BASELINES, "text-image matching, {}"),
+    "text-pixel matching": (BASELINES, "text-pixel matching, {}"),
     "simple head": (BASELINES, "simple head, {}"),
     "simple head, unknown is absent": (BASELINES, "simple head, unknown is absent, {}"),
+    "simple head + zero-shot CLIP": (BASELINES, "simple head + zero-shot CLIP, {}"),
     "**TRM-ML**": (TRM_ML, "TRM-ML, {}"),
     "without prototypes, `--pseudo 0`": (f"{TRM_ML} --pseudo 0", "TRM-ML, {}"),
 }
