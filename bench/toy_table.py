@@ -9,6 +9,7 @@ there is not run again, so an interrupted call goes on. Delete it when the code 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -84,9 +85,8 @@ def results_of(command, seed):
     folder = ROOT / "runs/toy_table" / command / str(seed)
     path = folder / "results.json"
     if not path.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call has left
         options = ["--seed", str(seed), "--output", folder]
-        if any(folder.rglob("last.pt")):
-            options.append("--resume")
         subprocess.run([sys.executable, *command.split(), *options],
                        cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
