@@ -179,7 +179,7 @@ class TRM(nn.Module):
         Entries known at random have the unknown ones' share of positives; few of them say little,
         so one positive more is counted, among as many entries as have one on average. If fewer are
         known absent than present, it was not at random: then an image shows expected_positives, and
-        the hidden ones are spread over labels as the known ones are."""
+        the hidden ones are spread over labels as the known ones are, one more each."""
         estimates, known = estimates.cpu(), known.cpu()
         present, absent = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
         at_random = present.sum() < absent.sum()
@@ -190,7 +190,7 @@ class TRM(nn.Module):
             if at_random:
                 hidden = len(unknown) * (present[c] + 1) / (present[c] + absent[c] + 1 / share)
             else:
-                hidden = all_hidden * present[c] / present.sum().clamp(min=1)
+                hidden = all_hidden * (present[c] + 1) / (present + 1).sum()
             if len(unknown):
                 last = len(unknown) - 1
                 self.sure_present[c] = unknown[min(int(SURE_PRESENT * hidden), last)]
