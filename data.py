@@ -47,7 +47,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # comments harm 
 with contextlib.suppress(ImportError):
     import pillow_heif  # with it, HEIC is read as any other format
     pillow_heif.register_heif_opener()
-warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # Open Images' targets
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # Open Images' targets
 
 
 class UserError(ValueError):
@@ -155,14 +155,11 @@ def _files_below(folder):
     """Yield the files in a folder, and in those in it or linked there; nothing hidden."""
     visited = set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_note):
-        real = os.path.realpath(parent)
-        if real in visited:  # a link led back
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        is_new = os.path.realpath(parent) not in visited  # else a link led back
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if is_new and name[0] != ".")
         for path in [os.path.join(parent, name) for name in sorted(names) if name[0] != "."]:
-            if os.path.isfile(path) or os.path.islink(path):  # no pipe; broken links are named
+            if is_new and (os.path.isfile(path) or os.path.islink(path)):  # no pipe
                 yield path
 
 
@@ -171,14 +168,12 @@ def image_files(paths):
     "photos/*.jpg" -> list of Path, each once; UserError where there is none."""
     files = []
     for pattern in map(os.path.expanduser, paths):
-        names = [_spelled(pattern)]
-        if not os.path.lexists(names[0]):
-            literally = pattern.replace("[", "[[]")  # brackets of a folder's name
-            names = (sorted(glob.glob(pattern, recursive=True))
-                     or sorted(glob.glob(literally, recursive=True)))
+        literally = pattern.replace("[", "[[]")  # brackets may be of a folder's name
+        names = [_spelled(pattern)] if os.path.lexists(_spelled(pattern)) else (
+            glob.glob(pattern, recursive=True) or glob.glob(literally, recursive=True))
         if not names:
             raise UserError(f"--predict: no such file or folder: {pattern}")
-        for name in names:
+        for name in sorted(names):
             files += _files_below(name) if os.path.isdir(name) else [name]
     if not files:
         raise UserError(f"--predict: no files in {', '.join(map(str, paths))}")
@@ -303,8 +298,8 @@ class MultiLabelDataset(Dataset):
             self._leave_out_missing()
 
     def _leave_out_missing(self):
-        names_in, is_missing = {}, []
-        for path in self.images[self.rows.numpy()].tolist():
+        names_in, missing = {}, []
+        for i, path in enumerate(self.images[self.rows.numpy()].tolist()):
             folder, slash, name = path.rpartition(b"/")
             folder += slash
             if folder not in names_in:  # a look-up per file takes minutes on a network disk
@@ -312,8 +307,9 @@ class MultiLabelDataset(Dataset):
                 with contextlib.suppress(FileNotFoundError):
                     entries = os.scandir(os.fsencode(_spelled(folder) or "."))
                     names_in[folder] = {entry.name for entry in entries if entry.is_file()}
-            is_missing.append(name not in names_in[folder] and _spelled(path) == os.fsdecode(path))
-        self._leave_out(torch.tensor(is_missing), "missing")
+            if name not in names_in[folder] and _spelled(path) == os.fsdecode(path):
+                missing.append(i)
+        self._leave_out(missing, "missing")
 
     def leave_out_damaged(self):
         """Decode all files, or 1,000 of more than 5,000 and the others only if one of these is
@@ -324,32 +320,31 @@ class MultiLabelDataset(Dataset):
             except UserError as error:
                 return error
 
-        count = len(self)
-        sample = range(0, count, count // 1000 if count > 5000 else 1)
-        for indices in (sample, range(count)):
+        everything = range(len(self))
+        sample = everything[::len(self) // 1000] if len(self) > 5000 else everything
+        for indices in (sample, everything):
             bar = tqdm(indices, f"{self.name}: reading images", leave=False, disable=None, delay=2)
             errors = {i: error for i, error in _ahead(error_of, bar) if error}
-            if not errors or len(indices) == count:
+            if not errors or indices == everything:
                 break
         for error in list(errors.values())[:3]:
             _note(error)
-        is_damaged = torch.zeros(count, dtype=torch.bool)
-        is_damaged[list(errors)] = True
-        self._leave_out(is_damaged, "damaged")
+        self._leave_out(list(errors), "damaged")
 
-    def _leave_out(self, is_left_out, reason):
-        count = int(is_left_out.sum())
-        if not count:
+    def _leave_out(self, indices, reason):
+        if not indices:
             return
-        first = os.fsdecode(self.images[self.rows[is_left_out][0]])
-        message = f"{self.name}: {count:,} of {len(self):,} images {reason}, e.g. {first}"
-        if count == len(self):
+        first = os.fsdecode(self.images[self.rows[indices[0]]])
+        message = f"{self.name}: {len(indices):,} of {len(self):,} images {reason}, e.g. {first}"
+        if len(indices) == len(self):
             raise UserError(message)
-        if count > 0.05 * len(self) and not self.allow_missing:
+        if len(indices) > 0.05 * len(self) and not self.allow_missing:
             raise UserError(f"{message}; --allow-missing goes on without them")
         _note(f"{message}; going on without them")
-        self.missing += count
-        self.rows = self.rows[~is_left_out]
+        self.missing += len(indices)
+        is_kept = torch.ones(len(self), dtype=torch.bool)
+        is_kept[indices] = False
+        self.rows = self.rows[is_kept]
 
     @property
     def targets(self):
@@ -1173,15 +1168,15 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
         if name not in having:
             raise UserError(f"--{option.replace('_', '-')} is not for {name}, but for: "
                             f"{', '.join(having) or 'no dataset'}")
-    if name == "toy" and root:
-        raise UserError(f"--root {root}: the toy world has no files; name what these are, --data")
     if name == "toy":
+        if root:
+            raise UserError(f"--root {root}: the toy world has no files; --data says what these are")
         options["first"] = limit  # what nobody looks at need not be drawn
     own_name = name.removesuffix("81")  # both of NUS-WIDE share a folder and a layout
     root = _spelled(os.path.expanduser(root or f"data/{own_name}"))
     try:
         if name != "toy":
-            os.listdir(root)
+            os.scandir(root).close()
         parts = DATASETS[name](root, split, **options)
         release = parts.pop("release", name)
         if release in PUBLISHED:
@@ -1215,28 +1210,28 @@ def describe(training, test):
             continue
         columns = dataset.seen if dataset is training else torch.arange(len(dataset.labels))
         present, absent = [count[columns] for count in dataset.counts()]
-        print(f"{split}: {len(dataset):,} images, {len(columns):,} labels")
+        unseen = f" and {len(dataset.unseen)} unseen ones" if len(dataset.unseen) else ""
+        print(f"{split}: {len(dataset):,} images, {len(dataset.seen):,} labels{unseen}")
         for kind, count in (("present", present), ("absent", absent)):
-            names = [dataset.labels[column] for column in columns[count == 0]]
-            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            none = f"; none of: {', '.join(names[:3])}{more}" if names else ""
             print(f"  known to be {kind}: {count.sum():,} entries, of a label at least "
-                  f"{count.min():,}, median {count.median():,}{none}")
-        is_never_absent = (present > 0) & (absent == 0)
+                  f"{count.min():,}, median {count.median():,}")
+            without = [dataset.labels[column] for column in columns[count == 0]]
+            if without:
+                more = ", ..." if len(without) > 3 else ""
+                print(f"    never, of {len(without):,} labels: {', '.join(without[:3])}{more}")
         if not ((present > 0) & (absent > 0)).any():
             print('  no label has both, so none can be learned or measured: if the lines name all '
                   'that an image shows, write "absent": "rest"')
-        elif dataset is test and is_never_absent.any():
-            print(f"  {is_never_absent.sum()} labels without a known absent entry have AP 1, "
-                  f"whatever the scores")
+        elif dataset is test and (absent == 0).any():
+            print("  a label that is never known to be absent has AP 1, whatever the scores")
         if dataset.missing:
-            print(f"  {dataset.missing:,} images are missing or damaged, and left out")
+            print(f"  images missing or damaged, and left out: {dataset.missing:,}")
     if training and test.are_files:
         tested = {*test.images[test.rows.numpy()].tolist()}
         both = [path for rows in training.rows.split(65536)
                 for path in training.images[rows.numpy()].tolist() if path in tested]
         if both:
-            print(f"{len(both):,} images are in both splits, e.g. {os.fsdecode(both[0])}")
+            print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(both[0])}")
 
 
 # ---- options of the command line
@@ -1252,7 +1247,7 @@ def add_options(parser):
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
     add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
-    add("--difficult", choices=["absent", "unknown", "present"], help="of voc (absent)")
+    add("--difficult", choices=["absent", "unknown", "present"], help="of VOC (absent)")
     add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
 
 

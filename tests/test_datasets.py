@@ -355,7 +355,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
 
     make("folder", tmp_path)
     monkeypatch.setattr(os, "scandir", refuse)  # this may be root, who may read everything
-    assert re.search(f"Permission denied: b?'{tmp_path}/photos", message_of("folder", tmp_path))
+    assert f"Permission denied: '{tmp_path}'" in message_of("folder", tmp_path)
 
 
 def test_damaged_test_photos_are_left_out_at_the_start(tmp_path, capsys):
@@ -367,28 +367,29 @@ def test_damaged_test_photos_are_left_out_at_the_start(tmp_path, capsys):
     assert (len(test), test.missing) == (24, 1) and 3 not in test.rows
     assert len(load_dataset("folder", tmp_path, "test", limit=3)) == 3
     data.describe(train, test)
-    assert "1 images are missing or damaged" in capsys.readouterr().out
+    assert "images missing or damaged, and left out: 1" in capsys.readouterr().out
 
 
 def test_describe(tmp_path, capsys):
     make("folder", tmp_path)
     train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
     data.describe(train, test)
-    both = f"2 images are in both splits, e.g. {tmp_path}/1.png"
+    both = f"images in both splits: 2, e.g. {tmp_path}/1.png"
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "training: 3 images, 4 labels",
-        "  known to be present: 3 entries, of a label at least 0, median 0; none of: cat, \u732b",
+        "  known to be present: 3 entries, of a label at least 0, median 0",
+        "    never, of 2 labels: cat, \u732b",
         "  known to be absent: 5 entries, of a label at least 1, median 1",
         "test: 2 images, 4 labels",
-        "  known to be present: 1 entries, of a label at least 0, median 0; none of: cat, dog, "
-        "ice cream",
+        "  known to be present: 1 entries, of a label at least 0, median 0",
+        "    never, of 3 labels: cat, dog, ice cream",
         "  known to be absent: 4 entries, of a label at least 1, median 1", both]
     write(tmp_path / "test.jsonl", '{"image": "1.png", "present": ["dog", "cat"]}\n'
                                    '{"image": "2.png", "absent": ["cat"]}')
     data.describe(None, load_dataset("folder", tmp_path, "test"))
     out = capsys.readouterr().out
-    assert "1 labels without a known absent entry have AP 1" in out and "both splits" not in out
+    assert "known to be absent has AP 1" in out and "both splits" not in out
     write(tmp_path / "test.jsonl", '{"image": "1.png", "present": ["dog", "cat"]}')
     data.describe(None, load_dataset("folder", tmp_path, "test"))
     assert 'no label has both' in capsys.readouterr().out
