@@ -182,14 +182,14 @@ def image_files(paths):
 
 def _ahead(function, items):
     """Yield (item, function(item)) in order; threads work ahead, but only by 16 items."""
-    items, waiting = iter(items), deque()
+    ahead = deque()
     with ThreadPoolExecutor() as pool:
-        while True:
-            for item in itertools.islice(items, 16 - len(waiting)):
-                waiting.append((item, pool.submit(function, item)))
-            if not waiting:
-                return
-            item, result = waiting.popleft()
+        for item in items:
+            ahead.append((item, pool.submit(function, item)))
+            if len(ahead) == 16:
+                item, result = ahead.popleft()
+                yield item, result.result()
+        for item, result in ahead:
             yield item, result.result()
 
 
@@ -214,10 +214,10 @@ def photo_batches(args, preprocess):
         _note(f"{len(files) - len(todo):,} of {len(files):,} are in {args.output} already")
     batch, unreadable = [], []
     for path, opened in _ahead(attempt, tqdm(todo, "predicting", disable=args.quiet or None)):
-        if opened:
-            batch.append((path, *opened))
-        else:
+        if opened is None:
             unreadable.append(path)
+        else:
+            batch.append((path, *opened))
         pixels = sum(photo.width * photo.height for _, photo, _ in batch)
         if batch and (len(batch) == 32 or pixels > 100e6 or path == todo[-1]):
             paths, photos, images = map(list, zip(*batch))
@@ -318,7 +318,7 @@ class MultiLabelDataset(Dataset):
             try:
                 self._open(int(self.rows[i]))
             except UserError as error:
-                return error
+                return str(error)
 
         everything = range(len(self))
         sample = everything[::len(self) // 1000] if len(self) > 5000 else everything
@@ -1220,10 +1220,11 @@ def describe(training, test):
                 more = ", ..." if len(without) > 3 else ""
                 print(f"    never, of {len(without):,} labels: {', '.join(without[:3])}{more}")
         if not ((present > 0) & (absent > 0)).any():
-            print('  no label has both, so none can be learned or measured: if the lines name all '
-                  'that an image shows, write "absent": "rest"')
+            print("  no label has both, so none can be learned or measured")
         elif dataset is test and (absent == 0).any():
             print("  a label that is never known to be absent has AP 1, whatever the scores")
+        if dataset.name == "folder" and not absent.any():
+            print('  where a line names all that its image shows, write "absent": "rest"')
         if dataset.missing:
             print(f"  images missing or damaged, and left out: {dataset.missing:,}")
     if training and test.are_files:
