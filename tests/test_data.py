@@ -428,7 +428,7 @@ def test_read_json(tmp_path):
 
 def test_read_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
-    with pytest.raises(UserError, match="last.pt not found"):
+    with pytest.raises(UserError, match="there is no such checkpoint"):
         data.read_checkpoint(path, "mkt")
     for content, message in (("text", "not a checkpoint"), ({"model": 1}, "not a checkpoint"),
                              ({"method": "trm_ml"}, "is a checkpoint of trm_ml.py, not of mkt.py")):
