@@ -1,6 +1,6 @@
 """Multi-label datasets: images, label names, and which labels are present, absent or unknown.
 
-    dataset = load_dataset("nuswide", root="data/nuswide", split="test", transform=preprocess)
+    dataset = load_dataset("nuswide", "data/nuswide", split="test", transform=preprocess)
     image, target = dataset[0]        # transform(PIL image), int8 [C]
     dataset.labels, dataset.targets   # C names, int8 [N, C]
     dataset.seen, dataset.unseen      # int64 label indices
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import difflib
 import functools
 import glob
 import hashlib
@@ -23,7 +24,9 @@ import os
 import pickletools
 import re
 import sys
+import unicodedata
 import warnings
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +34,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -39,7 +43,11 @@ from toy import world
 
 Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; from here it would warn
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Open Images' targets
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # comments harm no pixel
+with contextlib.suppress(ImportError):
+    import pillow_heif  # with it, HEIC is read as any other format
+    pillow_heif.register_heif_opener()
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # Open Images' targets
 
 
 class UserError(ValueError):
@@ -48,6 +56,12 @@ class UserError(ValueError):
     def __str__(self):
         # a DataLoader repeats a worker's error with the worker's traceback in front
         return super().__str__().rsplit(f"{__name__}.UserError: ", 1)[-1].strip()
+
+
+def _check_unique(names, where):
+    twice = [str(name) for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{where} given more than once: {', '.join(twice[:5])}")
 
 
 def _note(message):  # as a whole line, whatever other threads and a progress bar write
@@ -66,6 +80,7 @@ def open_image(file, *, on_truncated=_note_once):
     an animation the first frame is taken. A truncated photo is used as far as it goes, and named
     once on stderr. UserError names the file and the reason if it is missing, empty, not an image,
     of over 200 million pixels, or of pixels without a defined range (32-bit integers, floats).
+    HEIC needs pillow-heif.
     """
     is_path = isinstance(file, (str, os.PathLike))
     name = os.fspath(file) if is_path else getattr(file, "name", "image")
@@ -88,7 +103,9 @@ def open_image(file, *, on_truncated=_note_once):
     except UnidentifiedImageError:
         reason = "not an image, or its header is damaged" if start else "the file is empty"
         if start[4:] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
-            reason = "HEIC: convert it to JPEG, or install pillow-heif and register its opener"
+            reason = "HEIC: convert it to JPEG, or install pillow-heif"
+        if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+            reason = "JPEG XL: convert it to JPEG or PNG"
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise UserError(f"{name}: {reason}")
@@ -112,10 +129,10 @@ def _load_truncated(image, file):
 def _upright_rgb(image):
     with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("32-bit or signed pixels have no defined range, convert to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
         pixels = np.asarray(image).astype(np.int32)
-        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError("32-bit pixels have no defined range, convert to 8 or 16 bits")
         image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -123,43 +140,65 @@ def _upright_rgb(image):
     return image.convert("RGB")
 
 
+def _spelled(path):
+    """The path as the disk has it: macOS writes accents in another Unicode form."""
+    path = os.fsdecode(path)
+    folder, name = os.path.split(path)
+    if path.isascii() or os.path.lexists(path) or not name:
+        return path
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    paths = [os.path.join(_spelled(folder), form) for form in forms]
+    return next((other for other in paths if os.path.lexists(other)), path)
+
+
+def _files_below(folder):
+    """Yield the files in a folder, and in those in it or linked there; nothing hidden."""
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_note):
+        is_new = os.path.realpath(parent) not in visited  # else a link led back
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if is_new and name[0] != ".")
+        for path in [os.path.join(parent, name) for name in sorted(names) if name[0] != "."]:
+            if is_new and (os.path.isfile(path) or os.path.islink(path)):  # no pipe
+                yield path
+
+
 def image_files(paths):
     """Files as given, folders with every file in them that is not hidden, and patterns such as
     "photos/*.jpg" -> list of Path, each once; UserError where there is none."""
     files = []
     for pattern in map(os.path.expanduser, paths):
-        names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        literally = pattern.replace("[", "[[]")  # brackets may be of a folder's name
+        names = [_spelled(pattern)] if os.path.lexists(_spelled(pattern)) else (
+            glob.glob(pattern, recursive=True) or glob.glob(literally, recursive=True))
         if not names:
             raise UserError(f"--predict: no such file or folder: {pattern}")
-        for path in map(Path, names):
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-            files += [file for file in inside if file.is_file() and not any(
-                part.startswith(".") for part in file.relative_to(path).parts)]
+        for name in sorted(names):
+            files += _files_below(name) if os.path.isdir(name) else [name]
     if not files:
         raise UserError(f"--predict: no files in {', '.join(map(str, paths))}")
-    return list(dict.fromkeys(files))
+    return list(dict.fromkeys(map(Path, files)))
 
 
 def _ahead(function, items):
     """Yield (item, function(item)) in order; threads work ahead, but only by 16 items."""
-    items, waiting = iter(items), deque()
+    ahead = deque()
     with ThreadPoolExecutor() as pool:
-        while True:
-            for item in itertools.islice(items, 16 - len(waiting)):
-                waiting.append((item, pool.submit(function, item)))
-            if not waiting:
-                return
-            item, result = waiting.popleft()
+        for item in items:
+            ahead.append((item, pool.submit(function, item)))
+            if len(ahead) == 16:
+                item, result = ahead.popleft()
+                yield item, result.result()
+        for item, result in ahead:
             yield item, result.result()
 
 
 def photo_batches(args, preprocess):
     """What --predict sees: yield (paths, RGB PIL photos, images float [b, 3, H, W]) in order.
 
-    args.predict: files, folders and patterns, as image_files takes them. b is at most 32, and
-    fewer for large photos. Those in the JSON lines of args.output, if this file exists, are done
-    and left out. What cannot be read is named on stderr; after the last batch this is a UserError
-    for a file that was named itself, and where no image was left.
+    args.predict: what image_files takes. b is at most 32, less for large photos. Photos in the
+    JSON lines of args.output, if there is this file, are left out. What cannot be read is named on
+    stderr; at the end that is a UserError if it was named itself, or if there was nothing else.
     """
     def attempt(path):
         try:
@@ -192,29 +231,30 @@ def photo_batches(args, preprocess):
 
 
 def _predicted(path):
-    """The photos in a file of predictions, as a set of their paths; {} where there is no file."""
+    """The paths in a file of predictions, as a set; a line that was cut by a kill is removed."""
     if not path or not os.path.exists(path):
         return set()
     text = read_text(path)
-    whole = text[:text.rfind("\n") + 1]
+    lines = text[:text.rfind("\n") + 1]
     try:
-        done = {_parse_json(line, path)["path"] for line in whole.split("\n") if line.strip()}
+        done = {_parse_json(line, path)["path"] for line in lines.split("\n") if line}
     except (TypeError, KeyError):
         raise UserError(f"{path}: not a file of predictions") from None
-    if whole != text:
-        write_file(path, whole)  # a killed run has cut the last line
+    if lines != text:
+        write_file(path, lines)
     return done
 
 
 # ---- the dataset
 
 class MultiLabelDataset(Dataset):
-    """Images with one target per label; [i] -> (image, full_targets[rows[i]]).
+    """Images with one target per label; [i] -> (image, int8 [C]).
 
     labels: C names. targets: int8 [F, C] in {+1 present, -1 absent, 0 unknown} of the full list of
-    images, kept as `full_targets`. images: a list of F paths, or an object whose [i] is an RGB PIL
-    image. rows: int64 [N], which of the full list this dataset has; all by default. unseen:
-    indices of the labels that training must not see; `seen` are the others.
+    images, kept as `full_targets`; dense, or as a sparse CSR tensor where few entries are known.
+    images: F paths, or an object whose [i] is an RGB PIL image. rows: int64 [N], which of the full
+    list this dataset has; all by default. unseen: indices of the labels that training must not
+    see; `seen` are the others.
 
     Files that do not exist are left out and counted in `missing`; more than 5% of them is a
     UserError unless allow_missing. A file that cannot be decoded is a UserError with
@@ -227,9 +267,15 @@ class MultiLabelDataset(Dataset):
         self.name = name
         self.transform = transform
         self.on_error = on_error
+        self.allow_missing = allow_missing
         self.labels = [label.strip() for label in labels]
+        if isinstance(images, list):  # a DataLoader's workers share an array, but copy strings
+            slash = os.sep.encode(), b"/"
+            images = np.array([os.fsencode(path).replace(*slash) for path in images])
         self.images = images
+        self.are_files = isinstance(images, np.ndarray)
         self.full_targets = torch.as_tensor(targets)
+        self.is_sparse = self.full_targets.layout == torch.sparse_csr
         self.rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
         self.missing = 0
         is_unseen = np.isin(np.arange(len(self.labels)), unseen)
@@ -238,46 +284,85 @@ class MultiLabelDataset(Dataset):
         # in shared memory, because it is the DataLoader's workers that find out
         self.truncated = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self.unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
-        self.are_files = isinstance(images, list)
         if not len(self.rows):
             raise UserError(f"{name}: there are no images")
-        twice = [label for label, count in Counter(self.labels).items() if count > 1]
-        if twice:
-            raise UserError(f"{name}: labels given more than once: {', '.join(twice)}")
+        _check_unique(self.labels, f"{name}: labels")
         full, shape = self.full_targets, [len(images), len(self.labels)]
         if full.dtype != torch.int8 or list(full.shape) != shape:
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels), not "
                             f"{full.dtype} {list(full.shape)}")
-        is_mapped = isinstance(targets, np.memmap)  # and was checked when made: it is large
-        if not is_mapped and (full.min() < -1 or full.max() > 1):
+        known = full.values() if self.is_sparse else full
+        if known.numel() and (known.min() < -1 or known.max() > 1):
             raise UserError(f"{name}: targets must be +1 (present), -1 (absent), 0 (unknown)")
         if self.are_files:
-            self._leave_out_missing(allow_missing)
+            self._leave_out_missing()
 
-    def _leave_out_missing(self, allow_missing):
-        # one listing per directory: a look-up per file takes minutes on a network disk
-        paths = [os.path.split(self.images[row]) for row in self.rows.tolist()]
-        folders = {folder for folder, _ in paths if os.path.isdir(folder or ".")}
-        names_in = {folder: set(os.listdir(folder or ".")) for folder in folders}
-        exists = torch.tensor([name in names_in.get(folder, ()) for folder, name in paths])
-        self.missing = int((~exists).sum())
-        if self.missing:
-            first = self.images[int(self.rows[~exists][0])]
-            count = f"{self.missing:,} of {len(paths):,}"
-            message = f"{self.name}: {count} images missing, e.g. {first}"
-            if self.missing == len(paths):
-                raise UserError(message)
-            if self.missing > 0.05 * len(paths) and not allow_missing:
-                raise UserError(f"{message}; --allow-missing goes on without them")
-            _note(f"{message}; going on without them")
-            self.rows = self.rows[exists]
+    def _leave_out_missing(self):
+        names_in, missing = {}, []
+        for i, path in enumerate(self.images[self.rows.numpy()].tolist()):
+            folder, slash, name = path.rpartition(b"/")
+            folder += slash
+            if folder not in names_in:  # a look-up per file takes minutes on a network disk
+                names_in[folder] = set()
+                with contextlib.suppress(FileNotFoundError):
+                    entries = os.scandir(os.fsencode(_spelled(folder) or "."))
+                    names_in[folder] = {entry.name for entry in entries if entry.is_file()}
+            if name not in names_in[folder] and _spelled(path) == os.fsdecode(path):
+                missing.append(i)
+        self._leave_out(missing, "missing")
+
+    def leave_out_damaged(self):
+        """Decode all files, or 1,000 of more than 5,000 and the others only if one of these is
+        damaged; leave out, as missing ones are, those that cannot be decoded."""
+        def error_of(i):
+            try:
+                self._open(int(self.rows[i]))
+            except UserError as error:
+                return str(error)
+
+        everything = range(len(self))
+        sample = everything[::len(self) // 1000] if len(self) > 5000 else everything
+        for indices in (sample, everything):
+            bar = tqdm(indices, f"{self.name}: reading images", leave=False, disable=None, delay=2)
+            errors = {i: error for i, error in _ahead(error_of, bar) if error}
+            if not errors or indices == everything:
+                break
+        for error in list(errors.values())[:3]:
+            _note(error)
+        self._leave_out(list(errors), "damaged")
+
+    def _leave_out(self, indices, reason):
+        if not indices:
+            return
+        first = os.fsdecode(self.images[self.rows[indices[0]]])
+        message = f"{self.name}: {len(indices):,} of {len(self):,} images {reason}, e.g. {first}"
+        if len(indices) == len(self):
+            raise UserError(message)
+        if len(indices) > 0.05 * len(self) and not self.allow_missing:
+            raise UserError(f"{message}; --allow-missing goes on without them")
+        _note(f"{message}; going on without them")
+        self.missing += len(indices)
+        is_kept = torch.ones(len(self), dtype=torch.bool)
+        is_kept[indices] = False
+        self.rows = self.rows[is_kept]
 
     @property
     def targets(self):
-        """int8 [N, C]: full_targets[rows], without a copy if nothing is left out."""
-        if torch.equal(self.rows, torch.arange(len(self.full_targets))):
+        """int8 [N, C]: the rows of full_targets, without a copy if nothing is left out."""
+        if not self.is_sparse and torch.equal(self.rows, torch.arange(len(self.full_targets))):
             return self.full_targets
-        return self.full_targets[self.rows]
+        return self._dense(self.rows)
+
+    def _dense(self, rows):
+        """int8 [n, C]: these rows [n] of full_targets."""
+        if not self.is_sparse:
+            return self.full_targets[rows]
+        starts, columns = self.full_targets.crow_indices(), self.full_targets.col_indices()
+        dense = torch.zeros(len(rows), len(self.labels), dtype=torch.int8)
+        for target, row in zip(dense, rows.tolist()):
+            known = slice(starts[row], starts[row + 1])
+            target[columns[known]] = self.full_targets.values()[known]
+        return dense
 
     def __len__(self):
         return len(self.rows)
@@ -286,21 +371,24 @@ class MultiLabelDataset(Dataset):
         i = range(len(self))[i]
         # ten damaged files in a row are a damaged disk: stop rather than walk through all of it
         for step in range(min(10, len(self))):
-            row = int(self.rows[(i + step) % len(self)])
+            row = self.rows[(i + step) % len(self)]
             try:
-                image = self.images[row]
-                if self.are_files:
-                    note = functools.partial(self._note_first, self.truncated, row)
-                    image = open_image(image, on_truncated=note)
+                image = self._open(int(row))
             except UserError as error:
                 last_error = error
                 if self.on_error == "raise":
-                    raise
+                    raise UserError(f"{error}; remove the file, then --eval the checkpoint") from None
                 self._note_first(self.unreadable, row, f"{error} (another takes its place)")
             else:
                 image = image if self.transform is None else self.transform(image)
-                return image, self.full_targets[row]
+                return image, self._dense(row[None])[0]
         raise UserError(f"{last_error}; nor can the images before it be read")
+
+    def _open(self, row):
+        if not self.are_files:
+            return self.images[row]
+        note = functools.partial(self._note_first, self.truncated, row)
+        return open_image(_spelled(self.images[row]), on_truncated=note)
 
     def _note_first(self, noted, row, message):
         if not noted[row]:
@@ -314,17 +402,27 @@ class MultiLabelDataset(Dataset):
 
     def shows(self, columns):
         """bool [N]: images that are known to show one of the labels of these columns."""
-        return torch.cat([(self.full_targets[rows][:, columns] == 1).any(dim=1)
-                          for rows in self.rows.split(4096)])
+        if not self.is_sparse:
+            return torch.cat([(self.full_targets[rows][:, columns] == 1).any(dim=1)
+                              for rows in self.rows.split(4096)])
+        full = self.full_targets
+        is_column = torch.zeros(len(self.labels), dtype=torch.bool)
+        is_column[columns] = True
+        is_shown = is_column[full.col_indices()] & (full.values() == 1)  # of every known entry
+        shown_before = F.pad(is_shown.cumsum(dim=0), (1, 0))[full.crow_indices()]
+        return (shown_before.diff() > 0)[self.rows]
 
     def counts(self):
         """Known entries of every label: (present int64 [C], absent int64 [C])."""
-        present = absent = torch.zeros(len(self.labels), dtype=torch.int64)
-        for rows in self.rows.split(4096):
-            targets = self.full_targets[rows]
-            present = present + (targets == 1).sum(dim=0)
-            absent = absent + (targets == -1).sum(dim=0)
-        return present, absent
+        if not self.is_sparse:
+            return tuple(sum((self.full_targets[rows] == sign).sum(dim=0)
+                             for rows in self.rows.split(4096)) for sign in (1, -1))
+        full = self.full_targets
+        is_here = torch.zeros(len(full), dtype=torch.bool)
+        is_here[self.rows] = True
+        is_here = is_here.repeat_interleave(full.crow_indices().diff())  # of every known entry
+        return tuple(full.col_indices()[is_here & (full.values() == sign)].bincount(
+            minlength=len(self.labels)) for sign in (1, -1))
 
     def subset(self, indices):
         """The dataset of these images only; indices: integers, or a bool mask [N]."""
@@ -498,19 +596,14 @@ def write_file(path, content):
             temporary.unlink()
 
 
-def _cache_file(name, paths, key, suffix):
-    """A path in the cache folder: another one where a file of `paths` changes, or the key."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    stats = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns)
-             for path in paths]
-    digest = hashlib.sha256(json.dumps([stats, key]).encode()).hexdigest()
-    return folder / "clip_multilabel" / f"{name}-{digest[:16]}{suffix}"
-
-
 def cached(name, paths, key, make):
     """make(), a dict of numpy arrays without objects, kept in the cache folder as long as `key`,
     anything that JSON can hold, and the files it was made of, `paths`, stay the same."""
-    file = _cache_file(name, paths, key, ".npz")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    stats = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns)
+             for path in paths]
+    digest = hashlib.sha256(json.dumps([stats, key]).encode()).hexdigest()
+    file = folder / "clip_multilabel" / f"{name}-{digest[:16]}.npz"
     # whatever is wrong with the file, its sources are there
     with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as content:
         return dict(content)
@@ -560,14 +653,13 @@ def _nuswide_images(root, split):
 
 def _read_table(path, rows, columns):
     """A text file of 0 and 1 separated by white space -> int8 [rows, columns], -1 and +1."""
-    with open(path, "rb") as file:
-        digits = np.frombuffer(file.read().translate(None, b" \t\r\n"), np.uint8) - ord("0")
-    wrong = digits > 1  # unsigned: what sorts before "0" becomes large
-    if wrong.any():
-        raise UserError(f"{path}, row {wrong.argmax() // columns + 1}: an entry is not 0 or 1")
-    if len(digits) != rows * columns:
-        raise UserError(f"{path}: {len(digits):,} entries for {rows:,} images x {columns:,}")
-    return 2 * digits.view(np.int8).reshape(rows, columns) - 1
+    signs = bytes({ord("0"): 255, ord("1"): 1}.get(byte, 2) for byte in range(256))  # 255: -1
+    entries = np.frombuffer(Path(path).read_bytes().translate(signs, b" \t\r\n"), np.int8)
+    if entries.max(initial=0) == 2:
+        raise UserError(f"{path}, row {entries.argmax() // columns + 1}: an entry is not 0 or 1")
+    if len(entries) != rows * columns:
+        raise UserError(f"{path}: {len(entries):,} entries for {rows:,} images x {columns:,}")
+    return entries.reshape(rows, columns)
 
 
 def _nuswide_concepts(root, rows, total):
@@ -614,10 +706,10 @@ def nuswide81(root, split, *, annotated_only=False):
 
 def _note_placeholders(dataset):
     """Say how many images are Flickr's "photo no longer available", which comes as one file."""
-    paths = [dataset.images[row] for row in dataset.rows.tolist()]
+    paths = dataset.images[dataset.rows.numpy()].tolist()
     sizes = [os.path.getsize(path) for path in paths]
     times = Counter(sizes)  # photos seldom have the same size by chance: few files are read
-    contents = Counter(hashlib.sha256(Path(path).read_bytes()).digest()
+    contents = Counter(hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).digest()
                        for path, size in zip(paths, sizes) if times[size] >= 20)
     copies = sum(count for count in contents.values() if count >= 20)
     if copies:
@@ -689,36 +781,35 @@ def _openimages_unseen(list_file, number_file):
         raise UserError(f"{number_file} must count class ids in {list_file}: {error}") from None
 
 
-def _read_openimages(path, column_of, width, file):
-    """Write verified labels to a file, int8 [F, width], and the images' names S [F] beside it."""
-    _note(f"{path}: read once, which takes minutes, then {file} is used")
+def _read_openimages(path, column_of):
+    """The verified labels as the arrays of a CSR matrix, and the images' names S [F]."""
+    _note(f"{path}: read once, which takes minutes")
     signs = {"1": 1, "1.0": 1, "0": -1, "0.0": -1}
-    names = []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{file}.{os.getpid()}")  # another name until it is whole
+    names, starts, columns, values = [], array("i", [0]), array("i"), array("b")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as lines, open(unfinished, "wb") as out:
+        with open(path, newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)
             next(reader, None)
             for image, entries in itertools.groupby(reader, lambda entry: entry[0]):
-                targets = np.zeros(width, np.int8)
+                known = {}
                 for _, _, label, confidence in entries:
                     if label in column_of:
                         column, sign = column_of[label], signs[confidence]
                         # verified twice with different answers: unknown
-                        targets[column] = 0 if targets[column] == -sign else sign
-                if targets.any():
-                    names.append(image)
-                    out.write(targets)
+                        known[column] = 0 if known.get(column) == -sign else sign
+                known = {column: known[column] for column in sorted(known) if known[column]}
+                if known:
+                    names.append(image.encode())
+                    columns.extend(known)
+                    values.extend(known.values())
+                    starts.append(len(columns))
         if not names or len(set(names)) < len(names):
             raise ValueError("there are no labels, or the lines of an image are not together")
-        np.save(f"{file}.npy", np.array(names, np.bytes_))
-        os.replace(unfinished, file)
     except (ValueError, LookupError) as error:
         raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
                         f"Confidence` with confidence 0 or 1: {error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return {"names": np.array(names), "starts": np.array(starts), "columns": np.array(columns),
+            "values": np.array(values)}
 
 
 def openimages(root, split):
@@ -732,8 +823,7 @@ def openimages(root, split):
     in the repositories of LESA and BiAM
 
     What was not verified is unknown (0), in training all unseen labels; images without a verified
-    label are left out. The targets are mapped from a file in the cache, of 43 GB in training: they
-    can be read only, writing to them ends Python.
+    label are left out. The targets are sparse: dense ones would take 43 GB.
     """
     class_file = _find(root, "2018_04/class-descriptions.csv")
     name_of = _entries(class_file, lambda line: next(csv.reader([line])))
@@ -751,13 +841,14 @@ def openimages(root, split):
     path = _find(root, f"2018_04/{split}-annotations-human-imagelabels.csv")
     vocabulary = seen if split == "train" else seen + unseen
     column_of = {class_id: column for column, class_id in enumerate(vocabulary)}
-    file = _cache_file(f"openimages-{split}", [path], [vocabulary, len(labels)], ".int8")
-    if not file.exists():
-        _read_openimages(path, column_of, len(labels), file)
-    folder = _find(root, split)
-    images = [os.path.join(folder, f"{name.decode()}.jpg") for name in np.load(f"{file}.npy")]
-    return {"labels": labels, "images": images, "unseen": range(len(seen), len(labels)),
-            "targets": np.memmap(file, np.int8, "r", shape=(len(images), len(labels)))}
+    arrays = cached(f"openimages-{split}", [path], vocabulary,
+                    lambda: _read_openimages(path, column_of))
+    names, *csr = [arrays[key] for key in ("names", "starts", "columns", "values")]
+    folder = os.fsencode(os.path.join(_find(root, split), ""))
+    return {"labels": labels, "unseen": range(len(seen), len(labels)),
+            "images": np.char.add(np.char.add(folder, names), b".jpg"),
+            "targets": torch.sparse_csr_tensor(*map(torch.from_numpy, csr),
+                                               (len(names), len(labels)), check_invariants=True)}
 
 
 # by category id
@@ -783,19 +874,34 @@ def _coco_instances(path):
     def reduced(entry):  # as soon as it is read: the outlines take over a gigabyte
         return {key: value for key, value in entry.items() if key != "segmentation"}
 
+    def by_id(kind, key):
+        """{id: text} of the file's images or categories; neither may be there twice."""
+        entries = content[kind]
+        _check_unique([entry["id"] for entry in entries], f"{path}: ids of {kind}")
+        for entry in entries:
+            if not isinstance(entry.get(key), str) or not entry[key].strip():
+                raise UserError(f"{path}: {kind}, id {entry['id']}: {key} must be a text, not "
+                                f"{entry.get(key)!r}")
+        _check_unique([entry[key] for entry in entries], f"{path}: {key} of {kind}")
+        return {entry["id"]: entry[key] for entry in entries}
+
     content = _parse_json(read_text(path), path, object_hook=reduced)
     try:
-        row_of = {image["id"]: row for row, image in enumerate(content["images"])}
-        names = {category["id"]: category["name"] for category in content["categories"]}
+        files, names = by_id("images", "file_name"), by_id("categories", "name")
+        row_of = {image: row for row, image in enumerate(files)}
         column_of = {category: column for column, category in enumerate(sorted(names))}
-        boxes = np.zeros((len(row_of), len(names)), np.int8)
+        boxes = np.zeros((len(files), len(names)), np.int8)
         for box in content["annotations"]:
-            index = row_of[box["image_id"]], column_of[box["category_id"]]
+            image, category = box["image_id"], box["category_id"]
+            if image not in row_of or category not in column_of:
+                raise UserError(f"{path}: annotation {box.get('id')} is of image {image}, category "
+                                f"{category}, which must both be in the file")
+            index = row_of[image], column_of[category]
             boxes[index] = max(boxes[index], 1 if box.get("iscrowd") else 2)
-        return {"files": np.array([image["file_name"] for image in content["images"]]),
-                "labels": np.array([names[category] for category in column_of]), "boxes": boxes}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a file of COCO instances: {error!r}") from None
+    return {"files": np.array(list(files.values())), "boxes": boxes,
+            "labels": np.array([names[category] for category in column_of])}
 
 
 def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False):
@@ -804,16 +910,24 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
         annotations/instances_train2014.json  instances_val2014.json
         train2014/COCO_train2014_<number>.jpg  val2014/COCO_val2014_<number>.jpg
     Images and "2014 Train/Val annotations": https://cocodataset.org/#download
+    Without these, another instances_train*.json and instances_val*.json, as of COCO 2017 or of an
+    annotation tool: images are in a folder of the same ending, in images/ or beside these files.
 
     annotated_only leaves out images without a label. drop_crowd: a label is not present where all
     its boxes are crowds. zero_shot: the 65 labels of Bansal et al. (ECCV 2018), 17 of them unseen;
     training images that show an unseen label are left out, in the others its entry is unknown (0).
     The test images are all of val2014; DualCoOp's are those with a label, which is annotated_only.
     """
-    part = {"train": "train2014", "test": "val2014"}[split]
-    path = _find(root, f"annotations/instances_{part}.json")
-    arrays = cached(os.path.basename(path), [path], "boxes", lambda: _coco_instances(path))
+    part = {"train": "train", "test": "val"}[split]
+    found = glob.glob(f"instances_{part}*.json", root_dir=os.path.join(root, "annotations"))
+    if f"instances_{part}2014.json" in found or not found:
+        found = [f"instances_{part}2014.json"]
+    if len(found) > 1:
+        raise UserError(f"{root}/annotations: keep one of {', '.join(sorted(found))}")
+    path = _find(root, f"annotations/{found[0]}")
+    arrays = cached(found[0], [path], "boxes", lambda: _coco_instances(path))
     labels = arrays["labels"].tolist()
+    files = arrays["files"].tolist()
     boxes = arrays["boxes"]
     unseen = []
     if zero_shot:
@@ -828,9 +942,15 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
     if zero_shot and split == "train":
         is_used &= ~boxes[:, unseen].any(axis=1)  # a crowd shows the label too
         targets[:, unseen] = 0
-    folder = _find(root, part)
+    ending = found[0].removeprefix(f"instances_{part}").removesuffix(".json")
+    part += ending
+    folders = [os.path.join(root, folder) for folder in
+               (part, f"images/{part}", "images", "annotations", "")]
+    folder = next((folder for folder in folders for file in files[:100]
+                   if os.path.exists(os.path.join(folder, file))), folders[0])
     return {"labels": labels, "targets": targets, "unseen": unseen, "rows": np.flatnonzero(is_used),
-            "images": [os.path.join(folder, name) for name in arrays["files"].tolist()]}
+            "images": [os.path.join(folder, name) for name in files],
+            "release": f"coco{ending}"}
 
 
 # Pascal VOC writes potted plant, dining table and tv monitor as one word, in which CLIP's text
@@ -838,6 +958,30 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
 VOC_LABELS = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table,
 dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""".replace(
     "\n", " ").split(", ")
+
+
+def _voc(root, year, part, difficult):
+    root = os.path.dirname(_find(root, f"VOCdevkit/VOC{year}/ImageSets", f"VOC{year}/ImageSets",
+                                 "ImageSets"))
+    images = list(_entries(_find(root, f"ImageSets/Main/{part}.txt")))
+    column_of = {label.replace(" ", ""): column for column, label in enumerate(VOC_LABELS)}
+    targets = np.full((len(images), len(VOC_LABELS)), -1, np.int8)
+    for row, image in enumerate(images):
+        path = _find(root, f"Annotations/{image}.xml")
+        try:
+            objects = ElementTree.parse(path).getroot().findall("object")
+            # names of the objects themselves: parts of a person have names too
+            columns = [column_of[thing.findtext("name", "").strip()] for thing in objects]
+        except KeyError as error:
+            raise UserError(f"{path}: {error} is none of VOC's 20 classes") from None
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            raise UserError(f"{path}: not an annotation of VOC: {error!r}") from None
+        easy = [thing.findtext("difficult", "").strip() != "1" for thing in objects]
+        targets[row, columns] = {"absent": -1, "unknown": 0, "present": 1}[difficult]
+        targets[row, np.array(columns, int)[easy]] = 1
+    folder = _find(root, "JPEGImages")
+    return {"labels": VOC_LABELS, "targets": targets,
+            "images": [os.path.join(folder, f"{image}.jpg") for image in images]}
 
 
 def voc2007(root, split, *, difficult="absent"):
@@ -850,26 +994,18 @@ def voc2007(root, split, *, difficult="absent"):
     difficult: what a label is, "absent", "unknown" or "present", where all its objects in an image
     are marked as difficult; all other entries are known.
     """
-    root = os.path.dirname(_find(root, "VOCdevkit/VOC2007/ImageSets", "VOC2007/ImageSets",
-                                 "ImageSets"))
-    part = {"train": "trainval", "test": "test"}[split]
-    images = list(_entries(_find(root, f"ImageSets/Main/{part}.txt")))
-    column_of = {label.replace(" ", ""): column for column, label in enumerate(VOC_LABELS)}
-    targets = np.full((len(images), len(VOC_LABELS)), -1, np.int8)
-    for row, image in enumerate(images):
-        path = _find(root, f"Annotations/{image}.xml")
-        try:
-            objects = ElementTree.parse(path).getroot().findall("object")
-            # names of the objects themselves: parts of a person have names too
-            columns = [column_of[thing.findtext("name", "").strip()] for thing in objects]
-        except (ElementTree.ParseError, ValueError, LookupError) as error:
-            raise UserError(f"{path}: not an annotation of VOC: {error!r}") from None
-        easy = [thing.findtext("difficult", "").strip() != "1" for thing in objects]
-        targets[row, columns] = {"absent": -1, "unknown": 0, "present": 1}[difficult]
-        targets[row, np.array(columns, int)[easy]] = 1
-    folder = _find(root, "JPEGImages")
-    return {"labels": VOC_LABELS, "targets": targets,
-            "images": [os.path.join(folder, f"{image}.jpg") for image in images]}
+    return _voc(root, "2007", "trainval" if split == "train" else "test", difficult)
+
+
+def voc2012(root, split, *, difficult="absent"):
+    """Pascal VOC 2012: train for training, val as the test split, because the labels of its test
+    images are not public; 20 labels, difficult as in voc2007.
+
+        VOCdevkit/VOC2012/ImageSets/Main/train.txt  val.txt
+        VOCdevkit/VOC2012/Annotations/<image>.xml  JPEGImages/<image>.jpg
+    the training/validation data: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/
+    """
+    return _voc(root, "2012", "train" if split == "train" else "val", difficult)
 
 
 def vg200(root, split):
@@ -907,12 +1043,13 @@ def _folder_entries(path):
 
     entries = {}
     for where, entry in read_json(path):
-        try:
-            image, present, absent = ({"image": None, "present": [], "absent": []} | entry).values()
-            image = os.path.normpath(os.path.join(os.path.dirname(path), image))
-            present = cleaned(present)
+        try:  # other keys, of an export, are ignored
+            if not {"present", "absent"} & entry.keys():
+                raise ValueError
+            image = os.path.normpath(os.path.join(os.path.dirname(path), entry["image"]))
+            present, absent = cleaned(entry.get("present", [])), entry.get("absent", [])
             absent = absent if absent == "rest" else cleaned(absent)
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, KeyError):
             raise UserError(f'{where}: not {{"image": "...", "present": ["..."], "absent": ["..."] '
                             f'or "rest"}}') from None
         if image in entries:
@@ -931,22 +1068,40 @@ def folder(root, split):
         labels.txt                 optional: all labels, a line each
         unseen.txt                 optional: those of them that training must not see
     Paths are relative to the folder. Labels in neither list are unknown; "absent": "rest" means
-    all others. Without labels.txt the labels are all that occur in the two files, sorted. In the
-    training split the entries of unseen labels are unknown (0).
+    all others. Without labels.txt the labels are all that occur in these files, sorted. In the
+    training split the entries of unseen labels are unknown (0). Without test.jsonl a fifth of
+    train.jsonl is the test split, the same in every run.
     """
-    entries = {split: _folder_entries(_find(root, f"{split}.jsonl"))}
-    other = os.path.join(root, "train.jsonl" if split == "test" else "test.jsonl")
-    if os.path.exists(other):
-        entries["other"] = _folder_entries(other)
-    label_file = os.path.join(root, "labels.txt")
+    paths = {name: os.path.join(root, f"{name}.jsonl") for name in ("train", "test")}
+    lists = {name: _folder_entries(path) for name, path in paths.items() if os.path.exists(path)}
+    source = split if "test" in lists else "train"
+    _find(root, f"{source}.jsonl")
+    entries, rows = lists[source], None
+    if "test" not in lists:
+        count = max(1, len(entries) // 5)
+        is_test = np.random.RandomState(0).permutation(len(entries)) < count
+        rows = np.flatnonzero(is_test == (split == "test"))
+        _note_once(f"{root}: there is no test.jsonl: {count:,} of the {len(entries):,} images of "
+                   f"train.jsonl, the same in every run, are the test split")
+    label_file, unseen_file = os.path.join(root, "labels.txt"), os.path.join(root, "unseen.txt")
+    unseen = list(_entries(unseen_file)) if os.path.exists(unseen_file) else []
     if os.path.exists(label_file):
         labels = list(_entries(label_file))
     else:
-        labels = sorted({label for part in entries.values() for _, present, absent in part.values()
-                         for label in present + (absent if absent != "rest" else [])})
+        labels = sorted({label for entries in lists.values() for _, *both in entries.values()
+                         for names in both if names != "rest" for label in names})
+    for label in {*unseen} - {*labels}:
+        near = difflib.get_close_matches(label, labels, 1)
+        message = f"{unseen_file}: '{label}' is no label" + (f", but '{near[0]}' is" if near else "")
+        if os.path.exists(label_file):
+            raise UserError(message)
+        _note_once(f"{message}; taken as a new one, which no image is annotated with")
+        labels = sorted([*labels, label])
+    if len(unseen) == len(labels):
+        raise UserError(f"{unseen_file}: must not name all of the {len(labels)} labels")
     column_of = {label: column for column, label in enumerate(labels)}
-    targets = np.zeros((len(entries[split]), len(labels)), np.int8)
-    for row, (where, present, absent) in enumerate(entries[split].values()):
+    targets = np.zeros((len(entries), len(labels)), np.int8)
+    for row, (where, present, absent) in enumerate(entries.values()):
         try:
             if absent == "rest":
                 targets[row] = -1
@@ -955,14 +1110,11 @@ def folder(root, split):
             targets[row, [column_of[name] for name in present]] = 1
         except KeyError as error:
             raise UserError(f"{where}: {error} is not in {label_file}") from None
-    unseen_file = os.path.join(root, "unseen.txt")
-    unseen = list(_entries(unseen_file)) if os.path.exists(unseen_file) else []
-    if not {*unseen} < {*labels}:
-        raise UserError(f"{unseen_file}: must be some, and not all, of the {len(labels)} labels")
     unseen = [column_of[label] for label in unseen]
     if split == "train":
         targets[:, unseen] = 0
-    return {"labels": labels, "targets": targets, "images": list(entries[split]), "unseen": unseen}
+    return {"labels": labels, "targets": targets, "images": list(entries), "unseen": unseen,
+            "rows": rows}
 
 
 def toy(root, split, *, zero_shot=True, first=None):
@@ -986,10 +1138,11 @@ def toy(root, split, *, zero_shot=True, first=None):
 
 
 DATASETS = {function.__name__: function for function in (
-    toy, nuswide, nuswide81, coco, voc2007, vg200, cub, openimages, folder)}
+    toy, nuswide, nuswide81, coco, voc2007, voc2012, vg200, cub, openimages, folder)}
 # images of the training and the test split, as published; other releases differ
 PUBLISHED = {"nuswide": (161_789, 107_859), "nuswide81": (161_789, 107_859),
-             "coco": (82_783, 40_504), "voc2007": (5_011, 4_952), "vg200": (82_904, 10_000),
+             "coco2014": (82_783, 40_504), "coco2017": (118_287, 5_000),
+             "voc2007": (5_011, 4_952), "voc2012": (5_717, 5_823), "vg200": (82_904, 10_000),
              "cub": (5_994, 5_794)}
 
 
@@ -997,9 +1150,10 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
                  allow_missing=False, **options):
     """The "train" or "test" split of a dataset as a MultiLabelDataset.
 
-    name: a key of DATASETS. root: its directory, not needed by "toy". limit: only so many images.
-    options: the keyword-only arguments of the dataset's function; None counts as not given.
-    Training replaces images that cannot be decoded, test stops at them.
+    name: a key of DATASETS. root: its directory, data/NAME by default; "toy" has none. limit: only
+    so many images. options: the keyword-only arguments of the dataset's function; None counts as
+    not given. Files of the test split are decoded here, and damaged ones left out; training
+    replaces them when it meets them.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
@@ -1007,9 +1161,6 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
         raise UserError(f"unknown split '{split}', known are: train, test")
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: at least 1")
-    root = os.path.expanduser(root or "")
-    if name != "toy" and not os.path.isdir(root):
-        raise UserError(f"{name} needs the directory it is in, --root DIR; '{root}' is none")
     options = {option: value for option, value in options.items() if value is not None}
     for option in options:
         having = [other for other, function in DATASETS.items()
@@ -1018,40 +1169,70 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
             raise UserError(f"--{option.replace('_', '-')} is not for {name}, but for: "
                             f"{', '.join(having) or 'no dataset'}")
     if name == "toy":
+        if root:
+            raise UserError(f"--root {root}: the toy world has no files; --data says what these are")
         options["first"] = limit  # what nobody looks at need not be drawn
+    own_name = name.removesuffix("81")  # both of NUS-WIDE share a folder and a layout
+    root = _spelled(os.path.expanduser(root or f"data/{own_name}"))
     try:
+        if name != "toy":
+            os.scandir(root).close()
         parts = DATASETS[name](root, split, **options)
+        release = parts.pop("release", name)
+        if release in PUBLISHED:
+            count = len(parts["images"])
+            published = PUBLISHED[release][split == "test"]
+            warning = "" if count == published else "; WARNING: another release"
+            _note(f"{release} {split}: {count:,} images listed, {published:,} published{warning}")
+        dataset = MultiLabelDataset(**parts, transform=transform, name=name,
+                                    on_error="replace" if split == "train" else "raise",
+                                    allow_missing=allow_missing)
     except OSError as error:
-        layout = inspect.getdoc(DATASETS[name.removesuffix("81")])  # of nuswide for both
-        raise UserError(f"{error}\n\n{layout}") from None
-    if name in PUBLISHED:
-        count = len(parts["images"])
-        published = PUBLISHED[name][split == "test"]
-        warning = "" if count == published else "; WARNING: another release"
-        _note(f"{name} {split}: {count:,} images listed, {published:,} published{warning}")
-    dataset = MultiLabelDataset(**parts, transform=transform, name=name,
-                                on_error="replace" if split == "train" else "raise",
-                                allow_missing=allow_missing)
-    if name in ("nuswide", "nuswide81"):
+        raise UserError(f"{name}: {error} (from {os.getcwd()}; --root DIR names the folder)\n\n"
+                        f"{inspect.getdoc(DATASETS[own_name])}") from None
+    if own_name == "nuswide":
         _note_placeholders(dataset)
     if limit:
         dataset = dataset.subset(range(min(limit, len(dataset))))
+    if split == "test" and dataset.are_files:
+        dataset.leave_out_damaged()
     return dataset
 
 
 def describe(training, test):
-    """Print what the data holds: images, labels, known entries, and what follows from gaps.
-    training may be None."""
+    """Print, before a run, what the two splits hold: images, labels, known entries, and what
+    follows from gaps. training: None where a method trains on no image."""
+    if training and training.labels != test.labels:
+        differing = sorted({*training.labels} ^ {*test.labels})[:5] or "in another order"
+        raise UserError(f"{test.name}: the splits' labels differ: {differing}")
     for split, dataset in (("training", training), ("test", test)):
         if dataset is None:
             continue
-        present, absent = dataset.counts()
-        columns = dataset.seen if split == "training" else slice(None)
-        present, absent = present[columns], absent[columns]
-        print(f"{split}: {len(dataset):,} images, {len(present):,} labels; known entries: "
-              f"{present.sum():,} present ({present.min():,} to {present.max():,} a label, median "
-              f"{present.median():,}), {absent.sum():,} absent ({absent.min():,} to "
-              f"{absent.max():,}, median {absent.median():,})", flush=True)
+        columns = dataset.seen if dataset is training else torch.arange(len(dataset.labels))
+        present, absent = [count[columns] for count in dataset.counts()]
+        unseen = f" and {len(dataset.unseen)} unseen ones" if len(dataset.unseen) else ""
+        print(f"{split}: {len(dataset):,} images, {len(dataset.seen):,} labels{unseen}")
+        for kind, count in (("present", present), ("absent", absent)):
+            print(f"  known to be {kind}: {count.sum():,} entries, of a label at least "
+                  f"{count.min():,}, median {count.median():,}")
+            without = [dataset.labels[column] for column in columns[count == 0]]
+            if without:
+                more = ", ..." if len(without) > 3 else ""
+                print(f"    never, of {len(without):,} labels: {', '.join(without[:3])}{more}")
+        if not ((present > 0) & (absent > 0)).any():
+            print("  no label has both, so none can be learned or measured")
+        elif dataset is test and (absent == 0).any():
+            print("  a label that is never known to be absent has AP 1, whatever the scores")
+        if dataset.name == "folder" and not absent.any():
+            print('  where a line names all that its image shows, write "absent": "rest"')
+        if dataset.missing:
+            print(f"  images missing or damaged, and left out: {dataset.missing:,}")
+    if training and test.are_files:
+        tested = {*test.images[test.rows.numpy()].tolist()}
+        both = [path for rows in training.rows.split(65536)
+                for path in training.images[rows.numpy()].tolist() if path in tested]
+        if both:
+            print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(both[0])}")
 
 
 # ---- options of the command line
@@ -1067,7 +1248,7 @@ def add_options(parser):
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
     add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
-    add("--difficult", choices=["absent", "unknown", "present"], help="of voc (absent)")
+    add("--difficult", choices=["absent", "unknown", "present"], help="of VOC (absent)")
     add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
 
 
@@ -1080,27 +1261,24 @@ def dataset_options(args):
 
 def typed(parser, argv):
     """The names of the arguments that a command line gives itself, as a set of str."""
-    missing = object()  # argparse sets a default only where there is no value yet
-    names = vars(parser.parse_args(argv))
-    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, missing)))
-    return {name for name, value in vars(found).items() if value is not missing}
+    untyped = object()  # argparse sets a default only where there is no value yet
+    names = dict.fromkeys(vars(parser.parse_args(argv)), untyped)
+    found = vars(parser.parse_args(argv, argparse.Namespace(**names)))
+    return {name for name in found if found[name] is not untyped}
 
 
 def read_labels(text):
     """The labels that --labels names: the lines of a file, or else separated by commas."""
-    text = text.strip()
     if os.path.isfile(text):
         where, labels = text, [line for line in read_text(text).split("\n") if line.strip()]
+    elif text.endswith(".txt") and "," not in text:
+        raise UserError(f"--labels: there is no file {text}")
     else:
         where, labels = "--labels", text.split(",")
-        if text.endswith(".txt") and len(labels) == 1:
-            raise UserError(f"--labels: there is no file {text}")
     labels = [label.strip() for label in labels]
-    if not all(labels) or not labels:
+    if not labels or not all(labels):
         raise UserError(f"{where}: an empty name")
-    twice = [label for label, count in Counter(labels).items() if count > 1]
-    if twice:
-        raise UserError(f"{where}: labels given more than once: {', '.join(twice)}")
+    _check_unique(labels, f"{where}: labels")
     return labels
 
 

@@ -1,16 +1,19 @@
 """Images of every kind, the dataset, partial labels, files; test_datasets.py has the datasets."""
 import argparse
+import importlib.util
 import io
 import json
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 from torch.utils.data import DataLoader
 
 import data
@@ -18,7 +21,8 @@ from data import MultiLabelDataset, UserError, open_image
 from trees import drawn, random_targets, write
 
 # pytest undoes data.py's own filter
-pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+              pytest.mark.filterwarnings("ignore:Sparse")]
 
 
 # ---- images
@@ -43,11 +47,34 @@ def test_upright_whatever_the_exif_orientation_says(tmp_path):
     ("I;16", 257 * 100, (100, 100, 100)), ("I;16", 1000, (4, 4, 4)),  # not clipped to white
     ("I", 257 * 100, (100, 100, 100))])
 def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
-    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    path = tmp_path / {"CMYK": "a.tif", "I": "a.pgm"}.get(mode, "a.png")
     Image.new(mode, (4, 3), colour).save(path)
     image = open_image(path)
     assert (image.mode, image.size) == ("RGB", (4, 3))
     assert np.abs(np.subtract(image.getpixel((1, 1)), expected)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_range_are_refused(tmp_path, mode):
+    Image.new(mode, (4, 3), 200).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif: 32-bit"):
+        open_image(tmp_path / "a.tif")
+
+
+def test_a_long_comment_harms_no_pixel(tmp_path):
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (4, 3), (1, 2, 3)).save(tmp_path / "a.png", pnginfo=comment)
+    assert open_image(tmp_path / "a.png").getpixel((3, 2)) == (1, 2, 3)
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch):
+    calls = []
+    fake = SimpleNamespace(register_heif_opener=lambda: calls.append("registered"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", fake)
+    spec = importlib.util.spec_from_file_location("data_again", data.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert calls == ["registered"]
 
 
 @pytest.mark.parametrize("name, options", [
@@ -73,7 +100,8 @@ def png_without_pixels(width, height):
 
 @pytest.mark.parametrize("content, reason", [
     (b"", "the file is empty"), (b"<html>404 not found</html>", "not an image"),
-    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "convert it to JPEG"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "HEIC: convert it to JPEG"),
+    (b"\xff\x0a" + bytes(40), "JPEG XL"), (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "JPEG XL"),
     (png_without_pixels(8, 8), "truncated before its first pixels"),
     (png_without_pixels(20000, 20000), "exceeds limit of 200000000 pixels"),
     (png_without_pixels(3, 600), "3 x 600 is too long")])
@@ -98,6 +126,22 @@ def test_image_files(tmp_path):
     for path, reason in (("no/such", "no such"), ("empty", "no files")):
         with pytest.raises(UserError, match=f"--predict: {reason}.*"):
             data.image_files([str(tmp_path / path)])
+
+
+def test_image_files_behind_links_and_odd_names(tmp_path):
+    accents = {"composed": "\u00e9", "apart": "e\u0301"}
+    names = [f"photos [1]/{accents['apart']}/a.png", f"{accents['composed']}/b.png"]
+    for name in names:
+        write(tmp_path / name, "")
+    folder = tmp_path / "photos [1]"
+    (folder / "loop").symlink_to(tmp_path)
+    (folder / "nowhere.png").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    found = [folder / "nowhere.png", tmp_path / names[0], folder / "loop" / names[1]]
+    assert data.image_files([folder]) == found
+    assert data.image_files([f"{folder}/n*.png"]) == found[:1]
+    for path in (f"{folder}/{accents['composed']}/a.png", f"{tmp_path}/{accents['apart']}/b.png"):
+        assert data.image_files([path])[0].is_file()
 
 
 def predicted(paths, output=None):
@@ -220,16 +264,58 @@ def test_missing_files(tmp_path, capsys):
     assert f"2 of 40 images missing, e.g. {files[5]}" in capsys.readouterr().err
     assert items(dataset) == [i for i in range(40) if i not in (5, 6)] == dataset.rows.tolist()
     os.remove(files[20])
+    os.symlink("nowhere", files[20])
     with pytest.raises(UserError, match="3 of 40 .*--allow-missing"):
         dataset_of(files)
     assert len(dataset_of(files, allow_missing=True)) == 37
 
 
+def test_names_in_the_other_unicode_form_are_found(tmp_path):
+    composed, apart = "\u00e9", "e\u0301"
+    for there, listed in ((composed, apart), (apart, composed)):
+        save(tmp_path / f"in {there}" / f"{there}.png", 1)
+        dataset = dataset_of([str(tmp_path / f"in {listed}" / f"{listed}.png")])
+        assert dataset.missing == 0 and dataset[0][0] == 1
+
+
+def test_damaged_files_are_left_out_and_counted(tmp_path, capfd):
+    files = [save(tmp_path / f"{i}.png", i) for i in range(50)]
+    dataset = dataset_of(files)
+    dataset.leave_out_damaged()
+    assert len(dataset) == 50 and not capfd.readouterr().err
+    for i in (5, 40):
+        Path(files[i]).write_bytes(b"")
+    dataset.leave_out_damaged()
+    assert dataset.missing == 2 and 5 not in dataset.rows and 40 not in dataset.rows
+    messages = capfd.readouterr().err
+    assert f"{files[40]}: the file is empty" in messages
+    assert f"2 of 50 images damaged, e.g. {files[5]}; going on" in messages
+    Path(files[7]).write_bytes(b"")
+    with pytest.raises(UserError, match="3 of 50 images damaged.*--allow-missing"):
+        dataset_of(files).leave_out_damaged()
+
+
+@pytest.mark.parametrize("damaged, found", [([], 0), ([1], 0), ([1, 6, 5999], 3)])
+def test_damage_in_a_sample_of_many_files_is_searched_in_all(tmp_path, damaged, found):
+    files = [save(tmp_path / "a.png", 0)] * 6000
+    write(tmp_path / "b.png", "")
+    for i in damaged:
+        files[i] = str(tmp_path / "b.png")
+    targets = torch.zeros(6000, 1, dtype=torch.int8)
+    dataset = MultiLabelDataset(["0"], targets, files)
+    dataset.leave_out_damaged()  # which looks at 0, 6, 12, ... first
+    assert dataset.missing == found
+
+
 def test_unreadable_image_in_evaluation_stops_with_its_name(files):
     Path(files[4]).write_bytes(b"")
-    with pytest.raises(UserError) as error:
+    try:
         list(DataLoader(dataset_of(files), batch_size=2, num_workers=2))
-    assert str(error.value) == f"{files[4]}: the file is empty"  # without the worker's traceback
+        message = ""
+    except UserError as error:  # pytest.raises would keep the workers alive
+        message = str(error)
+    assert message == (  # without the worker's traceback
+        f"{files[4]}: the file is empty; remove the file, then --eval the checkpoint")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -252,6 +338,36 @@ def test_damaged_images_in_training_are_named_once(files, workers, capfd):
     assert all(messages.count(files[i]) == 1 for i in (2, 3, 5, 9)), messages
 
 
+@pytest.mark.parametrize("rows", [None, [4, 0, 7, 2]])
+def test_sparse_targets_are_the_dense_ones(rows):
+    dense = random_targets(9, 5)
+    dense[4] = 0
+    dense[:, 3] = -dense[:, 3].abs()
+    scenes = tuple(Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(9))
+    for targets in (dense, dense.to_sparse_csr()):
+        dataset = MultiLabelDataset([*"abcde"], targets, scenes, transform=to_number, rows=rows)
+        expected = dense if rows is None else dense[rows]
+        assert torch.equal(dataset.targets, expected) and dataset.targets.dtype == torch.int8
+        assert torch.equal(torch.stack([target for _, target in dataset]), expected)
+        present, absent = dataset.counts()
+        assert present.tolist() == [int((column == 1).sum()) for column in expected.T]
+        assert absent.tolist() == [int((column == -1).sum()) for column in expected.T]
+        for columns in ([1, 3], torch.tensor([3]), slice(None)):
+            shown = [bool((row[columns] == 1).any()) for row in expected]
+            assert dataset.shows(columns).tolist() == shown
+    wrong = torch.tensor([[2]], dtype=torch.int8).to_sparse_csr()
+    with pytest.raises(UserError, match="targets must be"):
+        MultiLabelDataset(["a"], wrong, scenes[:1])
+
+
+def test_sparse_targets_in_a_spawned_process(files):
+    dataset = dataset_of(files)
+    dataset.full_targets, dataset.is_sparse = dataset.full_targets.to_sparse_csr(), True
+    loader = DataLoader(dataset, batch_size=5, num_workers=1, multiprocessing_context="spawn")
+    targets = torch.cat([targets for _, targets in loader])
+    assert torch.equal(targets, dataset.targets)
+
+
 # ---- partial labels
 
 @pytest.mark.parametrize("images, share", [(5000, 0.3), (0, 0.5), (40, 1.0), (200, None)])
@@ -268,6 +384,16 @@ def test_known_entries_are_drawn_as_published(images, share):
     for wrong in (0, 1.01, float("nan")):
         with pytest.raises(UserError, match="proportion"):
             data.keep_partial(targets, wrong, seed=3)
+
+
+def test_an_entry_is_known_only_below_the_proportion(monkeypatch):
+    class Drawn:
+        def rand(self, *shape):
+            return np.array([[0.25, np.nextafter(0.25, 0), np.nextafter(0.25, 1), 0.9]])
+
+    monkeypatch.setattr(np.random, "RandomState", lambda seed: Drawn())
+    targets = torch.tensor([[1, -1, 1, -1]], dtype=torch.int8)
+    assert data.keep_partial(targets, 0.25, seed=0).tolist() == [[0, -1, 0, 0]]
 
 
 # ---- files
@@ -298,6 +424,18 @@ def test_read_json(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path}{message}"):
             data.read_json(path)
+
+
+def test_read_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(UserError, match="there is no such checkpoint"):
+        data.read_checkpoint(path, "mkt")
+    for content, message in (("text", "not a checkpoint"), ({"model": 1}, "not a checkpoint"),
+                             ({"method": "trm_ml"}, "is a checkpoint of trm_ml.py, not of mkt.py")):
+        data.write_file(path, content)
+        with pytest.raises(UserError, match=message):
+            data.read_checkpoint(path, "mkt")
+    assert data.read_checkpoint(path) == {"method": "trm_ml"}
 
 
 def test_cached_while_sources_and_key_stay(tmp_path, cache, monkeypatch):

@@ -1,4 +1,5 @@
 """Every dataset on a small tree in its official format; expected targets are written by hand."""
+import json
 import os
 import re
 
@@ -11,6 +12,8 @@ import data
 import trees
 from data import UserError, load_dataset
 from trees import as_windows_writes, make, numbers, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse")  # pytest undoes data.py's own filter
 
 
 def signs(values):
@@ -117,19 +120,73 @@ def test_coco_zero_shot(tmp_path):
     assert numbers(annotated) == [0, 1, 3, 4]
 
 
+@pytest.mark.parametrize("json_folder, image_folder, ending", [
+    ("annotations", "{}2017", "2017"), ("annotations", "images/{}", ""),
+    ("annotations", "images", "_a"), ("annotations", "annotations", "_default"),
+    ("annotations", "", "_x")])
+def test_coco_of_another_year_or_tool(tmp_path, capsys, json_folder, image_folder, ending):
+    make("coco", tmp_path)
+    for part in ("train", "val"):
+        path = tmp_path / f"annotations/instances_{part}2014.json"
+        content = json.loads(path.read_text())
+        content["categories"] = [{"id": 3, "name": "owl"}, {"id": 1, "name": "ice cream"}]
+        content["annotations"] = [box for box in content["annotations"]
+                                  if box["category_id"] in (1, 3)]
+        write(path.with_name(f"instances_{part}{ending}.json"), content)
+        path.unlink()
+        folder = tmp_path / image_folder.format(part)
+        folder.mkdir(parents=True, exist_ok=True)
+        for image in (tmp_path / f"{part}2014").iterdir():
+            image.rename(folder / image.name)
+    for split in ("train", "test"):
+        dataset = load_dataset("coco", tmp_path, split)
+        assert dataset.labels == ["ice cream", "owl"] and numbers(dataset) == [0, 1, 2, 3, 4]
+        assert present(dataset) == [{"owl"}, {"ice cream"}, set(), {"owl"}, {"ice cream"}]
+    assert ("5 images listed, 5,000 published" in capsys.readouterr().err) == (ending == "2017")
+    write(tmp_path / "annotations/instances_val_more.json", "{}")
+    assert "keep one of instances_val" in message_of("coco", tmp_path, "test")
+
+
+def change(key, number, **values):
+    def changed(content):
+        content[key][number].update(values)
+    return changed
+
+
+@pytest.mark.parametrize("changed, message", [
+    (change("images", 1, id=42), "ids of images given more than once: 42"),
+    (change("images", 1, file_name=None), "images, id 9: file_name must be a text, not None"),
+    (lambda content: content["images"][1].pop("file_name"), "images, id 9: file_name must be"),
+    (change("images", 1, file_name="COCO_val2014_000000000007.jpg"),
+     "file_name of images given more than once: COCO_val2014_000000000007.jpg"),
+    (change("categories", 0, name=7), "categories, id 90: name must be a text, not 7"),
+    (change("categories", 0, id=1), "ids of categories given more than once: 1"),
+    (change("annotations", 2, image_id=777), "annotation 98 is of image 777, category 3"),
+    (change("annotations", 2, category_id=777), "annotation 98 is of image 57870, category 777"),
+    (change("annotations", 2, image_id=[1]), "not a file of COCO instances")])
+def test_coco_files_with_faults(tmp_path, changed, message):
+    path = make("coco", tmp_path) / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    changed(content)
+    write(path, content)
+    found = message_of("coco", tmp_path, "test")
+    assert found.startswith(f"{path}: ") and message in found and "\n" not in found
+
+
 VOC_PRESENT = {("000012", "car"), ("000017", "person"), ("000023", "dog")}
 VOC_DIFFICULT = {("000017", "pottedplant"), ("000023", "person")}
 
 
-@pytest.mark.parametrize("root, difficult, value", [
-    ("", None, -1), ("VOCdevkit", "unknown", 0), ("VOCdevkit/VOC2007", "present", 1)])
-def test_voc2007(tmp_path, root, difficult, value):
-    make("voc2007", tmp_path)
+@pytest.mark.parametrize("name, root, difficult, value", [
+    ("voc2007", "", None, -1), ("voc2007", "VOCdevkit", "unknown", 0),
+    ("voc2007", "VOCdevkit/VOC2007", "present", 1), ("voc2012", "", "unknown", 0)])
+def test_voc(tmp_path, name, root, difficult, value):
+    make(name, tmp_path)
     expected = [[1 if (image, name) in VOC_PRESENT else value
                  if (image, name) in VOC_DIFFICULT else -1 for name in trees.VOC_CLASSES]
                 for image in trees.VOC_FILES]
     for split in ("train", "test"):
-        dataset = load_dataset("voc2007", tmp_path / root, split, difficult=difficult)
+        dataset = load_dataset(name, tmp_path / root, split, difficult=difficult)
         assert [label.replace(" ", "") for label in dataset.labels] == trees.VOC_CLASSES
         assert numbers(dataset) == [0, 1, 2, 3] and not len(dataset.unseen)
         assert dataset.targets.tolist() == expected and dataset.targets.dtype == torch.int8
@@ -192,7 +249,7 @@ def test_openimages(tmp_path, split, images, cache):
         assert dataset.seen.tolist() == [0, 1, 2, 3] and dataset.unseen.tolist() == [4, 5]
         assert dataset.targets.tolist() == OPENIMAGES_TARGETS[split]
         assert dataset.targets.dtype == torch.int8 and numbers(dataset) == images
-    assert len(list(cache.iterdir())) == 2  # the targets and the names, nothing temporary
+    assert len(list(cache.iterdir())) == 1 and dataset.is_sparse  # nothing temporary
 
 
 def test_folder(tmp_path):
@@ -221,6 +278,45 @@ def test_folder_with_fixed_and_unseen_labels(tmp_path):
     assert load_dataset("folder", tmp_path, "test").targets.tolist() == test.targets.tolist()
 
 
+def test_folder_ignores_what_an_export_adds(tmp_path):
+    make("folder", tmp_path)
+    path = tmp_path / "train.jsonl"
+    before = load_dataset("folder", tmp_path, "train").targets
+    write(path, path.read_text().replace("{", '{"id": 7, "meta": {"by": null}, '))
+    assert torch.equal(load_dataset("folder", tmp_path, "train").targets, before)
+
+
+def test_unseen_labels_that_nothing_is_annotated_with(tmp_path, capsys):
+    make("folder", tmp_path)
+    write(tmp_path / "unseen.txt", "ice creme\ncat")
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    for dataset in (train, test):
+        assert dataset.labels == ["cat", "dog", "ice cream", "ice creme", "\u732b"]
+        assert dataset.unseen.tolist() == [0, 3]
+    assert test.targets[:, 3].tolist() == [0, -1]
+    message = "'ice creme' is no label, but 'ice cream' is"
+    assert capsys.readouterr().err.count(f"unseen.txt: {message}; taken as a new one") == 1
+    write(tmp_path / "labels.txt", "cat\ndog\nice cream\n\u732b")
+    assert message_of("folder", tmp_path) == f"{tmp_path}/unseen.txt: {message}"
+    write(tmp_path / "unseen.txt", "cat\ndog\nice cream\n\u732b")
+    assert "must not name all of the 4 labels" in message_of("folder", tmp_path)
+
+
+def test_folder_with_one_list(tmp_path, capsys):
+    photos = [f"{i}.png" for i in range(12)]
+    trees.save_images(tmp_path / name for name in photos)
+    write(tmp_path / "train.jsonl", "\n".join(
+        json.dumps({"image": name, "present": [name], "absent": "rest"}) for name in photos))
+    splits = [(numbers(load_dataset("folder", tmp_path, "train")),
+               numbers(load_dataset("folder", tmp_path, "test"))) for _ in range(2)]
+    assert splits[0] == splits[1] and len(splits[0][1]) == 2
+    assert sorted(splits[0][0] + splits[0][1]) == list(range(12))
+    assert load_dataset("folder", tmp_path, "train").targets.shape == (10, 12)
+    assert capsys.readouterr().err.count("2 of the 12 images of train.jsonl") == 1
+    (tmp_path / "train.jsonl").unlink()
+    assert message_of("folder", tmp_path, "test").startswith("folder: train.jsonl not found in ")
+
+
 def test_toy():
     train, test = (load_dataset("toy", split=split) for split in ("train", "test"))
     assert (len(train), len(test)) == (10_000, 2_000)
@@ -230,6 +326,7 @@ def test_toy():
     assert (train.targets[:, train.unseen] == 0).all()
     assert (test.targets[:, test.unseen] == 1).any(dim=0).all() and (test.targets != 0).all()
     assert not len(load_dataset("toy", split="test", zero_shot=False).unseen)
+    assert "--root photos: the toy world has no files" in message_of("toy", "photos")
 
 
 # ---- all of them
@@ -237,22 +334,79 @@ def test_toy():
 def test_unknown_names_and_options(tmp_path):
     assert "'nus'" in message_of("nus") and "nuswide, nuswide81" in message_of("nus")
     assert "known are: train, test" in message_of("nuswide", tmp_path, "val")
-    assert f"'{tmp_path / 'nowhere'}'" in message_of("nuswide", tmp_path / "nowhere")
+    found = message_of("nuswide", tmp_path / "nowhere")
+    assert f"'{tmp_path / 'nowhere'}'" in found and "--root DIR" in found and "Flickr/" in found
     found = message_of("folder", tmp_path, zero_shot=True)
     assert found == "--zero-shot is not for folder, but for: toy, coco"
     assert "for: no dataset" in message_of("cub", tmp_path, other=True)
 
 
+@pytest.mark.parametrize("name, folder", [("voc2007", "voc2007"), ("nuswide81", "nuswide")])
+def test_the_root_is_data_and_the_name(tmp_path, monkeypatch, name, folder):
+    monkeypatch.chdir(tmp_path)
+    assert f"'data/{folder}' (from {tmp_path};" in message_of(name)
+    make(name, tmp_path / "data" / folder)
+    assert len(load_dataset(name, split="test")) in (3, 4)
+
+
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    make("folder", tmp_path)
+    monkeypatch.setattr(os, "scandir", refuse)  # this may be root, who may read everything
+    assert f"Permission denied: '{tmp_path}'" in message_of("folder", tmp_path)
+
+
+def test_damaged_test_photos_are_left_out_at_the_start(tmp_path, capsys):
+    trees.scenes(tmp_path, train=(2, None), test=(25, None))
+    for path in ("test/3.png", "train/0.png"):
+        write(tmp_path / path, "no image")
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    assert (len(train), train.missing) == (2, 0)
+    assert (len(test), test.missing) == (24, 1) and 3 not in test.rows
+    assert len(load_dataset("folder", tmp_path, "test", limit=3)) == 3
+    data.describe(train, test)
+    assert "images missing or damaged, and left out: 1" in capsys.readouterr().out
+
+
+def test_describe(tmp_path, capsys):
+    make("folder", tmp_path)
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    data.describe(train, test)
+    both = f"images in both splits: 2, e.g. {tmp_path}/1.png"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "training: 3 images, 4 labels",
+        "  known to be present: 3 entries, of a label at least 0, median 0",
+        "    never, of 2 labels: cat, \u732b",
+        "  known to be absent: 5 entries, of a label at least 1, median 1",
+        "test: 2 images, 4 labels",
+        "  known to be present: 1 entries, of a label at least 0, median 0",
+        "    never, of 3 labels: cat, dog, ice cream",
+        "  known to be absent: 4 entries, of a label at least 1, median 1", both]
+    write(tmp_path / "test.jsonl", '{"image": "1.png", "present": ["dog", "cat"]}\n'
+                                   '{"image": "2.png", "absent": ["cat"]}')
+    data.describe(None, load_dataset("folder", tmp_path, "test"))
+    out = capsys.readouterr().out
+    assert "known to be absent has AP 1" in out and "both splits" not in out
+    write(tmp_path / "test.jsonl", '{"image": "1.png", "present": ["dog", "cat"]}')
+    data.describe(None, load_dataset("folder", tmp_path, "test"))
+    assert 'no label has both' in capsys.readouterr().out
+    train.labels = train.labels[::-1]
+    with pytest.raises(UserError, match="labels differ: in another order"):
+        data.describe(train, test)
+
+
 @pytest.mark.parametrize("name, file", [
     ("nuswide", "Groundtruth/AllLabels/Labels_fire.txt"), ("vg200", "vg_category_200.txt"),
     ("coco", "annotations/instances_val2014.json"), ("openimages", "2018_04/unseen_labels.pkl"),
-    ("voc2007", "VOCdevkit/VOC2007/Annotations/000023.xml"), ("folder", "test.jsonl"),
-    ("cub", "attributes.txt")])
+    ("voc2007", "VOCdevkit/VOC2007/Annotations/000023.xml"), ("cub", "attributes.txt")])
 def test_a_missing_file_is_named_and_the_layout_shown(tmp_path, name, file):
     (make(name, tmp_path) / file).unlink()
     first_line, _, layout = message_of(name, tmp_path, "test").partition("\n")
     assert os.path.basename(file) in first_line and str(tmp_path) in first_line
-    assert layout.strip() and ("jpg" in layout or name == "folder")
+    assert layout.strip() and "jpg" in layout
 
 
 @pytest.mark.parametrize("name, file, content, message", [
@@ -260,7 +414,7 @@ def test_a_missing_file_is_named_and_the_layout_shown(tmp_path, name, file):
     ("nuswide", "ImageList/TestImagelist.txt", "zoo\\8.jpg", "not in Imagelist.txt"),
     ("coco", "annotations/instances_val2014.json", {"images": []}, "not a file of COCO instances"),
     ("voc2007", "VOCdevkit/VOC2007/Annotations/000017.xml",
-     trees.voc_xml("000017", [("lamp", 0)]), "lamp"),
+     trees.voc_xml("000017", [("lamp", 0)]), "000017.xml: 'lamp' is none of VOC's 20 classes"),
     ("vg200", "vg_category_200.txt", "man\nsky\n", "2386621.jpg must be a list .* below 2"),
     ("cub", "CUB_200_2011/attributes/image_attribute_labels.txt",
      "1 1 0 3 2.0\n1 2 yes 1 1.0\n", "'yes'"),

@@ -95,7 +95,7 @@ def coco(root):
         save_images(root / part / name for name in names)
 
 
-# ---- VOC 2007
+# ---- VOC
 
 VOC_CLASSES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
 motorbike person pottedplant sheep sofa train tvmonitor""".split()
@@ -115,13 +115,17 @@ def voc_xml(image, objects):
                 for name, difficult in objects) + "</annotation>\n")
 
 
-def voc2007(root):
-    root = root / "VOCdevkit/VOC2007"
-    for part in ("trainval", "test"):
+def voc2007(root, year="2007", parts=("trainval", "test")):
+    root = root / f"VOCdevkit/VOC{year}"
+    for part in parts:
         write(root / f"ImageSets/Main/{part}.txt", "".join(f"{image}\n" for image in VOC_FILES))
     for image, objects in VOC_OBJECTS.items():
         write(root / f"Annotations/{image}.xml", voc_xml(image, objects))
     save_images(root / f"JPEGImages/{image}.jpg" for image in VOC_FILES)
+
+
+def voc2012(root):
+    voc2007(root, "2012", ("train", "val"))
 
 
 # ---- Visual Genome, 200 labels
