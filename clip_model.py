@@ -221,12 +221,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v), mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
-    def values(self, x):
-        """Every token attends to itself alone."""
-        width = x.shape[-1]
-        return self.out_proj(F.linear(x, self.in_proj_weight[2 * width:],
-                                      self.in_proj_bias[2 * width:]))
-
 
 class MLP(nn.Module):
     def __init__(self, width):
@@ -259,11 +253,6 @@ class ResidualAttentionBlock(nn.Module):
         token = x[rows, index][:, None]  # [B, 1, W]
         token = token + self.attn.query(normed[rows, index][:, None], normed, mask)
         return (token + self.mlp(self.ln_2(token)))[:, 0]
-
-    def value_path(self, x):
-        """The block with every token attending to itself alone (MaskCLIP, ECCV 2022)."""
-        x = x + self.attn.values(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -315,15 +304,10 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return self.ln_post(last.one_token(x, 0)) @ self.proj
 
-    def dense(self, images, value_path=False):
+    def dense(self, images):
         x = self.embed(images)
-        *blocks, last = self.transformer.resblocks
-        for block in blocks:
+        for block in self.transformer.resblocks:
             x = block(x)
-        if value_path:
-            x = torch.cat([last.one_token(x, 0)[:, None], last.value_path(x[:, 1:])], dim=1)
-        else:
-            x = last(x)
         x = self.ln_post(x) @ self.proj  # [B, 1 + L, W] -> [B, 1 + L, D]
         return x[:, 0], x[:, 1:]
 
@@ -495,17 +479,15 @@ class CLIP(nn.Module):
         """Normalised images [B, 3, H, W] -> embeddings [B, D], not of unit length."""
         return self.visual(images.to(self.dtype))
 
-    def encode_image_dense(self, images, global_position=True, value_path=False):
+    def encode_image_dense(self, images, global_position=True):
         """Images [B, 3, H, W] -> (global [B, D], local [B, L, D]), row-major, not normalised.
 
-        ViT: class and patch tokens through ln_post and the projection (MKT, section 3). With
-        value_path every patch attends to itself alone in the last block (MaskCLIP, ECCV 2022),
-        which localises better. Of no effect on a ResNet, whose locations do so anyway.
+        ViT: class and patch tokens through ln_post and the projection (MKT, section 3).
         ResNet: attention pool, and v_proj and c_proj of each location of layer4 (CoMC, section 3);
         global_position=False pools without positional embeddings. Of no effect on a ViT."""
         images = images.to(self.dtype)
         if isinstance(self.visual, VisionTransformer):
-            return self.visual.dense(images, value_path)
+            return self.visual.dense(images)
         return self.visual.dense(images, global_position)
 
     def encode_text(self, tokens):

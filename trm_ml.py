@@ -240,8 +240,7 @@ def make_loader(dataset, args, shuffle=False):
 def encode(clip, images, args):
     """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
     with autocast(args):
-        # value_path: a ViT's patches localise better; of no effect on a ResNet
-        global_, local = clip.encode_image_dense(images, value_path=True)
+        global_, local = clip.encode_image_dense(images)
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
 

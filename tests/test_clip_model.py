@@ -319,12 +319,6 @@ def test_vit_dense_equals_reference(vit):
     assert_equal(global_, expected[:, 0])
     assert_equal(local, expected[:, 1:])
 
-    # value_path: every patch is a sequence of its own
-    alone = reference_block(last, x[:, 1:].reshape(-1, 1, 128)).reshape(3, 16, 128)
-    global_, local = vit.encode_image_dense(images, value_path=True)
-    assert_equal(global_, expected[:, 0])
-    assert_equal(local, visual.ln_post(alone) @ visual.proj)
-
 
 def test_resnet_dense_equals_a_loop_over_locations(resnet):
     images = random_images(resnet, size=(64, 96))
@@ -337,7 +331,6 @@ def test_resnet_dense_equals_a_loop_over_locations(resnet):
     for i in range(6):
         location = features[:, :, i // 3, i % 3]
         assert_equal(local[:, i], pool.c_proj(pool.v_proj(location)))
-    assert_equal(resnet.encode_image_dense(images, value_path=True)[1], local)
     without, same = resnet.encode_image_dense(images, global_position=False)
     assert (without - global_).abs().max() > 1e-2 and torch.equal(same, local)
     other = clip_model.build_model(resnet.state_dict())

@@ -32,26 +32,21 @@ def targets_of(objects):
 
 
 @torch.no_grad()
-def image_features(clip, preprocess, domain, seed, count, value_path=False):
+def image_features(clip, preprocess, domain, seed, count):
     """-> (global [N, D], local [N, L, D], targets [N, C])."""
     objects = [world.scene_objects(domain, seed, i) for i in range(count)]
     parts = []
     for start in tqdm(range(0, count, 100), desc=f"{domain} scenes", leave=False, disable=None):
         images = torch.stack([preprocess(world.scene(domain, seed, i))
                               for i in range(start, min(start + 100, count))])
-        parts.append(clip.encode_image_dense(images, value_path=value_path))
+        parts.append(clip.encode_image_dense(images))
     global_, local = (torch.cat(x) for x in zip(*parts))
     return global_, local, targets_of(objects)
 
 
-@torch.no_grad()
-def label_embeddings(clip):
-    tokens = clip.tokenize([f"a photo of a {label}." for label in LABELS])
-    return F.normalize(clip.encode_text(tokens), dim=-1)
-
-
-def zero_shot(global_, local, texts):
-    """-> {name: cosine scores [N, C]}: of the global embedding, of the best location, of both."""
+def zero_shot(global_, local, texts, scale):
+    """-> {name: scores [N, C]}: cosines of the global embedding, of the best location, of both; and
+    as probabilities, as metrics.zero_shot_scores has them."""
     global_scores = F.normalize(global_, dim=-1) @ texts.T
     local_scores = torch.cat([(F.normalize(part, dim=-1) @ texts.T).amax(dim=1)
                               for part in local.split(500)])
@@ -61,6 +56,11 @@ def zero_shot(global_, local, texts):
         scores[f"{name}, normalised"] = metrics.normalize_scores(scores[name])
     scores["both, normalised before they are merged"] = (
         scores["global, normalised"] + scores["local, normalised"])
+    x = torch.cat([global_[:, None], local], dim=1)
+    parts = [metrics.zero_shot_scores(F.normalize(part, dim=-1), texts, scale, {"": slice(None)})
+             for part in x.split(500)]
+    name = "zero-shot, as probabilities", ""
+    scores["as probabilities"] = torch.cat([part[name] for part in parts])
     return scores
 
 
@@ -138,23 +138,21 @@ def modality_gap(clip, web_global):
             "web, cosine of two captions": (captions @ captions.T).mean().item()}
 
 
-def figures(name, value_path, train_count, test_count):
+def figures(name, train_count, test_count):
     """-> {name: figure}; every figure is in percent but for cosines and distances."""
     clip, preprocess = clip_model.load(name)
-    texts = label_embeddings(clip)
+    texts, scale = clip_model.zero_shot_embeddings(clip, LABELS), clip.logit_scale.exp()
     result = {}
-    web = image_features(clip, preprocess, "web", 3, test_count, value_path)
-    test = image_features(clip, preprocess, "benchmark", 2, test_count, value_path)
+    web = image_features(clip, preprocess, "web", 3, test_count)
+    test = image_features(clip, preprocess, "benchmark", 2, test_count)
     for domain, (global_, local, targets) in (("web", web), ("benchmark", test)):
-        for kind, scores in zero_shot(global_, local, texts).items():
+        for kind, scores in zero_shot(global_, local, texts, scale).items():
             mAP = 100 * metrics.mean_average_precision(scores, targets)
             result[f"{domain}, zero-shot mAP, {kind}"] = mAP
-    train = image_features(clip, preprocess, "benchmark", 1, train_count, value_path)
+    train = image_features(clip, preprocess, "benchmark", 1, train_count)
     result["benchmark, supervised head mAP"] = 100 * supervised_head(train, test)
-    if value_path:
-        return result  # what follows does not read the locations
     global_, local, targets = test
-    scores = zero_shot(global_, local, texts)["global"]
+    scores = zero_shot(global_, local, texts, scale)["global"]
     counts = (targets == 1).sum(dim=1)
     for number in range(1, 5):
         rows = counts == number
@@ -188,9 +186,7 @@ def main():
         return contact_sheet(args.sheet)
     columns = {}
     for name in args.models:
-        columns[name] = figures(name, False, args.train, args.test)
-        if "ViT" in name:
-            columns["value path"] = figures(name, True, args.train, args.test)
+        columns[name] = figures(name, args.train, args.test)
     print(" " * 62, *(f"{name[-12:]:>12}" for name in columns))
     for row in columns[args.models[0]]:
         cells = []
