@@ -571,9 +571,9 @@ def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp
 
 def test_two_processes_end_where_one_does(quick, tmp_path):
     """Resumed after an epoch by one process or by two, with augmentation, a last batch of a single
-    image, and an odd number of test images. The first epoch is shared: it starts where the
-    distillation is |0|, whose gradient's sign is that of rounding."""
-    options = [*quick, "--prompt-epochs", "1", "--limit", "17"]
+    image, held-out images, and an odd number of test images. The first epoch is shared: it starts
+    where the distillation is |0|, whose gradient's sign is that of rounding."""
+    options = [*quick, "--prompt-epochs", "1", "--limit", "17", "--val-fraction", "0.25"]
     mkt.main([*options, "--epochs", "1", "--prompt-epochs", "0", "--output",
               str(tmp_path / "one")])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -586,6 +586,9 @@ def test_two_processes_end_where_one_does(quick, tmp_path):
     assert process.stdout.count("training: 17 images") == 1  # rank 0 alone prints
     one, two = (checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     assert [line["epoch"] for line in two["log"]] == [1, 2, 1]
+    for line, other in zip(one["log"], two["log"]):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert line["val_mAP"] == pytest.approx(other["val_mAP"], abs=0.01)
     for name, weights in one["model"].items():
         torch.testing.assert_close(weights, two["model"][name], rtol=0, atol=1e-4)
     rows = [results(tmp_path / name)["rows"] for name in ("one", "two")]
