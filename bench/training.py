@@ -8,8 +8,7 @@ run on every image; every ranking pair is formed, [B, C, C]; prompts have 77 tok
 random weights; losses and gradients are asserted to be equal.
 TRM-ML: one step, 80 labels, encoding and checkpoints included: all shares in one loop, or each in
 its own, which is asserted to train the same.
-CoMC: the paper's size, checkpoints and curves included; embeddings are random, with their labels'
-directions in them.
+CoMC: the paper's size; embeddings are random, with their labels' directions in them.
 """
 import contextlib
 import copy
@@ -24,7 +23,6 @@ import lang_cls
 import mkt
 import trm_ml
 
-TOPK = 16
 OPTIONS = "--data coco --device cpu --quiet --output".split()
 SHARES = "--epochs 1 --workers 0 --partial 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9".split()
 
@@ -70,7 +68,9 @@ def mkt_ranking_loss(args):
 
 
 def mkt_stage_1(args):
-    model = mkt.MKT(side_by_side.random_clip(args.quick, text_layers=1), TOPK).to(args.device)
+    options, _ = mkt.arguments([*OPTIONS, "unused", "--device", args.device])
+    model = mkt.MKT(side_by_side.random_clip(args.quick, text_layers=1), options.topk)
+    model.to(args.device)
     visual = model.clip.visual
     trained = [*model.blocks.parameters(), *model.ln_post.parameters(), model.proj]
     for parameter in trained:
@@ -85,40 +85,39 @@ def mkt_stage_1(args):
     labels = torch.randn(args.seen, 512, device=args.device)
     targets = six_labels(args.batch_size, args.seen)
 
-    def step(global_, local, teacher, ranking_loss):
-        scores = mkt.two_stream_scores(local, global_, labels, TOPK)
-        loss = ranking_loss(scores, targets) + F.l1_loss(global_, teacher)
+    def step(terms):
+        loss = sum(terms)
         return loss.detach(), torch.autograd.grad(loss, trained)
 
     def straightforward():
         global_, local = student.dense(images)
         with torch.no_grad():
             teacher = visual.dense(images)[0]
-        return step(global_, local, teacher, ranking_loss_of_all_pairs)
+        scores = mkt.two_stream_scores(local, global_, labels, options.topk)
+        return step([ranking_loss_of_all_pairs(scores, targets), F.l1_loss(global_, teacher)])
 
     def ours():
-        tokens = model.trunk(images)
-        return step(*model.student(tokens), model.teacher(tokens), mkt.ranking_loss)
+        return step(mkt.losses_of_stage_1(model, images, targets, labels, options).values())
 
     compare(f"MKT stage-1 step, {args.seen} labels, batch {args.batch_size}",
             "whole student and teacher, all pairs", straightforward, ours, args, ">= 1.7", "> 1")
 
 
 def mkt_stage_2(args):
-    model = mkt.MKT(side_by_side.random_clip(args.quick), TOPK)
+    options, _ = mkt.arguments([*OPTIONS, "unused"])
+    model = mkt.MKT(side_by_side.random_clip(args.quick), options.topk)
     clip, context = model.clip, model.context
     prompts = tokens, ends = model.prompts([f"label {i}" for i in range(args.labels)])
     words = clip.token_embedding(F.pad(tokens, (0, 77 - tokens.shape[1])))
     images = torch.randn(args.batch_size, 3, 224, 224)
     targets = six_labels(args.batch_size, args.labels)
 
-    def step(labels, ranking_loss):
-        with torch.no_grad():
-            global_, local = model(images)
-        loss = ranking_loss(mkt.two_stream_scores(local, global_, labels, TOPK), targets)
+    def step(loss):
         return loss.detach(), torch.autograd.grad(loss, context)
 
     def straightforward():
+        with torch.no_grad():
+            global_, local = model(images)
         x = words.clone()
         x[:, :4] = context[:4]
         for i, end in enumerate(ends):
@@ -127,11 +126,14 @@ def mkt_stage_2(args):
         for block in clip.transformer.resblocks:
             x = block(x, causal=True)
         labels = clip.ln_final(x)[range(len(x)), ends] @ clip.text_projection
-        return step(labels, ranking_loss_of_all_pairs)
+        scores = mkt.two_stream_scores(local, global_, labels, options.topk)
+        return step(ranking_loss_of_all_pairs(scores, targets))
+
+    def ours():
+        return step(mkt.losses_of_stage_2(model, images, targets, prompts, options)["ranking"])
 
     compare(f"MKT stage-2 step, {args.labels} labels, batch {args.batch_size}",
-            "77 tokens, all pairs", straightforward,
-            lambda: step(model.label_embeddings(prompts), mkt.ranking_loss), args, ">= 3", "> 1")
+            "77 tokens, all pairs", straightforward, ours, args, ">= 3", "> 1")
 
 
 def trm(args, folder):
@@ -143,13 +145,14 @@ def trm(args, folder):
 
     def plan(name):
         options, _ = trm_ml.arguments([*OPTIONS, f"{folder}/{name}", *SHARES])
-        dataset.full_targets = truth
-        return trm_ml.make_runs(clip, dataset, options), options
+        known = [trm_ml.known_labels(truth, share) for share in options.partial]
+        dataset.full_targets = torch.stack([*known, truth], dim=1)  # [F, R + 1, C]
+        return [trm_ml.make_run(i, clip, dataset.labels, labels, options)
+                for i, labels in enumerate(known)], options
 
     def train(runs, options):
-        dataset.full_targets = torch.arange(images)  # [i] gives an image and its row
         with contextlib.redirect_stdout(None):
-            trm_ml.train(runs, clip, dataset, None, truth, {"method": "trm_ml"}, options)
+            trm_ml.train(runs, clip, dataset, None, {"method": "trm_ml"}, options)
 
     (runs, options), (others, _) = plan("together"), plan("alone")
     together = side_by_side.seconds_of(lambda: train(runs, options))
@@ -164,20 +167,19 @@ def trm(args, folder):
     side_by_side.row(f"{work}, peak memory", "one share", one, nine, text=side_by_side.memory)
 
 
-def comc(args, folder):
+def comc(args):
     sentences, labels, size, epochs = (2000, 10, 32, 3) if args.quick else (40_000, 80, 1024, 20)
     present = torch.rand(sentences, labels) < 3 / labels
     directions = F.normalize(torch.randn(labels, size), dim=1)
     noise = 0.02 * torch.randn(sentences, size)
     embeddings = F.normalize(present.float() @ directions + noise, dim=1)
     targets = torch.where(present, 1, -1).to(torch.int8)
-    state = {"method": "lang_cls", "log": []}
-    options, _ = lang_cls.arguments([*OPTIONS, f"{folder}/comc", "--epochs", str(epochs)])
-    model = lang_cls.CoMC(torch.zeros(labels, size), directions)
+    options, _ = lang_cls.arguments([*OPTIONS, "unused", "--epochs", str(epochs)])
+    model, log = lang_cls.CoMC(torch.zeros(labels, size), directions), []
     with contextlib.redirect_stdout(None):
         seconds = side_by_side.seconds_of(
-            lambda: lang_cls.train(model, embeddings, targets, state, options))
-    assert state["log"][-1]["loss"] < state["log"][0]["loss"], "it does not learn"
+            lambda: log.extend(lang_cls.train(model, embeddings, targets, options)))
+    assert log[-1]["loss"] < log[0]["loss"], "it does not learn"
     work = f"CoMC training, {sentences:,} sentences, {epochs} epochs, {labels} labels"
     side_by_side.row(work, "the target", 30, seconds, ">= 1")
 
@@ -192,7 +194,7 @@ def main():
     mkt_ranking_loss(args)
     with tempfile.TemporaryDirectory() as folder:
         trm(args, folder)
-        comc(args, folder)
+    comc(args)
 
 
 if __name__ == "__main__":

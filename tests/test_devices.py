@@ -88,31 +88,32 @@ def images(clip, count):
 
 
 def train_mkt(stage, device, steps, output):
-    args, _ = mkt.arguments([*DEVICE, "--prompt-batch-size", "2", "--output", output])
+    args, _ = mkt.arguments([*DEVICE, "--epochs", "1", "--prompt-batch-size", "2", "--output",
+                             output])
     clip = clip_model.load("toy-ViT")[0]
-    model = mkt.MKT(clip, args.topk)
+    model, dataset = mkt.MKT(clip, args.topk), images(clip, 2 * steps)
     device.put(model.state_dict())
-    mkt.train(model, stage, 1, images(clip, 2 * steps), None, {"method": "mkt", "log": []}, args)
+    stages = mkt.make_stages(model, dataset, args)
+    mkt.train(model, stages[stage - 1], dataset, None, {"method": "mkt", "log": []}, args)
 
 
 def train_lang_cls(device, steps, output):
     args, _ = lang_cls.arguments([*DEVICE, "--epochs", "1", "--output", output])
     model, targets = lang_cls.CoMC(torch.randn(3, 8), torch.rand(3, 8)), torch.tensor([[1, -1, 1]])
     device.put(model.state_dict())
-    lang_cls.train(model, torch.randn(2 * steps, 8), targets.repeat(2 * steps, 1),
-                   {"method": "lang_cls", "log": []}, args)
+    lang_cls.train(model, torch.randn(2 * steps, 8), targets.repeat(2 * steps, 1), args)
 
 
 def train_trm_ml(device, steps, output):
-    args, _ = trm_ml.arguments([*DEVICE, "--epochs", "1", "--augment", "yes", "--partial", "1",
-                             "--matching", "region", "--output", output])
+    args, _ = trm_ml.arguments([*DEVICE, "--epochs", "1", "--augment", "yes", "--output", output])
     clip = clip_model.load("toy-RN")[0]
     device.put(clip.state_dict())
     dataset = images(clip, 2 * steps)
-    runs, truth = trm_ml.make_runs(clip, dataset, args), dataset.full_targets
-    device.put(runs[0].model.state_dict())
-    dataset.full_targets = torch.arange(len(truth))
-    trm_ml.train(runs, clip, dataset, None, truth, {"method": "trm_ml"}, args)
+    targets = dataset.full_targets
+    run = trm_ml.make_run(0, clip, dataset.labels, targets, args)
+    device.put(run.model.state_dict())
+    dataset.full_targets = torch.stack([targets, targets], dim=1)  # what is known, the truth
+    trm_ml.train([run], clip, dataset, None, {"method": "trm_ml"}, args)
 
 
 @pytest.mark.parametrize("train", [

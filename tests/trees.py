@@ -309,7 +309,8 @@ def check_predictions(script, capsys, folder, labels, scores_of, *arguments):
     arguments = [folder / "photos", *arguments]
     found = predictions(script, capsys, *arguments, "--heatmap", folder / "maps")
     assert [line["path"] for line in found] == list(map(str, photos))
-    assert [Image.open(path).format for path in (folder / "maps").iterdir()] == ["PNG", "PNG"]
+    maps = (folder / "maps").rglob("*.png")
+    assert [Image.open(path).format for path in maps] == ["PNG", "PNG"]
     for path, line in zip(photos, found):
         scores = scores_of(data.open_image(path)).tolist()
         np.testing.assert_allclose(shown(line, labels), scores, rtol=0, atol=1e-3)
