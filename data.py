@@ -443,6 +443,8 @@ class MultiLabelDataset(Dataset):
         held_out = self.subset(order[:count])
         held_out.transform = transform
         held_out.on_error = "raise"  # the score would be another image's
+        if self.are_files:
+            held_out.leave_out_damaged()
         return self.subset(order[count:]), held_out
 
 

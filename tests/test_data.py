@@ -240,6 +240,9 @@ def test_hold_out(files):
     assert (rest.transform, rest.on_error) == ("training", "replace")
     assert dataset.hold_out(0, None) == (dataset, None)
     assert len(dataset.hold_out(0.01, None)[1]) == 1
+    dataset.allow_missing = True
+    Path(files[order[1]]).write_bytes(b"")
+    assert dataset.hold_out(0.3, None)[1].rows.tolist() == [order[0], order[2]]
     with pytest.raises(UserError, match="no images"):
         dataset.subset([0]).hold_out(0.5, None)
 
