@@ -377,7 +377,8 @@ class MultiLabelDataset(Dataset):
             except UserError as error:
                 last_error = error
                 if self.on_error == "raise":
-                    raise UserError(f"{error}; remove the file, then --eval the checkpoint") from None
+                    message = f"{error}; remove the file, then --eval the checkpoint"
+                    raise UserError(message) from None
                 self._note_first(self.unreadable, row, f"{error} (another takes its place)")
             else:
                 image = image if self.transform is None else self.transform(image)
@@ -1094,7 +1095,8 @@ def folder(root, split):
                          for names in both if names != "rest" for label in names})
     for label in {*unseen} - {*labels}:
         near = difflib.get_close_matches(label, labels, 1)
-        message = f"{unseen_file}: '{label}' is no label" + (f", but '{near[0]}' is" if near else "")
+        hint = f", but '{near[0]}' is" if near else ""
+        message = f"{unseen_file}: '{label}' is no label{hint}"
         if os.path.exists(label_file):
             raise UserError(message)
         _note_once(f"{message}; taken as a new one, which no image is annotated with")
@@ -1172,7 +1174,7 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
                             f"{', '.join(having) or 'no dataset'}")
     if name == "toy":
         if root:
-            raise UserError(f"--root {root}: the toy world has no files; --data says what these are")
+            raise UserError(f"--root {root}: the toy world has no files; --data names a dataset")
         options["first"] = limit  # what nobody looks at need not be drawn
     own_name = name.removesuffix("81")  # both of NUS-WIDE share a folder and a layout
     root = _spelled(os.path.expanduser(root or f"data/{own_name}"))
