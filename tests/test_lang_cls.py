@@ -1,4 +1,4 @@
-"""lang_cls.py: the method's formulas, its texts, and the program."""
+"""lang_cls.py: the method's formulas, training, texts and their embeddings, and the program."""
 import json
 from collections import Counter
 from statistics import NormalDist
@@ -14,27 +14,54 @@ import lang_cls
 import metrics
 import trees
 from data import UserError
-from trees import checkpoint, lines, results
+from toy import world
+from toy.grammar import fill_template, sentences_about
+from trees import checkpoint, predictions, results
+
+ARGS, _ = lang_cls.arguments(["--device", "cpu", "--quiet"])
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return clip_model.load("toy-RN")
 
 
 def unit(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
+# ---- the command line
+
+def test_defaults_are_the_authors():
+    real = {"clip": "RN50", "mapping_weight": 0.3, "streams": "both", "sources": "both",
+            "sentences": 40_000, "epochs": 20, "batch_size": 512, "lr": 1e-3, "noise": 0.1,
+            "texts": None, "templates": None, "labels": None}
+    toy = {"clip": "toy-RN", "lr": 5e-3, "workers": 0, "zero_shot": False}
+    for argv, expected in (["--data", "coco"], real), (["--labels", "a,b"], real), ([], real | toy):
+        args = vars(lang_cls.arguments(argv)[0])
+        assert args == args | expected | {"labels": args["labels"]}
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--labels a,b --data toy", "without a dataset"), ("--labels a,b --root x", "--root"),
+    ("--labels a,b --limit 3", "--limit"), ("--labels a,b --zero-shot", "without a dataset"),
+    ("--texts x --sentences 9", "as a whole"), ("--texts x --sources templates", "as a whole"),
+    ("--mapping-weight 1.1", "from 0 to 1"), ("--predict a.png", "needs a --checkpoint")])
+def test_refused_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        lang_cls.arguments(argv.split())
+    assert message in capsys.readouterr().err
+
+
 # ---- the method's formulas
-
-def mixture(embedding, memory, temperature):
-    weights = [torch.exp(torch.dot(embedding, m) / temperature) for m in memory]
-    mixed = sum(w * m for w, m in zip(weights, memory))
-    return mixed / mixed.norm()
-
 
 def test_map_to_text_is_a_mixture_of_the_labels():
     torch.manual_seed(0)
     embeddings, memory = unit(2, 3, 8), unit(5, 8)
     mapped = lang_cls.map_to_text(embeddings, memory)
-    for row, expected in zip(mapped.flatten(0, 1), embeddings.flatten(0, 1)):
-        torch.testing.assert_close(row, mixture(expected, memory, 0.01))
+    for row, embedding in zip(mapped.flatten(0, 1), embeddings.flatten(0, 1)):
+        mixture = sum(torch.exp(torch.dot(embedding, m) / 0.01) * m for m in memory)
+        torch.testing.assert_close(row, mixture / mixture.norm())
     inputs = [embeddings.requires_grad_(), memory.requires_grad_(), 0.1]
     assert torch.autograd.gradcheck(lang_cls.map_to_text, inputs)
 
@@ -57,33 +84,49 @@ def test_ranking_loss_and_its_gradient_equal_a_loop_over_pairs():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("mapping_weight", [0.0, 0.3])
+def scores_of(model, x, mapping_weight=0.3, streams="both", softmax=False):
+    """Embeddings of the whole image and of its locations [B, 1 + L, D] -> scores [B, C] in float64,
+    by a loop over images."""
+    memory, weight, rows = model.memory.double(), model.weight.detach().double(), []
+    for e in x.double():
+        mixture = torch.exp(e @ memory.T / 0.01) @ memory  # [1 + L, D]
+        mixture /= mixture.norm(dim=1, keepdim=True)
+        logits = ((1 - mapping_weight) * e + mapping_weight * mixture) @ weight.T
+        if softmax:
+            logits = logits.exp() / logits.exp().sum(dim=1, keepdim=True)
+        whole, best = logits[0], logits[1:].max(dim=0).values
+        rows.append({"global": whole, "local": best, "both": (whole + best) / 2}[streams])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("mapping_weight", [0, 0.3])
 def test_scores_equal_a_loop_over_locations(mapping_weight):
     torch.manual_seed(0)
-    weight, memory = torch.randn(6, 8).double(), unit(6, 8)
-    global_, local = unit(3, 8), unit(3, 5, 8)
-    model = lang_cls.CoMC(weight, memory)
+    model, x = lang_cls.CoMC(torch.randn(6, 8).double(), unit(6, 8)), unit(3, 6, 8)
+    logits = model(x, mapping_weight)
+    torch.testing.assert_close(lang_cls.merge(logits), scores_of(model, x, mapping_weight))
+    for streams in ("both", "global", "local"):
+        expected = scores_of(model, x, mapping_weight, streams)
+        torch.testing.assert_close(lang_cls.merge(logits, streams), expected)
 
-    def logits(e):  # one embedding [8] -> [6]
-        mapped = mixture(e, memory, 0.01)
-        return weight @ ((1 - mapping_weight) * e + mapping_weight * mapped)
 
-    whole = torch.stack([logits(e) for e in global_])
-    best = torch.stack([torch.stack([logits(e) for e in image]).max(dim=0).values
-                        for image in local])
-    for streams, expected in (("global", whole), ("local", best), ("both", (whole + best) / 2)):
-        scores = model.scores(global_, local, mapping_weight, streams)
-        torch.testing.assert_close(scores, expected)
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["toy-RN", "toy-ViT"])
+def test_encode_gives_clips_own_embeddings_and_comcs_without_positions(name):
+    clip, _ = clip_model.load(name)
+    images = torch.randn(2, 3, 64, 64)
+    for position, found in zip((True, False), lang_cls.encode(clip, images, ARGS)):
+        global_, local = clip.encode_image_dense(images, global_position=position)
+        expected = torch.cat([global_[:, None], local], dim=1)
+        torch.testing.assert_close(found, F.normalize(expected, dim=-1))
 
 
 # ---- training
 
-def train(model, embeddings, targets, folder, **options):
-    args = {"output": folder, "lr": 1e-3, "noise": 0.0, "seed": 0, "epochs": 4, "device": "cpu",
-            "batch_size": len(targets), "val_fraction": 0.0, **options}
-    state = {"method": "lang_cls", "log": []}
-    lang_cls.train(model, embeddings, targets, state, SimpleNamespace(**args))
-    return state["log"]
+def train(model, embeddings, targets, **options):
+    args = {"lr": 1e-3, "noise": 0.1, "seed": 0, "epochs": 1, "device": "cpu",
+            "batch_size": len(targets), **options}
+    return lang_cls.train(model, embeddings, targets, SimpleNamespace(**args))
 
 
 def test_learning_rate():
@@ -93,65 +136,105 @@ def test_learning_rate():
     assert rates[20] == pytest.approx(6.15582970243117e-06)
 
 
-def test_training_is_adam_with_weight_decay(tmp_path):
+def test_training_is_adam_with_weight_decay_on_shuffled_noisy_batches():
     torch.manual_seed(0)
     embeddings = unit(30, 8).float()
     targets = 2 * torch.randint(0, 2, (30, 5), dtype=torch.int8) - 1
-    expected = (3 * torch.randn(5, 8)).requires_grad_()
-    model = lang_cls.CoMC(expected.detach().clone(), unit(5, 8).float())
-    train(model, embeddings, targets, tmp_path, epochs=6, lr=0.1)
-    optimizer = torch.optim.Adam([expected], weight_decay=5e-4)
-    for epoch in range(6):
+    weight = (3 * torch.randn(5, 8)).requires_grad_()
+    model = lang_cls.CoMC(weight.detach().clone(), unit(5, 8).float())
+    log = train(model, embeddings, targets, epochs=6, lr=0.1, batch_size=8, seed=3)
+    optimizer = torch.optim.Adam([weight], weight_decay=5e-4)
+    for epoch, line in enumerate(log):
         optimizer.param_groups[0]["lr"] = lang_cls.learning_rate(epoch, 0.1, 6)
-        expected.grad, = torch.autograd.grad(
-            lang_cls.ranking_loss(embeddings @ expected.T, targets), expected)
-        optimizer.step()
-    torch.testing.assert_close(model.weight, expected, rtol=1e-4, atol=1e-4)
+        torch.manual_seed(1_000_003 * 3 + epoch)
+        losses = []
+        for rows in torch.randperm(30).split(8):
+            noisy = embeddings[rows] + 0.1 * torch.randn(len(rows), 8)
+            loss = lang_cls.ranking_loss(noisy @ weight.T, targets[rows])
+            weight.grad, = torch.autograd.grad(loss, weight)
+            optimizer.step()
+            losses.append(loss.item())
+        assert line["loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+    torch.testing.assert_close(model.weight, weight, rtol=1e-4, atol=1e-4)
 
 
-def test_noise_has_its_standard_deviation(tmp_path):
+def test_noise_has_its_standard_deviation():
     # texts at the origin: the margin 1 - (w_p - w_n) x is normal, of mean 1 and deviation 2
     weight = torch.zeros(2, 16)
     weight[0, :4] = 10.0
     targets = torch.tensor([[1, -1]], dtype=torch.int8).repeat(50_000, 1)
-    log = train(lang_cls.CoMC(weight, unit(2, 16).float()), torch.zeros(50_000, 16), targets,
-                tmp_path, noise=0.1, epochs=1)
+    model = lang_cls.CoMC(weight, unit(2, 16).float())
+    log = train(model, torch.zeros(50_000, 16), targets)
     expected = NormalDist().cdf(0.5) + 2 * NormalDist().pdf(0.5)
     assert log[0]["loss"] == pytest.approx(expected, rel=0.02)
 
 
-def test_a_text_is_held_out_wherever_it_occurs(tmp_path):
-    # texts at right angles, no noise, weights from zero: the columns of trained texts move
-    embeddings = torch.eye(10).repeat(3, 1)
-    targets = (2 * torch.eye(10, dtype=torch.int8) - 1).repeat(3, 1)
-    model = lang_cls.CoMC(torch.zeros(10, 10), torch.eye(10))
-    log = train(model, embeddings, targets, tmp_path, val_fraction=0.25, batch_size=4)
-    is_held_out = (model.weight == 0).all(dim=0)
-    assert is_held_out.sum() == 3  # of 10, and with each its two repetitions
-    assert all("val_mAP" in line for line in log)
+def test_a_loss_that_is_not_finite_stops_the_training():
+    model = lang_cls.CoMC(torch.randn(2, 4), torch.eye(2, 4))
+    targets = torch.tensor([[1, -1]], dtype=torch.int8)
+    with pytest.raises(UserError, match="epoch 1: the loss is not finite"):
+        train(model, torch.full((1, 4), torch.nan), targets)
 
 
-# ---- texts and their embeddings
+# ---- texts
 
 def test_templates_count_and_targets():
-    args = SimpleNamespace(sources="templates", texts=None, sentences=9, seed=0)
+    args = SimpleNamespace(sources="templates", texts=None)
     sentences, targets = lang_cls.training_texts(["dog", "ear"], ["one {}", "two {}"], args)
     assert sentences == (9 * ["a photo of a dog."] + ["one dog", "two dog"]
                          + 9 * ["a photo of an ear."] + ["one ear", "two ear"])
     assert targets.dtype == torch.int8
     assert targets.tolist() == 11 * [[1, -1]] + 11 * [[-1, 1]]
-    assert len(set(lang_cls.TEMPLATES)) == len(lang_cls.TEMPLATES)
+    assert len(set(lang_cls.TEMPLATES)) == 36
+    assert all(template.count("a {}") + template.count("the {}") == 1
+               for template in lang_cls.TEMPLATES)
+
+
+def test_sources_are_joined_and_a_file_of_texts_is_used_as_a_whole(tmp_path, capsys):
+    labels, path = ["dog", "ear"], tmp_path / "texts"
+    args = SimpleNamespace(sources="sentences", texts=None, sentences=7, seed=4)
+    sentences, targets = lang_cls.training_texts(labels, [], args)
+    expected, expected_targets = sentences_about(labels, 7, seed=4)
+    assert sentences == expected and torch.equal(targets, expected_targets)
+    entries = [{"labels": ["dog"], "description": f"Dog {i}."} for i in range(50)]
+    path.write_text("\n".join(map(json.dumps, [*entries, {"labels": [], "description": "."}])))
+    args.texts, args.sources = str(path), "both"
+    sentences, targets = lang_cls.training_texts(labels, ["one {}"], args)
+    assert sentences[:51] == [*(f"Dog {i}." for i in range(50)), "a photo of a dog."]
+    assert len(sentences) == len(targets) == 70 and targets[:59].tolist() == 59 * [[1, -1]]
+    assert "50 sentences; dropped: 1 without a label" in capsys.readouterr().out
+
+
+SYNONYMS = {"human": "person", "jet": "airplane", "ship": "boat", "bike": "bicycle",
+            "motor cycle": "motorcycle", "automobile": "car", "sofa": "couch",
+            "fridge": "refrigerator", "sea": "ocean", "television": "tv", "phone": "cell phone",
+            "table": "dining table", "pottedplant": "potted plant", "doughnut": "donut",
+            "hair dryer": "hair drier", "people": "person", "buses": "bus", "sofas": "couch"}
+
+
+def test_names_are_labels_their_plurals_and_synonyms_that_are_theirs_alone():
+    labels = [*data.COCO_LABELS, "ocean"]
+    names = lang_cls.names_of(labels)
+    assert {name: labels[names[name]] for name in SYNONYMS} == SYNONYMS
+    assert all(names[label] == column for column, label in enumerate(labels))
+    every = [name for group in lang_cls.SYNONYMS for name in group]
+    assert len(lang_cls.SYNONYMS) == 15 and len(every) == len(set(every))
+    assert lang_cls.names_of(["Bike", "bicycle", "glasses", "glass"]) == {
+        "bike": 0, "bikes": 0, "bicycle": 1, "bicycles": 1, "glasses": 2, "glass": 3}
 
 
 TEXTS = [  # labels, a description, and what is present or why it is dropped
-    (["dog", "Cell Phone "], "Two dogs  look at\na smartphone.", {"dog", "cell phone"}),
+    (["dogs", "Cell  Phone "], "Two dogs  look at\na smartphone.", {"dog", "cell phone"}),
     (["man"], "A skateboarder in the air.", {"person"}),
     (["motor bike", "motorbike"], "It is parked.", {"motorcycle"}),
-    (["aeroplane"], "A jet takes off.", {"airplane"}),
-    (["dog", "dragon"], "A dog and a dragon.", "no or unknown label"),
-    (["dog"], " \n", "empty or refusal"),
-    (["dog"], "As an AI, I see no dog.", "empty or refusal"),
-    (["dog"], "A Skateboarder in the air.", "duplicate"),
+    (["cat"], "<think>A cat?</think>Here is a sentence: **A cat.**", {"cat"}),
+    (["dog", "dragon", "dwarf"], "A dog and a dragon.", "of no label: 'dragon'"),
+    (["dragon"], "A dragon.", "of no label: 'dragon'"),
+    ([], "Nothing.", "without a label"),
+    (["dog"], " \n", "empty or a refusal"),
+    (["dog"], None, "empty or a refusal"),
+    (["dog"], "As an AI, I see no dog.", "empty or a refusal"),
+    (["dog"], "A Skateboarder in the air.", "said before"),
 ]
 
 
@@ -164,27 +247,29 @@ def test_load_texts_drops_and_counts(tmp_path, form):
     else:
         path.write_text("\r\n".join(map(json.dumps, entries)))
     sentences, targets, dropped = lang_cls.load_texts(path, data.COCO_LABELS)
-    kept = {" ".join(text.split()): what for _, text, what in TEXTS if isinstance(what, set)}
-    assert sentences == list(kept)
-    for row, present in zip(targets.tolist(), kept.values()):
+    assert sentences == ["Two dogs look at a smartphone.", "A skateboarder in the air.",
+                         "It is parked.", "A cat."]
+    for row, (_, _, present) in zip(targets.tolist(), TEXTS):
         assert row == [1 if label in present else -1 for label in data.COCO_LABELS]
     assert dropped == Counter(what for *_, what in TEXTS if isinstance(what, str))
-    for wrong, message in (([3], 'texts, line 1: not {"labels"'), (["cow"], "no sentence of use")):
+    for wrong, message in (([3], 'texts, line 1: not {"labels"'),
+                           (["cow"], "no sentence of use; dropped: 1 of no label: 'cow'")):
         path.write_text(json.dumps({"labels": wrong, "description": "dog"}))
         with pytest.raises(UserError, match=message):
             lang_cls.load_texts(path, ["dog"])
 
 
-ARGS = SimpleNamespace(device="cpu", quiet=True)
+def test_the_most_frequent_reasons_are_named():
+    reasons = Counter({f"of no label: '{i}'": 2000 - i for i in range(13)})
+    line = lang_cls.described(reasons)
+    assert line.startswith("2,000 of no label: '0', 1,999 of no label: '1'")
+    assert line.endswith("'11', ...") and lang_cls.described(Counter()) == "none"
 
 
-@pytest.fixture(scope="module")
-def toy_resnet():
-    return clip_model.load("toy-RN")
+# ---- their embeddings
 
-
-def test_texts_are_embedded_as_if_one_by_one(toy_resnet):
-    clip = toy_resnet[0]
+def test_texts_are_embedded_as_if_one_by_one(toy):
+    clip = toy[0]
     texts = ["a star and a fish", "a tree", 99 * "two boats, ", "a star and a fish", "a big house"]
     embeddings = lang_cls.embed_texts(clip, texts, ARGS)
     with torch.no_grad():
@@ -205,16 +290,14 @@ def test_embeddings_are_kept_on_disk_for_these_texts_and_weights():
 
 # ---- the program
 
-@torch.no_grad()
-def embed(clip, images):
-    return [F.normalize(x, dim=-1) for x in clip.encode_image_dense(images, global_position=False)]
+TEMPLATES = ["a photo of a {}.", "a scene with a {}."]
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """Arguments of a run of few seconds."""
     path = tmp_path_factory.mktemp("quick") / "templates.txt"
-    path.write_text("a photo of a {}.\na scene with a {}.\n")
+    path.write_text("\n".join(TEMPLATES) + "\n")
     return ["--sentences", "300", "--epochs", "4", "--batch-size", "64", "--device", "cpu",
             "--quiet", "--lr", "0.005", "--templates", str(path)]
 
@@ -229,48 +312,105 @@ def trained(tmp_path_factory, quick):
     return folder / "run"
 
 
-def test_the_rows_are_what_the_pieces_give(trained, toy_resnet):
-    rows = {row["name"]: row for row in results(trained)["rows"] if row["kind"] != "zero-shot"}
-    assert len(rows) == 4
-    clip, preprocess = toy_resnet
-    test = data.load_dataset("toy", None, "test", preprocess, limit=32)
-    embeddings = embed(clip, torch.stack([image for image, _ in test]))
-    model = lang_cls.CoMC(**checkpoint(trained / "best.pt")["model"])
-    for name, *setting in (("CoMC", 0.3, "both"), ("CoMC without mapping", 0.0, "both"),
-                           ("CoMC, global alone", 0.3, "global"),
-                           ("CoMC, local alone", 0.3, "local")):
-        scores = model.scores(*embeddings, *setting).detach()
-        mAP = metrics.mean_average_precision(scores, test.targets)
-        assert rows[name]["mAP"] == pytest.approx(mAP, abs=1e-3), name
+def saved_model(folder):
+    return lang_cls.CoMC(**checkpoint(folder / "last.pt")["model"])
 
 
-def test_eval_repeats_the_rows_and_heeds_what_is_typed(trained, tmp_path):
-    arguments = ["--eval", str(trained / "best.pt"), "--device", "cpu", "--output"]
-    lang_cls.main([*arguments, str(tmp_path)])
-    assert results(tmp_path) == results(trained)
-    *zero_shot, row = lang_cls.main([*arguments, str(tmp_path / "other"), "--streams", "local"])
-    assert row["mAP"] == results(tmp_path)["rows"][-2]["mAP"]  # of "CoMC, local alone"
+@pytest.mark.parametrize("option", ["--no-zero-shot", "--zero-shot"])
+def test_the_rows_are_what_the_pieces_give(trained, toy, option):
+    """The same, trained or evaluated, of all labels or of the unseen ones alone."""
+    rows = lang_cls.main(["--eval", str(trained / "last.pt"), "--device", "cpu", option])
+    if option == "--no-zero-shot":
+        assert rows == results(trained)["rows"]
+    assert [row["kind"] for row in rows] == 4 * ["zero-shot"] + 5 * ["ablation"] + ["method"]
+    clip, preprocess = toy
+    test = data.load_dataset("toy", None, "test", preprocess, limit=32,
+                             zero_shot=option == "--zero-shot")
+    clips_own, x = lang_cls.encode(clip, torch.stack([image for image, _ in test]), ARGS)
+    model = saved_model(trained)
+    found = {row["name"]: row for row in rows}
+    for prefix, columns in metrics.in_play(test).items():
+        labels = clip_model.zero_shot_embeddings(clip, test.labels)
+        expected = {"zero-shot, global": (clips_own[:, 0] @ labels.T)[:, columns]}
+        # the mapping is a mixture of all labels, whichever are in play
+        expected |= {name: scores_of(model, x, *setting)[:, columns] for name, *setting in (
+            ("CoMC", 0.3), ("CoMC without mapping", 0), ("CoMC, global alone", 0.3, "global"),
+            ("CoMC, local alone", 0.3, "local"))}
+        in_play = lang_cls.CoMC(model.weight.detach()[columns], model.memory)
+        expected |= {f"{name}, merged as probabilities": scores_of(in_play, x, weight, softmax=True)
+                     for name, weight in (("CoMC", 0.3), ("CoMC without mapping", 0))}
+        for name, scores in expected.items():
+            mAP = metrics.mean_average_precision(scores, test.targets[:, columns])
+            assert found[name][f"{prefix}mAP"] == pytest.approx(mAP, abs=1e-3), name
+    assert len(found) == 10 and found.keys() > expected.keys()
 
 
-def test_a_run_resumes_after_kill_9_to_the_same_numbers(trained, quick, tmp_path):
-    trees.run_killed("lang_cls", "best.pt", 4, [*quick, "--limit", "32", "--output", tmp_path])
-    assert not (tmp_path / "results.json").exists()
-    torch.manual_seed(99)
-    lang_cls.main(["--resume", "--output", str(tmp_path), "--device", "cpu"])
-    assert results(tmp_path) == results(trained)
-    for name in ("best.pt", "last.pt"):
-        trees.assert_same_weights(tmp_path / name, trained / name)
+def test_eval_heeds_what_is_typed(trained, tmp_path):
+    arguments = ["--eval", str(trained / "last.pt"), "--device", "cpu", "--output", str(tmp_path)]
+    row = lang_cls.main([*arguments, "--streams", "local", "--mapping-weight", "0.3"])[-1]
+    before = {row["name"]: row for row in results(trained)["rows"]}
+    assert row["mAP"] == before["CoMC, local alone"]["mAP"] == results(tmp_path)["rows"][-1]["mAP"]
 
 
-def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy_resnet):
-    clip, preprocess = toy_resnet
+def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy, monkeypatch):
+    clip, preprocess = toy
     run, labels = tmp_path / "run", ["star", "moon", "fish", "house"]
-    lang_cls.main([*quick, "--labels", ", ".join(labels), "--clip", "toy-RN", "--output", str(run),
-                   "--val-fraction", "0.2"])
-    scores = [line["val_mAP"] for line in lines(run / "log.jsonl")]
-    best = checkpoint(run / "best.pt")
-    assert results(run)["rows"] == [] and scores[len(best["log"]) - 1] == max(scores)
-    model = lang_cls.CoMC(**best["model"])
-    trees.check_predictions(
-        lang_cls, capsys, tmp_path, labels, lambda photo: model.scores(
-            *embed(clip, preprocess(photo)[None]))[0], "--checkpoint", run / "best.pt")
+    lang_cls.main([*quick, "--labels", ", ".join(labels), "--clip", "toy-RN", "--output", str(run)])
+    assert not (run / "results.json").exists()
+    model, best = saved_model(run), ["--checkpoint", run / "last.pt"]
+
+    def embeddings(photo):
+        return lang_cls.encode(clip, preprocess(photo)[None], ARGS)[1]
+
+    trees.check_predictions(lang_cls, capsys, tmp_path, labels,
+                            lambda photo: scores_of(model, embeddings(photo))[0], *best)
+    # a location of a heatmap is as bright as the label is likely there, among all labels
+    written = []
+    monkeypatch.setattr(metrics, "write_prediction", lambda *prediction: written.append(prediction))
+    predictions(lang_cls, capsys, tmp_path / "photos", *best)
+    for _, photo, _, maps, names, _ in written:
+        local = embeddings(photo)[0, 1:]  # [L, D]
+        expected = scores_of(model, torch.stack([local, local], dim=1), softmax=True)
+        torch.testing.assert_close(maps, expected.T.float(), rtol=1e-3, atol=1e-4)
+        assert names == labels
+    assert len(written) == 2
+
+
+def test_a_classifier_of_ones_own_labels_is_evaluated_on_a_dataset(quick, tmp_path):
+    root = trees.scenes(tmp_path, test=(4, range(3)))
+    (root / "labels.txt").write_text("\n".join(world.LABELS[:3]))
+    lang_cls.main([*quick, "--labels", str(root / "labels.txt"), "--clip", "toy-RN", "--output",
+                   str(tmp_path / "run")])
+    rows = lang_cls.main(["--eval", str(tmp_path / "run/last.pt"), "--data", "folder", "--root",
+                          str(root), "--device", "cpu"])
+    assert rows[-1]["name"] == "CoMC"
+
+
+def test_a_run_starts_from_its_seed_and_the_labels_templates(quick, tmp_path, toy):
+    lang_cls.main([*quick, "--labels", "star,ear", "--clip", "toy-RN", "--seed", "4", "--epochs",
+                   "1", "--sources", "templates", "--output", str(tmp_path)])
+    model, clip = saved_model(tmp_path), toy[0]
+    torch.manual_seed(4)
+    start = torch.nn.Linear(128, 2, bias=False).weight
+    torch.testing.assert_close(model.weight, start, rtol=0, atol=1e-3)  # but for the warm-up
+    prompts = [fill_template(template, label) for label in ("star", "ear")
+               for template in TEMPLATES]
+    with torch.no_grad():
+        embeddings = F.normalize(clip.encode_text(clip.tokenize(prompts)), dim=-1)
+    expected = F.normalize(embeddings.view(2, 2, 128).mean(dim=1), dim=-1)
+    torch.testing.assert_close(model.memory, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_threshold_is_that_of_the_run(trained, tmp_path, capsys):
+    """Over the test images, it predicts what has the highest OF1."""
+    test = data.load_dataset("toy", None, "test", limit=32)
+    for i, (scene, _) in enumerate(test):
+        scene.save(tmp_path / f"{i}.png")
+    found, predicted = results(trained), torch.zeros(test.targets.shape)
+    for line in predictions(lang_cls, capsys, tmp_path, "--checkpoint", trained / "last.pt",
+                            "--threshold", "best"):
+        image = int(line["path"].split("/")[-1].removesuffix(".png"))
+        for entry in line["labels"]:
+            predicted[image, world.LABELS.index(entry["label"])] = 1
+    of1 = metrics.f1_at_threshold(predicted, test.targets, 1)["OF1"]
+    assert of1 == pytest.approx(found["threshold_OF1"], abs=0.01)  # in batches of another size

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
 import clip_model
 import data
@@ -19,10 +19,10 @@ import metrics
 import trees
 import trm_ml
 from toy import world
-from trees import (assert_same_weights, checkpoint, drawn, predictions, random_targets,
-                   results)
+from trees import assert_same_weights, checkpoint, drawn, predictions, random_targets, results
 
-LABELS = ["star", "moon", "traffic light", "fish", "a very old house"]
+LABELS = ["star", "moon", "traffic light", "fish", "very old house"]
+DIM = 128  # of toy-RN's joint embedding
 ARGS, _ = trm_ml.arguments(["--device", "cpu"])
 
 
@@ -35,16 +35,51 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def moved_model(clip, matching="region", per_label_context=False):
+def moved_model(clip, per_label_context=False):
     """A TRM none of whose weights is at its start any more."""
     torch.manual_seed(0)
-    model = trm_ml.TRM(clip, LABELS, matching, per_label_context)
+    model = trm_ml.TRM(clip, LABELS, per_label_context)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    if matching == "region":
-        model.visual.copy_(unit(*model.visual.shape))
+    model.visual.copy_(unit(*model.visual.shape))
     return model
+
+
+# ---- settings and defaults
+
+def test_settings_are_the_published_ones():
+    settings = {"CONTEXT": 16, "HEADS": 4, "TEMPERATURE": 0.1, "MOMENTUM": 0.9,
+                "SURE_PRESENT": 0.5, "SURE_ABSENT": 2.0, "ESTIMATED": 20_000,
+                "WEIGHT_DECAY": 0.01, "LABELS_AT_ONCE": 1024}
+    assert {name: getattr(trm_ml, name) for name in settings} == settings
+
+
+def test_defaults_are_the_published_ones():
+    real = {"clip": "RN101", "image_size": 448, "partial": [1.0], "epochs": 20, "batch_size": 32,
+            "lr": 1e-4, "pseudo": 0.1, "contrastive": 0.2, "distillation": 0.01, "augment": "yes",
+            "val_fraction": 0, "single_positive": False, "per_label_context": False}
+    toy = {"clip": "toy-RN", "image_size": 128, "partial": [0.3], "epochs": 8, "batch_size": 128,
+           "lr": 1e-3, "augment": "no", "workers": 0, "zero_shot": False}
+    for argv, expected in (["--data", "coco"], real), ([], real | toy):
+        args = vars(trm_ml.arguments(argv)[0])
+        assert args == args | expected
+    positives = {"voc2007": 1.5, "voc2012": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4,
+                 "toy": 2.7}
+    for name in data.DATASETS.keys() - {"openimages"}:
+        args, _ = trm_ml.arguments(["--data", name, "--single-positive"])
+        assert args.expected_positives == positives.get(name, 3)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--data openimages", "43 GB"), ("--partial 0 0.5", "shares above 0"),
+    ("--partial 0.5 1.1", "up to 1"), ("--partial 0.5 --single-positive", "not allowed with"),
+    ("--single-positive --val-fraction 0.1", "no absent label"), ("--val-fraction 1", "below 1"),
+    ("--predict a.png", "needs a --checkpoint")])
+def test_refused_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        trm_ml.arguments(argv.split())
+    assert message in capsys.readouterr().err
 
 
 # ---- losses
@@ -85,45 +120,53 @@ def refined(model, a):
 
 
 @torch.no_grad()
-def test_regions_and_saliency_equal_a_loop_over_images_labels_and_heads(clip):
-    model, x = moved_model(clip), unit(2, 7, 128)
-    features, saliency = model.regions(x)
-    size = 128 // trm_ml.HEADS
+def test_regions_saliency_and_logits_equal_a_loop_over_images_labels_and_heads(clip):
+    model, x, texts = moved_model(clip), unit(2, 7, DIM), unit(len(LABELS), DIM)
+    logits, query_level, saliency = model(x, texts)
+    size = DIM // trm_ml.HEADS
     for b in range(2):
         key, value = model.key(x[b]), model.value(x[b])
         for c in range(len(LABELS)):
             query, looked, parts = model.query(model.queries[c]), [], []
-            for begin in range(0, 128, size):
+            for begin in range(0, DIM, size):
                 head = slice(begin, begin + size)
                 weights = (clip.logit_scale.exp() * (key[:, head] @ query[head])).softmax(dim=0)
                 looked.append(weights)
                 parts.append(sum(w * v for w, v in zip(weights, value[:, head])))
+            region = refined(model, model.out(torch.cat(parts)))
             torch.testing.assert_close(saliency[b, c], sum(looked) / len(looked))
-            torch.testing.assert_close(features[b, c], refined(model, model.out(torch.cat(parts))),
-                                       rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(query_level[b, c], region, rtol=1e-4, atol=1e-5)
+            expected = model.log_scale.exp() * (region @ texts[c]) + model.bias
+            torch.testing.assert_close(logits[b, c], expected, rtol=1e-4, atol=1e-4)
+
+
+def prompts_of(clip):
+    """CLIP's own embeddings of the labels."""
+    tokens = clip.tokenize([f"a photo of a {label}." for label in LABELS])
+    return F.normalize(clip.encode_text(tokens), dim=-1).detach()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("matching", ["image", "pixel", "region"])
-def test_logits_equal_a_loop(clip, matching):
-    model = moved_model(clip, matching)
-    x, texts = unit(2, 7, 128), unit(len(LABELS), 128)
-    logits = model(x, texts)[0]
-    for b in range(2):
-        for c in range(len(LABELS)):
-            found = torch.stack([refined(model, part) @ texts[c] for part in x[b]])
-            weights = torch.exp(clip.logit_scale.exp() * found[1:])
-            similarity = {"image": found[0], "pixel": weights @ found[1:] / weights.sum()}
-            if matching == "region":
-                similarity["region"] = model.regions(x)[0][b, c] @ texts[c]
-            expected = torch.exp(model.log_scale) * similarity[matching] + model.bias
-            torch.testing.assert_close(logits[b, c], expected, rtol=1e-4, atol=1e-4)
+def test_attention_starts_as_clips_own_matching_in_each_head(clip):
+    model, x, start = trm_ml.TRM(clip, LABELS), unit(3, 7, DIM), prompts_of(clip)
+    torch.testing.assert_close(model.queries, start, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.visual, model.queries)
+    scale, heads = clip.logit_scale.exp(), trm_ml.HEADS
+    heads = [(scale * torch.einsum("bld,cd->bcl", x_head, start_head)).softmax(dim=-1) @ x_head
+             for x_head, start_head in zip(x.chunk(heads, dim=-1), start.chunk(heads, dim=-1))]
+    expected = F.normalize(torch.cat(heads, dim=-1), dim=-1)
+    logits, query_level, _ = model(x, start)
+    torch.testing.assert_close(query_level, expected, rtol=1e-3, atol=1e-4)
+    expected = 10 * torch.einsum("bcd,cd->bc", expected, start) - math.log(19)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert model.context.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not model.pseudo_labels(torch.randn(3, 5), torch.zeros(3, 5)).any()
 
 
 @pytest.mark.parametrize("per_label", [False, True])
 def test_texts_in_chunks_are_the_same_with_gradients(clip, per_label):
-    model = moved_model(clip, per_label_context=per_label)
-    direction = torch.randn(len(LABELS), 128)
+    model = moved_model(clip, per_label)
+    direction = torch.randn(len(LABELS), DIM)
     whole, parts = model.texts(), model.texts(chunk=2)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     expected, found = (torch.autograd.grad((texts * direction).sum(), model.context)[0]
@@ -132,18 +175,30 @@ def test_texts_in_chunks_are_the_same_with_gradients(clip, per_label):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-# ---- prototypes, pseudo labels, steps of training
+# ---- prototypes, estimates, pseudo labels
+
+def test_log_odds_are_of_the_mean_probability_of_the_whole_image_and_its_best_location(clip):
+    x, prompts = unit(3, 7, DIM), prompts_of(clip)
+    x[0, 0] = prompts[1]  # of one label there is no doubt
+    found = trm_ml.clip_log_odds(x, prompts, 25)
+    for image, row in zip(x, found):
+        probabilities = torch.stack([torch.exp(25 * e @ prompts.T) for e in image])
+        probabilities /= probabilities.sum(dim=1, keepdim=True)
+        p = (probabilities[0] + probabilities[1:].max(dim=0).values) / 2
+        torch.testing.assert_close(row, torch.log(p / (1 - p)), rtol=1e-3, atol=1e-3)
+    certain = trm_ml.clip_log_odds(prompts[[0, 0]][None], prompts, 1e4)
+    assert certain.abs().max() == pytest.approx(math.log(1e6), rel=0.01)
 
 def test_update_prototypes_is_the_moving_average(clip):
-    model = moved_model(clip)
-    features, before = unit(6, len(LABELS), 128), model.visual.clone()
+    model, momentum = moved_model(clip), trm_ml.MOMENTUM
+    features, before = unit(6, len(LABELS), DIM), model.visual.clone()
     present = random_targets(6, len(LABELS)) == 1
     present[:, 1] = False
     model.update_prototypes(features, present)
     assert torch.equal(model.visual[1], before[1])
     for c in (0, 2, 3, 4):
         mean = sum(features[b, c] for b in range(6) if present[b, c])
-        moved = 0.99 * before[c] + 0.01 * mean / mean.norm()
+        moved = momentum * before[c] + (1 - momentum) * mean / mean.norm()
         torch.testing.assert_close(model.visual[c], moved / moved.norm())
 
 
@@ -166,22 +221,27 @@ def test_calibrate_equals_sorting_a_label_at_a_time(clip, single_positive):
     for c in range(9):
         positives, negatives = (known[:, c] == 1).sum(), (known[:, c] == -1).sum()
         ranked = np.sort(estimates[known[:, c] == 0, c])[::-1]
-        if not positives or not len(ranked):
-            assert not pseudo[:, c].any()
+        if not len(ranked):
+            assert model.sure_present[c] == torch.inf and model.sure_absent[c] == -torch.inf
             continue
-        if single_positive:  # 500 positives in all, of which 200 are known
-            hidden = 300 * positives / 200
-        else:
-            hidden = len(ranked) * positives / (positives + negatives)
-        for threshold, factor in ((model.sure_present, 0.5), (model.sure_absent, 2)):
+        if single_positive:  # 500 positives in all, of which 200 are known; one more a label
+            hidden = 300 * (positives + 1) / (200 + 9)
+        else:  # one positive more, among as many entries as have one on average
+            average = (known != 0).sum() / (known == 1).sum()
+            hidden = len(ranked) * (positives + 1) / (positives + negatives + average)
+        for threshold, factor in ((model.sure_present, trm_ml.SURE_PRESENT),
+                                  (model.sure_absent, trm_ml.SURE_ABSENT)):
             ranks = {min(int(factor * hidden + rounding), len(ranked) - 1)
                      for rounding in (1e-4, -1e-4)}
             assert threshold[c].item() in ranked[sorted(ranks)]
     assert (pseudo[:, 5:] == 1).any(axis=0).all() and (pseudo[:, 5:] == -1).any(axis=0).all()
 
 
-def straightforward_loss(model, x, known, args):
-    """Prompts of 77 tokens, every text's similarity with every region, sums over all entries."""
+# ---- steps of training
+
+def straightforward_losses(model, x, known, log_odds, args):
+    """-> {term: value} and the estimates: prompts of 77 tokens, every text's similarity with every
+    region, sums over all entries."""
     clip, labels = model.clip, len(LABELS)
     ids = clip.tokenize([f"{label}." for label in LABELS])  # [C, 77]
     words = clip.token_embedding(ids[:, :77 - trm_ml.CONTEXT])
@@ -192,14 +252,14 @@ def straightforward_loss(model, x, known, args):
     ends = ids.argmax(dim=1) + trm_ml.CONTEXT
     texts = clip.ln_final(words)[torch.arange(labels), ends] @ clip.text_projection
     texts = texts / texts.norm(dim=1, keepdim=True)
-    features, saliency = model.regions(x)
+    _, features, saliency = model(x, texts)
     every = torch.einsum("bcd,kd->bck", features, texts)
     logits = model.log_scale.exp() * every.diagonal(dim1=1, dim2=2) + model.bias
     if args.pseudo:
         model.update_prototypes(features.detach(), known == 1)
-    e, contrast, modalities = 0, 0, [model.visual, texts] if args.pseudo else [texts]
+    e, contrast, modalities = log_odds, 0, [model.visual, texts] if args.pseudo else [texts]
     for prototypes in modalities:
-        every = torch.einsum("bcd,kd->bck", features, prototypes) / 0.1
+        every = torch.einsum("bcd,kd->bck", features, prototypes) / trm_ml.TEMPERATURE
         own, share = (y.diagonal(dim1=1, dim2=2) for y in (every, every.log_softmax(dim=2)))
         e = e + (own + share).detach() / len(modalities)
         contrast = contrast - share / len(modalities)
@@ -210,10 +270,11 @@ def straightforward_loss(model, x, known, args):
     looked_at = torch.stack([torch.stack([
         F.normalize(sum(w * v for w, v in zip(saliency[b, c], x[b])), dim=-1)
         for c in range(labels)]) for b in range(len(x))]).detach()
-    return {"known": trm_ml.asymmetric_loss(logits, known),
-            "pseudo": args.pseudo * trm_ml.asymmetric_loss(logits, pseudo),
-            "contrastive": args.contrastive * (contrast * present).sum() / present.sum(),
-            "distillation": args.distillation * (features - looked_at).abs().sum(-1).mean()}
+    terms = {"known": trm_ml.asymmetric_loss(logits, known),
+             "pseudo": args.pseudo * trm_ml.asymmetric_loss(logits, pseudo),
+             "contrastive": args.contrastive * (contrast * present).sum() / present.sum(),
+             "distillation": args.distillation * (features - looked_at).abs().sum(-1).mean()}
+    return {"loss": sum(terms.values()), **terms}, e
 
 
 @pytest.mark.parametrize("pseudo_weight", ["0.5", "0"])
@@ -227,19 +288,21 @@ def test_steps_equal_the_straightforward_version(clip, pseudo_weight):
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.01)
                   for m in (model, plain)]
     for step in range(2):
-        x, known = unit(6, 9, 128), random_targets(6, len(LABELS), step)
-        terms, estimates = trm_ml.batch_loss(model, x, known, args)
-        expected = straightforward_loss(plain, x, known, args)
+        x, known = unit(6, 9, DIM), random_targets(6, len(LABELS), step)
+        log_odds = 3 * torch.randn(known.shape)
+        terms, estimates = trm_ml.losses_of(model, x, known, log_odds, args)
+        expected, expected_estimates = straightforward_losses(plain, x, known, log_odds, args)
         if args.pseudo:
+            torch.testing.assert_close(estimates, expected_estimates, rtol=1e-3, atol=1e-3)
             pseudo = model.pseudo_labels(estimates, known)
             assert (pseudo == 1).any() and (pseudo == -1).any()
         else:
             assert estimates is None and expected.pop("pseudo") == 0
         assert {name: value.item() for name, value in terms.items()} == pytest.approx(
             {name: value.item() for name, value in expected.items()}, rel=1e-3)
-        for optimizer, total in zip(optimizers, (terms, expected)):
+        for optimizer, losses in zip(optimizers, (terms, expected)):
             optimizer.zero_grad()
-            sum(total.values()).backward()
+            losses["loss"].backward()
             optimizer.step()
         torch.testing.assert_close(model.trained(), plain.trained(), rtol=1e-3, atol=1e-4)
         for name, parameter in model.named_parameters():
@@ -250,16 +313,115 @@ def test_steps_equal_the_straightforward_version(clip, pseudo_weight):
     model.sure_present.fill_(torch.inf)
     model.sure_absent.fill_(torch.inf)  # as where no absent label is known
     assert torch.equal(model.pseudo_labels(torch.randn(known.shape), known) == -1, known == 0)
-    assert trm_ml.batch_loss(model, x, known.clamp(max=0), args)[0]["contrastive"] == 0
+    terms, _ = trm_ml.losses_of(model, x, known.clamp(max=0), log_odds, args)
+    assert terms["contrastive"] == 0
 
 
-def test_augmentation_cuts_a_quarter_out_of_every_other_image():
+def test_training_is_shuffled_and_its_rate_falls_as_published(clip, tmp_path, monkeypatch):
+    args, _ = trm_ml.arguments([
+        "--partial", "0.5", "1", "--seed", "5", "--epochs", "4", "--batch-size", "4", "--quiet",
+        "--image-size", "32", "--device", "cpu", "--output", str(tmp_path)])
+    _, transform = trm_ml.transforms_of(clip_model.preprocess_transform(64), args)
+    images = [world.scene("benchmark", 7, i) for i in range(10)]
+    *known, truth = (random_targets(10, len(LABELS), seed) for seed in range(3))
+    dataset = data.MultiLabelDataset(LABELS, truth, tuple(images), transform=transform)
+    embeddings = trm_ml.encode(clip, torch.stack([image for image, _ in dataset]), args).half()
+    dataset.full_targets = torch.stack([*known, truth], dim=1)
+    runs = [trm_ml.make_run(i, clip, LABELS, labels, args) for i, labels in enumerate(known)]
+    torch.manual_seed(5)
+    assert torch.equal(runs[1].model.context, trm_ml.TRM(clip, LABELS).context)
+    seen, rates, calibrated, losses_of = [], [], [], trm_ml.losses_of
+
+    def spy(model, x, known, log_odds, args):
+        terms, estimates = losses_of(model, x, known, log_odds, args)
+        seen.append((x, known, log_odds, terms["loss"].item()))
+        return terms, estimates
+
+    monkeypatch.setattr(trm_ml, "losses_of", spy)
+    monkeypatch.setattr(trm_ml, "ESTIMATED", 8)
+    monkeypatch.setattr(trm_ml.TRM, "calibrate", lambda model, estimates, known, positives:
+                        calibrated.append((len(seen), known, positives)))
+    runs[1].optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append({group["lr"] for group in optimizer.param_groups}))
+    trm_ml.train(runs, clip, dataset, None, {"method": "trm_ml"}, args)
+    for epoch in range(4):
+        torch.manual_seed(1_000_003 * 5 + epoch)
+        batches, losses = list(DataLoader(range(10), 4, shuffle=True)), []
+        for step, rows in enumerate(batches):
+            rate, = rates.pop(0)
+            done = (epoch + step / 3) / 4
+            assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * done)) / 2)
+            for i in range(2):
+                x, targets, log_odds, loss = seen[(3 * epoch + step) * 2 + i]
+                torch.testing.assert_close(x, embeddings[rows].float(), rtol=0, atol=1e-3)
+                assert torch.equal(targets, known[i][rows])
+                expected = trm_ml.clip_log_odds(x, prompts_of(clip), clip.logit_scale.exp())
+                torch.testing.assert_close(log_odds, expected, rtol=1e-3, atol=1e-3)
+            losses.append(loss)
+        assert runs[1].log[epoch]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+        for i in range(2):  # thresholds for the next epoch
+            steps, targets, positives = calibrated.pop(0)
+            assert steps == 6 * (epoch + 1) and positives == 2.7
+            assert torch.equal(targets, known[i][torch.cat(batches)[:8]])
+    assert not rates and not calibrated
+
+
+def test_the_best_epoch_is_kept(clip, tmp_path):
+    args, _ = trm_ml.arguments(["--output", str(tmp_path)])
+    run = trm_ml.make_run(0, clip, LABELS, random_targets(6, len(LABELS)), args)
+    for epoch, (score, best) in enumerate([(0.3, 0), (0.9, 1), (0.5, 1), (math.nan, 3)]):
+        run.model.bias.data.fill_(epoch)
+        run.log.append({"epoch": epoch + 1, "loss": 1.0, "val_mAP": score})
+        trm_ml.save(run, {"method": "trm_ml"})
+        found = [checkpoint(tmp_path / name)["model"]["bias"] for name in ("best.pt", "last.pt")]
+        assert found == [best, epoch]
+
+
+def test_only_matrices_decay(clip):
+    args, _ = trm_ml.arguments(["--output", "unused"])
+    run = trm_ml.make_run(0, clip, LABELS, random_targets(6, len(LABELS)), args)
+    trained = {name: p for name, p in run.model.named_parameters() if not name.startswith("clip.")}
+    for parameter in trained.values():
+        parameter.data += 1
+        parameter.grad = torch.zeros_like(parameter)  # nothing but decay moves it
+    before = copy.deepcopy(trained)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1
+    run.optimizer.step()
+    for name, parameter in trained.items():
+        factor = 0.99 if parameter.ndim > 1 else 1
+        torch.testing.assert_close(parameter, factor * before[name], msg=name)
+    assert {parameter.ndim for parameter in trained.values()} == {0, 1, 2, 3}
+
+
+def test_pseudo_labels_are_judged_by_the_hidden_truth():
+    pseudo, hidden = random_targets(40, 5), random_targets(40, 5, seed=1)
+    entries = list(zip(pseudo.flatten().tolist(), hidden.flatten().tolist()))
+    hits, misses = entries.count((1, 1)), entries.count((1, -1))
+    positives = sum(truth == 1 for _, truth in entries)
+    assert trm_ml.quality_of(pseudo, hidden) == pytest.approx({
+        "pseudo_precision": hits / (hits + misses), "pseudo_recall": hits / positives})
+    assert trm_ml.quality_of(pseudo.clamp(max=0), hidden) == {}
+    assert trm_ml.quality_of(pseudo, 0 * hidden) == {}
+
+
+def test_images_are_squeezed_and_in_training_flipped_and_half_of_them_cut():
+    preprocess, args = clip_model.preprocess_transform(64), copy.copy(ARGS)
+    args.image_size, args.augment = 64, "yes"
+    training, test = trm_ml.transforms_of(preprocess, args)
+    photo = world.scene("benchmark", 7, 0).resize((160, 100))
+    torch.testing.assert_close(test(photo), preprocess(photo.resize((64, 64), Image.BICUBIC)))
     torch.manual_seed(0)
-    steps = clip_model.preprocess_transform(64).transforms
-    augment = trm_ml.augmentation(transforms.Compose([steps[0], *steps[2:]]))
-    images = torch.stack([augment(world.scene("benchmark", 7, 0)) for _ in range(60)])
+    images = torch.stack([training(photo) for _ in range(60)])
     cut = ((images == 0).all(dim=1).sum(dim=(1, 2)) >= 32 * 32).float().mean()
     assert len(torch.unique(images.flatten(1), dim=0)) > 55 and 0.3 < cut < 0.7
+    halves = Image.new("RGB", (64, 64), (20, 20, 20))
+    halves.paste((150, 150, 150), (0, 0, 32, 64))
+    left, right = torch.stack([training(halves) for _ in range(60)]).chunk(2, dim=3)
+    flipped = left.mean(dim=(1, 2, 3)) < right.mean(dim=(1, 2, 3))
+    assert 0.3 < flipped.float().mean() < 0.7
+    args.augment = "no"
+    assert len(set(trm_ml.transforms_of(preprocess, args))) == 1
 
 
 # ---- the program, on images of one's own
@@ -270,7 +432,7 @@ def own(tmp_path_factory):
     root = trees.scenes(tmp_path_factory.mktemp("own"), train=(24, range(10)),
                         test=(16, range(10)))
     lines = (root / "train.jsonl").read_text().splitlines()
-    lines[5] = '{"image": "train/5.png"}'
+    lines[5] = '{"image": "train/5.png", "present": []}'
     (root / "train.jsonl").write_text("\n".join(lines))
     (root / "labels.txt").write_text("\n".join(world.LABELS[:10]))
     return root
@@ -282,65 +444,71 @@ def flags(root, output, *more):
             "--lr", "1e-3", "--device", "cpu", "--quiet", "--output", str(output), *more]
 
 
-SWEEP = ["--partial", "0.2", "0.6", "--matching", "pixel", "region"]
-
-
 @pytest.fixture(scope="module")
 def sweep(own, tmp_path_factory):
     """A sweep's folder and what it printed."""
     output, printed = tmp_path_factory.mktemp("trm_ml") / "sweep", io.StringIO()
     with contextlib.redirect_stdout(printed):
-        trm_ml.main(flags(own, output, *SWEEP))
+        trm_ml.main(flags(own, output, "--partial", "0.2", "0.6"))
     return output, printed.getvalue()
 
 
+@torch.no_grad()
 def scores_of(path, images, clip, dtype=torch.float32):
+    """Logits and saliency of images by the model of a checkpoint, and the embeddings they are of,
+    rounded to dtype."""
     saved = checkpoint(path)
-    model = trm_ml.TRM(copy.deepcopy(clip), saved["labels"], saved["matching"])
+    model = trm_ml.TRM(copy.deepcopy(clip), saved["labels"])
     model.load_trained(saved["model"])
     squeezed = [image.resize((64, 64), Image.BICUBIC) for image in images]
     pixels = torch.stack([clip_model.preprocess_transform(64)(image) for image in squeezed])
-    with torch.no_grad():
-        x = trm_ml.encode(model.clip, pixels, ARGS).to(dtype).float()
-        logits, _, saliency = model(x, model.texts())
-    return logits, saliency
+    x = trm_ml.encode(model.clip, pixels, ARGS).to(dtype).float()
+    logits, _, saliency = model(x, model.texts())
+    return logits, saliency, x
 
 
-def test_a_sweeps_files_rows_and_averages(sweep, own, clip):
+def test_a_sweeps_files_rows_and_average(sweep, own, clip):
     output, printed = sweep
-    rows = results(output)["rows"][3:]
-    assert [(row["name"], row["kind"]) for row in rows] == [
-        ("text-pixel matching, 20% known", "ablation"), ("TRM-ML, 20% known", "method"),
-        ("text-pixel matching, 60% known", "ablation"), ("TRM-ML, 60% known", "method"),
-        ("text-pixel matching, average", "ablation"), ("TRM-ML, average", "method")]
-    heading, *lines = printed.partition("known labels")[2].splitlines()
+    *zero_shot, first, second, average = results(output)["rows"]
+    assert [row["name"] for row in (first, second, average)] == [
+        "TRM-ML, 20% known", "TRM-ML, 60% known", "TRM-ML, average"]
+    assert [row["kind"] for row in zero_shot] == ["zero-shot"] * 4
+    for metric in average.keys() - {"name", "kind"}:
+        assert average[metric] == pytest.approx((first[metric] + second[metric]) / 2)
+    heading, line = printed.partition("known labels")[2].splitlines()[:2]
     assert heading.split() == ["20%", "60%", "average"]
-    for line, (first, second, average) in zip(lines, (rows[0::2], rows[1::2])):
-        for metric in first.keys() - {"name", "kind"}:
-            assert average[metric] == pytest.approx((first[metric] + second[metric]) / 2)
-        assert line.split()[-3:] == [f"{100 * row['mAP']:.1f}" for row in (first, second, average)]
+    assert line.split() == ["TRM-ML"] + [f"{100 * row['mAP']:.1f}" for row in
+                                         (first, second, average)]
+    assert results(output / "partial-0.2")["rows"] == [*zero_shot, first]
+    assert results(output / "partial-0.6")["rows"] == [*zero_shot, second]
     test = data.load_dataset("folder", own, "test")
-    scores = scores_of(output / "partial-0.6/best.pt", [image for image, _ in test], clip)[0]
-    expected = metrics.mean_average_precision(scores, test.targets)
-    assert rows[3]["mAP"] == pytest.approx(expected, abs=1e-6)
+    images = [image for image, _ in test]
+    logits, _, x = scores_of(output / "partial-0.6/best.pt", images, clip)
+    texts = clip_model.zero_shot_embeddings(clip, test.labels)
+    for row, scores in ((second, logits), (zero_shot[0], x[:, 0] @ texts.T)):
+        expected = metrics.mean_average_precision(scores, test.targets)
+        assert row["mAP"] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.4, None])
-def test_training_sees_every_image_with_the_entries_drawn_for_it(own, tmp_path, share):
+@pytest.mark.parametrize("share, pseudo", [(0.4, 0.1), (None, 0.1), (None, 0)])
+def test_training_sees_every_image_with_the_entries_drawn_for_it(own, tmp_path, share, pseudo):
     """The same as training on a folder that states only these entries, without the missing one."""
     shutil.copytree(own, tmp_path / "own")
     (tmp_path / "own/train/3.png").unlink()
     known = ["--single-positive"] if share is None else ["--partial", str(share)]
-    trm_ml.main(flags(tmp_path / "own", tmp_path / "run", *known))
-    targets = data.load_dataset("folder", own, "train").targets
+    more = ["--seed", "1", "--pseudo", str(pseudo)]
+    trm_ml.main(flags(tmp_path / "own", tmp_path / "run", *known, *more))
+    entries = drawn(data.load_dataset("folder", own, "train").targets, share)
+    if share is None and not pseudo:
+        entries[entries == 0] = -1  # nothing estimates them
     lines = []
-    for i, row in enumerate(drawn(targets, share)):
+    for i, row in enumerate(entries):
         if i != 3:
             named = {name: [world.LABELS[c] for c in np.nonzero(row == value)[0]]
                      for name, value in (("present", 1), ("absent", -1))}
             lines.append(json.dumps({"image": f"train/{i}.png", **named}))
     (tmp_path / "own/train.jsonl").write_text("\n".join(lines))
-    trm_ml.main(flags(tmp_path / "own", tmp_path / "stated"))
+    trm_ml.main(flags(tmp_path / "own", tmp_path / "stated", *more))
     assert_same_weights(tmp_path / "run/last.pt", tmp_path / "stated/last.pt")
 
 
@@ -361,57 +529,79 @@ def test_resume_after_kill_with_runs_at_different_epochs(own, tmp_path):
 def test_resume_with_another_share_trains_only_that(sweep, own, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(sweep[0], output)
-    (output / "results.json").unlink()
     known = ["--partial", "0.2", "0.4", "0.6"]
     rows = trm_ml.main(["--resume", "--output", str(output), "--device", "cpu", *known])
-    trm_ml.main(flags(own, tmp_path / "alone", "--partial", "0.4"))
+    alone = trm_ml.main(flags(own, tmp_path / "alone", "--partial", "0.4"))[-1]
     assert_same_weights(output / "partial-0.4/last.pt", tmp_path / "alone/last.pt")
-    of_share = {row["name"]: row for row in rows}
-    before = results(sweep[0])["rows"]
-    assert [of_share[row["name"]] for row in before[:7]] == before[:7]
+    zero_shot, first, second = (results(sweep[0])["rows"][part] for part in (slice(4), 4, 5))
+    assert rows[:-1] == [*zero_shot, first, {**alone, "name": "TRM-ML, 40% known"}, second]
 
 
 def test_resume_as_another_kind_of_model_is_refused(sweep, tmp_path):
     output = tmp_path / "run"
-    shutil.copytree(sweep[0] / "partial-0.6/pixel", output)
+    shutil.copytree(sweep[0] / "partial-0.6", output)
     with pytest.raises(data.UserError, match="another kind of model"):
-        trm_ml.main(["--resume", "--output", str(output), "--partial", "0.6", "--matching", "region",
-                     "--device", "cpu"])
+        trm_ml.main(["--resume", "--output", str(output), "--partial", "0.6",
+                     "--per-label-context", "--device", "cpu"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(own, tmp_path):
+    with pytest.raises(data.UserError, match="TRM-ML, epoch 1, step 3: the loss is not finite"):
+        trm_ml.main(flags(own, tmp_path, "--lr", "1e39"))
+    assert not (tmp_path / "best.pt").exists()
 
 
 def test_validation_images_select_the_epoch(own, tmp_path, clip):
-    more = ["--partial", "0.6", "--val-fraction", "0.5", "--lr", "0.03", "--epochs", "4"]
+    more = ["--partial", "0.6", "--val-fraction", "0.5", "--lr", "0.03"]
     row = trm_ml.main(flags(own, tmp_path, *more))[-1]
     lines = trees.lines(tmp_path / "log.jsonl")
-    has_pseudo = ["pseudo_recall" in line for line in lines]
-    assert not any(has_pseudo[:2]) and has_pseudo[3]  # no thresholds until half of the epochs
+    assert ["pseudo_recall" in line for line in lines] == [False, True, True]
     scores = [line["val_mAP"] for line in lines]
-    best = checkpoint(tmp_path / "best.pt")["log"][-1]
-    assert best["val_mAP"] == max(scores) > scores[-1]  # it is not simply the last one
     train = data.load_dataset("folder", own, "train")
     train.full_targets = torch.from_numpy(drawn(train.targets, 0.6))
     held_out = train.hold_out(0.5, None)[1]
     images = [image for image, _ in held_out]
     logits = scores_of(tmp_path / "best.pt", images, clip, torch.float16)[0]
     expected = metrics.mean_average_precision(logits, held_out.targets)
-    assert best["val_mAP"] == pytest.approx(expected, abs=1e-6)
+    assert max(scores) == pytest.approx(expected, abs=1e-6)
     assert trm_ml.main(["--eval", str(tmp_path / "best.pt"), "--device", "cpu"])[-1] == row
 
 
-def test_predictions_and_heatmaps(sweep, tmp_path, capsys, clip):
+def test_predictions_and_their_maps(sweep, tmp_path, capsys, clip, monkeypatch):
     photo = world.scene("benchmark", 7, 0).resize((160, 100))  # is squeezed, not cropped
     photo.save(tmp_path / "0.png")
     best = sweep[0] / "partial-0.6/best.pt"
-    line, = predictions(trm_ml, capsys, tmp_path / "0.png", "--checkpoint", best, "--top", "4",
-                        "--heatmap", tmp_path / "maps")
-    logits, saliency = scores_of(best, [photo], clip)
+    logits, saliency, _ = scores_of(best, [photo], clip)
     scores, order = logits[0].sigmoid().sort(descending=True)
-    labels = [world.LABELS[c] for c in order[:4]]
+    arguments = [tmp_path / "0.png", "--checkpoint", best]
+    line, = predictions(trm_ml, capsys, *arguments, "--top", "4")
     assert line["path"] == str(tmp_path / "0.png")
-    assert [entry["label"] for entry in line["labels"]] == labels
+    assert [entry["label"] for entry in line["labels"]] == [world.LABELS[c] for c in order[:4]]
     found = [entry["score"] for entry in line["labels"]]
     assert found == pytest.approx(scores[:4].tolist(), abs=1e-4)
-    shown = [(labels[i], found[i], saliency[0, order[i], 1:].view(2, 2)) for i in range(3)]
-    expected = np.asarray(metrics.draw_heatmaps(photo, shown, whole=True)).astype(int)
-    picture, = (tmp_path / "maps").iterdir()
-    assert np.abs(np.asarray(Image.open(picture)) - expected).max() <= 2
+
+    written = []
+    monkeypatch.setattr(metrics, "write_prediction", lambda *prediction, crop: written.append(
+        (*prediction, crop)))
+    predictions(trm_ml, capsys, *arguments)
+    (_, shown, scores, maps, labels, _, crop), = written
+    assert shown.size == photo.size and labels == world.LABELS[:10] and crop == 0
+    for score, looked, looked_at in zip(scores, maps, saliency[0, :, 1:]):
+        # as bright as likely, where it looked most
+        torch.testing.assert_close(looked, score * looked_at / looked_at.max(),
+                                   rtol=1e-3, atol=1e-4)
+
+
+def test_the_best_threshold_is_that_of_the_run(sweep, own, tmp_path, capsys, clip):
+    """Over the test images, it predicts what has the highest OF1."""
+    found = results(sweep[0] / "partial-0.6")
+    lines = predictions(trm_ml, capsys, own / "test", "--checkpoint",
+                        sweep[0] / "partial-0.6/best.pt", "--threshold", "best")
+    test = data.load_dataset("folder", own, "test")
+    predicted = torch.zeros(16, 10)
+    for line in lines:
+        image = int(line["path"].split("/")[-1].removesuffix(".png"))
+        for entry in line["labels"]:
+            predicted[image, test.labels.index(entry["label"])] = 1
+    of1 = metrics.f1_at_threshold(predicted, test.targets, 1)["OF1"]
+    assert of1 == pytest.approx(found["threshold_OF1"], abs=0.01)  # in batches of another size
