@@ -107,7 +107,7 @@ def main():
 
         lr = max((3e-4, 1e-3, 3e-3), key=quality)
         head = train(make, x, targets, seen, lr, args)
-        scores = {prefix: score(head, test_x, z[index], args)
+        scores = {(name, prefix): score(head, test_x, z[index], args)
                   for prefix, index in metrics.in_play(test).items()}
         rows.append(metrics.table_row(name, "baseline", scores, test, (3, 5)))
         print(f"{name}, learning rate {lr:g}: unseen labels {100 * rows[-1]['zsl_mAP']:.1f}, "
