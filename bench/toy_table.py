@@ -58,7 +58,6 @@ TRM = {
     "text-image matching": (BASELINES, "text-image matching, {}"),
     "text-pixel matching": (BASELINES, "text-pixel matching, {}"),
     "simple head": (BASELINES, "simple head, {}"),
-    "simple head, unknown is absent": (BASELINES, "simple head, unknown is absent, {}"),
     "simple head + zero-shot CLIP": (BASELINES, "simple head + zero-shot CLIP, {}"),
     "**TRM-ML**": (TRM_ML, "TRM-ML, {}"),
     "without prototypes, `--pseudo 0`": (f"{TRM_ML} --pseudo 0", "TRM-ML, {}"),
