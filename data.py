@@ -24,6 +24,7 @@ import os
 import pickletools
 import re
 import sys
+import tempfile
 import unicodedata
 import warnings
 from array import array
@@ -602,7 +603,10 @@ def write_file(path, content):
 def cached(name, paths, key, make):
     """make(), a dict of numpy arrays without objects, kept in the cache folder as long as `key`,
     anything that JSON can hold, and the files it was made of, `paths`, stay the same."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    # a user without a home has the system's place for temporary files
+    home = os.path.expanduser("~/.cache")
+    home = tempfile.gettempdir() if home.startswith("~") else home
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or home)
     stats = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns)
              for path in paths]
     digest = hashlib.sha256(json.dumps([stats, key]).encode()).hexdigest()
@@ -1310,13 +1314,13 @@ def at_least(minimum, kind=int):
     return number
 
 
-def parse(parser, argv, method, toy):
+def parse(parser, argv, method, toy, evaluated=()):
     """A script's command line -> (args, the state of the checkpoint to start from or None).
 
     What is typed wins over the checkpoint's own options, or over `toy`, those of the toy world.
     An option without effect is refused, by the titles of the parser's groups: with --predict all
-    but "a trained model" and "model", with --eval what is of training, in training what is of a
-    trained model."""
+    but "a trained model" and "model", with --eval what is of training (but `evaluated`), in training
+    what is of a trained model."""
     args, names = parser.parse_args(argv), typed(parser, argv)
     group = {group.title: {action.dest for action in group._group_actions}
              for group in parser._action_groups}
@@ -1326,10 +1330,12 @@ def parse(parser, argv, method, toy):
     if args.predict:
         mode, unused = "with --predict", names - used - (trained - {"eval"})
     elif args.eval:
-        used |= group["data"] | {"eval", "workers", "batch_size", "compile"}
+        used |= group["data"] | {"eval", "workers", *evaluated}
         mode, unused = "with --eval", names - used
     for name in sorted(unused):
         parser.error(f"--{name.replace('_', '-')} has no effect {mode}")
+    if args.threshold == "best" and ("labels" in names or not args.checkpoint):
+        parser.error("--threshold best is of a --checkpoint's run and of its labels")
 
     output = args.output or f"runs/{method}-{args.data}"  # of a training run
     start, saved = args.checkpoint or args.eval, None
@@ -1346,7 +1352,7 @@ def parse(parser, argv, method, toy):
     if not (args.predict or args.eval):
         args.output = output
     if args.threshold == "best":
-        path = Path(args.checkpoint or "no checkpoint").with_name("results.json")
+        path = Path(args.checkpoint).with_name("results.json")
         args.threshold = _parse_json(read_text(path), path).get("threshold")
         if args.threshold is None:
             raise UserError(f"{path} has no threshold: --threshold takes a number too")
@@ -1382,7 +1388,7 @@ def way_back(folder):
     try:
         yield
     except KeyboardInterrupt:
-        is_saved = os.path.exists(f"{folder}/last.pt")
+        is_saved = any(Path(folder).rglob("last.pt"))  # a sweep's are in folders of their own
         advice = "--resume goes on" if is_saved else "no epoch was finished, start again"
         raise KeyboardInterrupt(f"; {advice}") from None
 
@@ -1399,3 +1405,7 @@ def run(main, *errors):
     except BrokenPipeError:  # | head: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a folder that is not there or not ours, a full disk
+        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}",
+              file=sys.stderr)
+        sys.exit(2)

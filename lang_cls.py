@@ -364,6 +364,8 @@ def arguments(argv=None):
     typed = data.typed(parser, argv)
     if args.predict and not saved:
         parser.error("--predict needs a --checkpoint")
+    if saved:
+        args.labels = None  # those of its training; what is scored now is a dataset or photos
     if args.labels and typed & {"data", "root", *data.dataset_options(args)}:
         parser.error("--labels are trained for without a dataset: no --data, --root, --limit, ...")
     if args.labels and "output" not in typed:

@@ -7,6 +7,7 @@ table, results.json, predictions with heatmaps, curves.
 Tensors on any device, or what torch.as_tensor takes. Other shapes, dtypes and values, and NaN
 scores, raise ValueError. A 0/1 matrix t becomes 2 * t - 1.
 """
+import argparse
 import json
 import math
 import re
@@ -143,7 +144,8 @@ def best_threshold(scores, targets):
     """The score that, as a threshold, gives the highest OF1 over the known entries, and that OF1:
     two floats, NaN where no entry is known to be present. On test images it is optimistic."""
     scores, targets = _check(scores, targets)
-    scores, targets = scores.float().cpu().numpy(), targets.cpu().numpy()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).cpu().numpy()
+    targets = targets.cpu().numpy()
     # a threshold between two present entries only adds wrong predictions: the best is one's score
     known, positives = np.sort(scores[targets != 0]), np.sort(scores[targets == 1])
     if not len(positives):
@@ -294,12 +296,17 @@ def add_prediction_options(parser):
     def threshold(text):
         return text if text == "best" else float(text)
 
+    def count(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError("at least 1")
+        return int(text)
+
     group = parser.add_argument_group("a trained model")
     add = group.add_argument
     add("--eval", metavar="FILE", help="evaluate this checkpoint instead of training")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
     add("--checkpoint", metavar="FILE", help="the trained model for --predict")
-    add("--top", type=int, help="labels to predict (the 5 best; with --threshold all above it)")
+    add("--top", type=count, help="labels to predict (the 5 best; with --threshold all above it)")
     add("--threshold", type=threshold, metavar="T",
         help="the least score of a label to predict, or best: of the highest OF1 in results.json")
     add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")

@@ -193,7 +193,8 @@ AUGMENTATIONS = {
     "auto-contrast": lambda image, amount: ImageOps.autocontrast(image),
     "equalize": lambda image, amount: ImageOps.equalize(image),
     "invert": lambda image, amount: ImageOps.invert(image),
-    "posterize": lambda image, amount: ImageOps.posterize(image, 4 - int(4 * abs(amount))),
+    "posterize": lambda image, amount: ImageOps.posterize(
+        image, max(1, 4 - int(4 * abs(amount)))),
     "solarize": lambda image, amount: ImageOps.solarize(image, 256 - int(256 * abs(amount))),
     "solarize-add": lambda image, amount: image.point(
         lambda value: value + int(110 * abs(amount)) if value < 128 else value),
@@ -575,7 +576,7 @@ def arguments(argv=None):
     data.add_run_options(parser, "runs/mkt-DATA")  # --output, --device, --precision, --seed, ...
     add = metrics.add_prediction_options(parser).add_argument
     add("--labels", help='for --predict, any labels: "owl, ice cream", or a file, a label a line')
-    args, saved = data.parse(parser, argv, "mkt", TOY)
+    args, saved = data.parse(parser, argv, "mkt", TOY, {"batch_size", "compile"})
     if args.predict and not saved and {"topk", "streams", "preprocess"} & data.typed(parser, argv):
         parser.error("--topk, --streams, --preprocess are MKT's: give its --checkpoint")
     if args.epochs + args.prompt_epochs == 0:

@@ -478,7 +478,7 @@ def logits_of(model, x, texts, args):
 @torch.no_grad()
 def table(models, names, clip, test, args):
     """-> the rows that a run ends with, {"name", "kind", metric: value in [0, 1], ...}: zero-shot
-    CLIP's and one a model; and the models' scores, [N, C] each."""
+    CLIP's and one a model; and the models' scores in [0, 1], [N, C] each."""
     ks, playing, scale = (3, 5), metrics.in_play(test), clip.logit_scale.exp()
     prompts = clip_model.zero_shot_embeddings(clip, test.labels)
     texts = [model.texts() for model in models]
@@ -494,7 +494,7 @@ def table(models, names, clip, test, args):
     scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     rows = metrics.zero_shot_rows(scores, test, ks)
     rows += [metrics.table_row(name, "method", scores, test, ks) for name in names]
-    return rows, [scores[name, [*playing][-1]] for name in names]
+    return rows, [scores[name, [*playing][-1]].sigmoid() for name in names]
 
 
 def average_of(rows, args):
@@ -563,7 +563,7 @@ def arguments(argv=None):
     data.add_options(parser)  # --data, --root, --limit, ...
     data.add_run_options(parser, "runs/trm_ml-DATA")  # --output, --device, --precision, --seed, ...
     metrics.add_prediction_options(parser)
-    args, saved = data.parse(parser, argv, "trm_ml", TOY)
+    args, saved = data.parse(parser, argv, "trm_ml", TOY, {"batch_size", "compile"})
     if args.predict and not saved:
         parser.error("--predict needs a --checkpoint")
     if args.data == "openimages":
