@@ -1319,7 +1319,7 @@ def parse(parser, argv, method, toy, evaluated=()):
 
     What is typed wins over the checkpoint's own options, or over `toy`, those of the toy world.
     An option without effect is refused, by the titles of the parser's groups: with --predict all
-    but "a trained model" and "model", with --eval what is of training (but `evaluated`), in training
+    but "a trained model" and "model", with --eval what is of training but `evaluated`, in training
     what is of a trained model."""
     args, names = parser.parse_args(argv), typed(parser, argv)
     group = {group.title: {action.dest for action in group._group_actions}
