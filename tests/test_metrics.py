@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -395,6 +396,13 @@ def test_output_is_a_file_that_grows(capsys, tmp_path):
         write_prediction(path, output=tmp_path / "found.jsonl")
     found = [json.loads(line)["path"] for line in open(tmp_path / "found.jsonl", encoding="utf-8")]
     assert found == ["a.jpg", "b.jpg"] and not capsys.readouterr().out
+
+
+def test_a_name_that_is_no_unicode_is_taken(tmp_path):
+    path = os.fsdecode(b"caf\xe9.jpg")  # as old archives unpack
+    write_prediction(path, output=tmp_path / "found.jsonl", heatmap=tmp_path / "maps")
+    line, = (tmp_path / "found.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["path"] == path and len(list((tmp_path / "maps").iterdir())) == 1
 
 
 def test_every_photo_has_its_own_heatmap_in_the_same_folders(tmp_path, monkeypatch):
