@@ -10,6 +10,7 @@ scores, raise ValueError. A 0/1 matrix t becomes 2 * t - 1.
 import argparse
 import json
 import math
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -330,7 +331,7 @@ def write_prediction(path, photo, scores, maps, labels, args, crop=1.0):
         shown = [(labels[i], scores[i], maps[i].view(side, side)) for i in best[:3]]
         draw_heatmaps(photo, shown, crop).save(file)
     predicted = [{"label": labels[i], "score": round(scores[i], 4)} for i in best]
-    line = json.dumps({"path": str(path), "labels": predicted}, ensure_ascii=False)
+    line = json.dumps({"path": str(path), "labels": predicted})
     if args.output:
         with open(args.output, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
@@ -342,7 +343,7 @@ def heatmap_file(path, folder):
     """Where the heatmap of an image goes: album/a.jpg -> folder/album/a.jpg.png, a Path that does
     not exist yet. Names too long for a file system are cut."""
     path = Path(path)
-    *folders, name = [part.encode()[:200].decode(errors="ignore") for part in path.parts
+    *folders, name = [os.fsencode(part)[:200].decode(errors="ignore") for part in path.parts
                       if part not in ("..", path.anchor)]
     name = name.removesuffix(".png")
     file = Path(folder, *folders, f"{name}.png")
