@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -297,7 +296,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(name, small, tmp_path, ru
         nonlocal left
         left -= path.endswith("curves.png")
         if left == 0:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         write_file(path, content)
 
     monkeypatch.setattr(data, "write_file", write_or_stop)
