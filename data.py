@@ -1384,7 +1384,7 @@ def check_belongs(saved, fingerprint, labels, args):
 
 @contextlib.contextmanager
 def way_back(folder):
-    """Around a training: what an interrupted user can do next."""
+    """Around a training: says what an interrupted user can do next."""
     try:
         yield
     except KeyboardInterrupt:

@@ -58,7 +58,8 @@ Implementation details
     all epochs (float16).
  4. The losses of known and of pseudo labels are sums over entries: from 90% to 10% known labels
     the first shrinks ninefold against the other terms.
- 5. 448 pixels, RN101, batch 32, 16 words and the asymmetric loss's numbers are DualCoOp's
+ 5. Zero-shot CLIP's rows see these embeddings too: whole, squeezed images of --image-size.
+ 6. 448 pixels, RN101, batch 32, 16 words and the asymmetric loss's numbers are DualCoOp's
     (NeurIPS 2022). AdamW at 1e-4 for 20 epochs, the shared words, flip, RandAugment and cutout
     are ours (DualCoOp: SGD at 2e-3 for 50, no flip).
 """
