@@ -174,6 +174,8 @@ def load_texts(path, labels):
     sentences, targets, dropped = {}, [], Counter()  # sentences by their lower case
     for where, entry in data.read_json(path):
         try:
+            if isinstance(entry["labels"], str):
+                raise TypeError
             names = [" ".join(name.split()).lower() for name in entry["labels"]]
             sentence = data.clean_sentence(entry["description"] or "")
         except (TypeError, KeyError, AttributeError):

@@ -569,6 +569,10 @@ def arguments(argv=None):
         parser.error("--predict needs a --checkpoint")
     if args.data == "openimages":
         parser.error("--data openimages: 43 GB of known labels a share are too many")
+    if args.resume and saved:  # other known labels are another run
+        was_single = saved["args"]["single_positive"]
+        if ("partial" if was_single else "single_positive") in data.typed(parser, argv):
+            parser.error("--resume: the run has other known labels: start another one")
     if args.single_positive:
         args.partial = [1.0]
     if not 0 < min(args.partial) <= max(args.partial) <= 1:
