@@ -145,10 +145,11 @@ def trm(args, folder):
 
     def plan(name):
         options, _ = trm_ml.arguments([*OPTIONS, f"{folder}/{name}", *SHARES])
-        known = [trm_ml.known_labels(truth, share) for share in options.partial]
+        known = [data.keep_partial(truth, share, seed=0) for share in options.partial]
         dataset.full_targets = torch.stack([*known, truth], dim=1)  # [F, R + 1, C]
-        return [trm_ml.make_run(i, clip, dataset.labels, labels, options)
-                for i, labels in enumerate(known)], options
+        with contextlib.redirect_stdout(None):
+            return [trm_ml.make_run(i, clip, dataset.labels, targets, options)
+                    for i, targets in enumerate(known)], options
 
     def train(runs, options):
         with contextlib.redirect_stdout(None):
