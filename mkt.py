@@ -79,7 +79,9 @@ LABELS_AT_ONCE = 1024  # in stage 2, as memory allows: 4 GB of activations for V
 TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
        "--augment no --workers 0")
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+# torchrun's; start_processes refuses what is not
+RANK, WORLD = (int(text) if text.isdigit() else 0
+               for text in (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
 
 # ---- model
@@ -615,7 +617,7 @@ def load_training(args):
 
 def start_processes(args):
     """Under torchrun: rank 0 alone prints and writes."""
-    if "RANK" not in os.environ or args.predict:
+    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys() or WORLD < 1 or args.predict:
         raise UserError("WORLD_SIZE is set, but this is no training by torchrun: unset it")
     dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
     if "cuda" in args.device:
@@ -629,7 +631,7 @@ def main(argv=None):
     begin = time.time()
     args, saved = arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
-    if WORLD > 1:
+    if WORLD != 1:
         start_processes(args)
     if args.predict:
         return predict(saved, args)
