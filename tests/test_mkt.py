@@ -152,11 +152,13 @@ def prepare(clip, images, transform, folder, *options):
 
 
 def train_on_nothing(number, folder, *options):
-    """Batches of 3 (in stage 2 of 5) of 8 images, and a loss that is always 0 -> the stage, its
-    parameters' values before and after, every batch: (number of the image, a random draw) each."""
+    """8 images in batches of 3 for 3 epochs, in stage 2 in batches of 5 for 2 epochs, and a loss
+    that is always 0 -> the stage, its parameters' values before and after, every batch: of each of
+    its images the number and a random draw."""
     model, dataset, args = prepare(
         small_clip(), torch.arange(8.0), lambda x: torch.stack([x, torch.rand(())]), folder,
-        "--warmup-epochs", "0.5", "--batch-size", "3", "--prompt-batch-size", "5", *options)
+        "--warmup-epochs", "0.5", "--batch-size", "3", "--prompt-batch-size", "5",
+        "--prompt-epochs", "2", *options)
     stage = mkt.make_stages(model, dataset, args)[number - 1]
     parameters = [parameter for layer in stage.layers for parameter in layer]
     before, batches = [parameter.detach().clone() for parameter in parameters], []
@@ -175,30 +177,30 @@ def test_every_epoch_shuffles_and_augments_anew(tmp_path):
     epochs = []
     for number, seed in ((1, 0), (2, 0), (1, 1), (1, 0)):
         *_, batches = train_on_nothing(number, tmp_path, "--seed", str(seed))
-        sizes = (3, 3, 2) if number == 1 else (5, 3)
-        assert [len(batch) for batch in batches] == 3 * [*sizes]
+        sizes = 3 * [3, 3, 2] if number == 1 else 2 * [5, 3]
+        assert [len(batch) for batch in batches] == sizes
         images = sum(batches, [])
-        epochs += [images[:8], images[8:16], images[16:]]
-    assert epochs[9:] == epochs[:3]  # the same seed
+        epochs += [images[i:i + 8] for i in range(0, len(images), 8)]
+    assert epochs[8:] == epochs[:3]  # the same seed
     for epoch in epochs:
         assert sorted(i for i, _ in epoch) == [*range(8)]  # every image once
     orders = {tuple(i for i, _ in epoch) for epoch in epochs}
     draws = {draw for epoch in epochs for _, draw in epoch}
-    assert len(orders) == 9 and len(draws) == 9 * 8
+    assert len(orders) == 8 and len(draws) == 8 * 8
 
 
-@pytest.mark.parametrize("number, scales, warmup, minimum", [
-    (1, [1, 0.65, 0.65 ** 2], 0.5, 1e-6), (2, [1], 0, 1e-8)])
-def test_rates_and_weight_decay_in_closed_form(number, scales, warmup, minimum, tmp_path):
+@pytest.mark.parametrize("number, scales, epochs, warmup, minimum", [
+    (1, [1, 0.65, 0.65 ** 2], 3, 0.5, 1e-6), (2, [1], 2, 0, 1e-8)])
+def test_rates_and_weight_decay_in_closed_form(number, scales, epochs, warmup, minimum, tmp_path):
     """Where the gradient is 0 AdamW multiplies a matrix with 1 - rate * 0.05 and does no more."""
     stage, before, after, batches = train_on_nothing(number, tmp_path, "--lr", "1e-4")
-    steps = len(batches) // 3
+    steps = len(batches) // epochs
     for value, parameter in zip(before, after):
         layer = [any(parameter is other for other in layer) for layer in stage.layers].index(True)
         factor = 1
-        for step in range(3 * steps):
+        for step in range(len(batches)):
             epoch = step / steps
-            angle = math.pi * (epoch - warmup) / (3 - warmup)
+            angle = math.pi * (epoch - warmup) / (epochs - warmup)
             rate = minimum + (1e-4 - minimum) * (1 + math.cos(angle)) / 2
             if epoch < warmup:
                 rate = 1e-4 * epoch / warmup
