@@ -602,14 +602,23 @@ def test_two_processes_end_where_one_does(quick, tmp_path):
         assert row["gzsl_mAP"] == pytest.approx(other["gzsl_mAP"], abs=tolerance)
 
 
-def test_a_run_killed_in_either_stage_resumes_to_the_same_numbers(trained, quick, tmp_path):
+def test_a_run_stopped_in_either_stage_resumes_to_the_same_numbers(trained, quick, tmp_path,
+                                                                   monkeypatch):
     resume = ["--resume", "--output", str(tmp_path), "--device", "cpu"]
     trees.run_killed("mkt", "log.jsonl", 2, [*quick, "--output", tmp_path])
     assert len(checkpoint(tmp_path / "last.pt")["log"]) == 1  # epoch 2 of stage 1 is lost
     *zero_shot, row = mkt.main(["--eval", str(tmp_path / "last.pt"), "--device", "cpu"])
     assert len(zero_shot) == 4 and row["name"] == "MKT"  # no prompt has been tuned
-    trees.run_killed("mkt", "last.pt", 2, resume)
-    assert len(checkpoint(tmp_path / "last.pt")["log"]) == 3
+    write_file = data.write_file
+
+    def write_or_stop(path, content):
+        write_file(path, content)
+        if path.endswith("last.pt") and len(content["log"]) == 3:  # epoch 1 of stage 2
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume goes on"):
+        patch.setattr(data, "write_file", write_or_stop)
+        mkt.main(resume)
     assert not (tmp_path / "results.json").exists()
     mkt.main(resume)
     assert results(tmp_path) == results(trained)
