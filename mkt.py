@@ -612,7 +612,11 @@ def load_training(args):
     if not ((present > 0) & (absent > 0)).any():
         raise UserError(f"{args.data}: nothing to rank: no seen label is known to be present in "
                         f"one training image and absent in another")
-    return dataset.subset(dataset.shows(dataset.seen))
+    dataset = dataset.subset(dataset.shows(dataset.seen))
+    if not dataset.counts()[1][dataset.seen].any():
+        raise UserError(f"{args.data}: nothing to rank: no training image has both a seen label "
+                        f"that is known to be present and one that is known to be absent")
+    return dataset
 
 
 def start_processes(args):

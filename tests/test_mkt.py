@@ -494,6 +494,16 @@ def test_only_torchrun_starts_several_processes(quick, tmp_path, monkeypatch):
         mkt.main([*quick, "--output", str(tmp_path)])
 
 
+def test_no_image_with_a_present_and_an_absent_label_is_nothing_to_rank(tmp_path):
+    lines = ['{"image": "0.png", "present": ["dog"]}', '{"image": "1.png", "absent": ["dog"]}',
+             '{"image": "2.png", "present": ["cat"]}']
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    trees.save_images(tmp_path / f"{i}.png" for i in range(3))
+    args, _ = mkt.arguments(["--data", "folder", "--root", str(tmp_path), "--output", "unused"])
+    with pytest.raises(data.UserError, match="no training image has both"):
+        mkt.load_training(args)
+
+
 def test_images_that_show_no_seen_label_are_left_out(tmp_path):
     trees.folder(tmp_path)
     (tmp_path / "unseen.txt").write_text("ice cream")
