@@ -199,7 +199,9 @@ def load_texts(path, labels):
 def described(dropped):
     """A Counter in a line, the most frequent reasons first."""
     reasons = [f"{count:,} {reason}" for reason, count in dropped.most_common(12)]
-    return ", ".join(reasons + ["..."] * (len(dropped) > 12)) or "none"
+    if len(dropped) > 12:
+        reasons.append("...")
+    return ", ".join(reasons) or "none"
 
 
 def training_texts(labels, templates, args):
