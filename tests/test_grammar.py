@@ -134,3 +134,10 @@ def test_seeded_and_varied():
     sentences, targets = sentences_about(["sky"], 50)
     assert (targets == 1).all() and all("he sky" in sentence for sentence in sentences)
     assert sentences_about(["sky", "dog"], 0)[1].shape == (0, 2)
+
+
+def test_labels_without_a_letter_are_written_too():
+    labels = ["-", "+", "\U0001f600", "owl", "\u732b"]
+    sentences, targets = sentences_about(labels, 200, seed=0)
+    for sentence, target in zip(sentences, targets):
+        assert all(labels[i] in sentence.lower() for i in (target == 1).nonzero().flatten())

@@ -181,7 +181,8 @@ def index_names(labels, split):
     for index, label in enumerate(labels):
         for name in {label, plural(label)}:
             words = split(name)
-            names.setdefault(words[0], []).append((words, index))
+            if words:  # of an emoji or a sign there are none
+                names.setdefault(words[0], []).append((words, index))
     return names
 
 
