@@ -533,8 +533,7 @@ def server(monkeypatch):
             self.end_headers()
             self.wfile.write(content[:len(content) - server.cut])
 
-        def log_message(self, *args):
-            pass
+        log_message = print  # not to stderr, where messages are looked for
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.requests, server.cut = {}, [], 0
