@@ -1382,6 +1382,16 @@ def check_belongs(saved, fingerprint, labels, args):
                     f"{'; '.join(changes) or 'another order'}; labels.txt pins them")
 
 
+def load_weights(model, saved, labels, args):
+    """A checkpoint's weights into a model with a .clip; UserError where they do not belong there."""
+    check_belongs(saved, model.clip.fingerprint(), labels, args)
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint is of another kind of model: {reason}") from None
+
+
 @contextlib.contextmanager
 def way_back(folder):
     """Around a training: says what an interrupted user can do next."""

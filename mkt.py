@@ -6,7 +6,8 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
 
  1. two streams: an image scores a label by its class token and by its best patches,
         a_c = mean of the top-k over patches i of <o_i, z_c>,   g_c = <o_cls, z_c>,
-        s   = (a / |a| + g / |g|) / 2,  norms over the labels that compete (ZSL: the unseen);
+        s   = (a / |a| + g / |g|) / 2,  norms over the labels that compete: the seen in training,
+    the unseen (ZSL) or all (GZSL) in the test;
  2. ranking: every present label p above every absent one n, max(0, 1 + s_n - s_p) averaged over
     the pairs that violate the margin;
  3. distillation: the mean of |o_cls - CLIP's own embedding of the image| keeps the image encoder
@@ -16,7 +17,6 @@ names at test time (unseen). CLIP knows all of them, but matches a text with a w
     all labels, unseen ones too.
 
 In the code o_cls is global_, o_i a row of local, z_c of label_embeddings; none is of unit length.
-Labels that compete, in play, are the seen in training, the unseen (ZSL) or all (GZSL) in the test.
 
     python mkt.py                                              # toy world, nothing to download
     python mkt.py --data nuswide                               # the paper's first table
@@ -26,11 +26,11 @@ Labels that compete, in play, are the seen in training, the unseen (ZSL) or all 
 B images, L patches, C labels, T tokens, W width of a tower, D joint embedding. Targets: +1 present,
 -1 absent, 0 unknown.
 
-Implementation details
- 1. Teacher and student share the frozen blocks, which run once and without gradients.
- 2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
- 3. Label embeddings are computed once in stage 1; in stage 2 prompts are cut behind the longest.
- 4. Under torchrun every process takes its part of each batch: the same sums but for rounding.
+Exact savings: teacher and student share the frozen blocks, which run once and without gradients;
+a ranking pair needs a present label, [present labels, C] margins instead of [B, C, C]; label
+embeddings are computed once in stage 1, and prompts are cut behind the longest. Under torchrun
+every process takes its part of each batch: the same sums but for rounding.
+
 What we follow, formulas included, is the authors' released code. Where this differs from it
  1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
     Photos are turned as EXIF says.
@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -102,9 +102,9 @@ def two_stream_scores(local, global_, label_embeddings, topk, streams="both"):
 
 
 class MKT(nn.Module):
-    """CLIP, frozen, beside what is trained (authors' code): the last two blocks, ln_post, the
-    projection and the prompt's context. CLIP's own blocks are the teacher. Embeddings are float32
-    in any precision."""
+    """What is trained (authors' code): the last two blocks, ln_post, the projection, the prompt's
+    context. All else is CLIP's own, whose last blocks are the teacher. Embeddings are float32 in
+    any precision."""
 
     def __init__(self, clip, topk):
         super().__init__()
@@ -114,7 +114,8 @@ class MKT(nn.Module):
         patches = (visual.input_resolution // visual.patch_size) ** 2
         if not 1 <= topk <= patches:
             raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
-        self.clip = clip.requires_grad_(False)
+        # no part of the module's state: frozen, and not repeated in checkpoints
+        object.__setattr__(self, "clip", clip.requires_grad_(False))
         self.blocks = nn.Sequential(*copy.deepcopy(visual.transformer.resblocks[-2:]))
         self.ln_post = copy.deepcopy(visual.ln_post)
         self.proj = nn.Parameter(visual.proj.clone())
@@ -175,10 +176,6 @@ class MKT(nn.Module):
         pieces = zip(*(x.split(chunk) for x in prompts))
         labels = [recompute(encode, *piece, use_reentrant=False) for piece in pieces]
         return torch.cat(labels).float()
-
-    def trained(self):
-        """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
 
 # ---- augmentation: RandAugment (Cubuk et al., 2020) as timm, which the authors use, has
@@ -406,15 +403,15 @@ def train(model, stage, dataset, validation, state, args):
             save(model, optimizer, state, args.output)
     if log and log[-1]["stage"] == stage.number:  # go on from the best epoch
         if RANK == 0:
-            model.load_state_dict(state["best"], strict=False)
+            model.load_state_dict(state["best"])
         if WORLD > 1:
-            for weights in model.trained().values():
+            for weights in model.state_dict().values():
                 dist.broadcast(weights, 0)
 
 
 def save(model, optimizer, state, folder):
     """The run so far: best.pt, of the stage's best epoch; log.jsonl, curves.png, last.pt."""
-    log, weights = state["log"], model.trained()
+    log, weights = state["log"], model.state_dict()
     earlier = [line.get("val_mAP", 0) for line in log[:-1] if line["stage"] == log[-1]["stage"]]
     # without --val-fraction, or where it is NaN, the last is the best
     if not any(value > log[-1].get("val_mAP", 0) for value in earlier):
@@ -432,10 +429,9 @@ def save(model, optimizer, state, folder):
 def evaluate(score, dataset, args):
     """All images' scores. score: images [B, 3, h, w] -> {key: tensor [B, ...]}; -> {key: float32
     [N, ...] on the CPU}, under torchrun {} but on rank 0."""
-    rounds = math.ceil(len(dataset) / WORLD)
     # every process takes every WORLD-th image; where they run out, one of the first again
-    mine = [i % len(dataset) for i in range(RANK, rounds * WORLD, WORLD)]
-    loader = DataLoader(Subset(dataset, mine), args.batch_size, num_workers=args.workers,
+    mine = DistributedSampler(dataset, WORLD, RANK, shuffle=False)
+    loader = DataLoader(dataset, args.batch_size, sampler=mine, num_workers=args.workers,
                         pin_memory="cuda" in args.device)
     scores, first = {}, 0
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
@@ -600,8 +596,7 @@ def load_model(clip, saved, labels, args):
     """CLIP -> MKT on the device, with the weights of a checkpoint, if there is one."""
     model = MKT(clip, args.topk).to(args.device).eval()
     if saved:
-        data.check_belongs(saved, clip.fingerprint(), labels, args)
-        model.load_state_dict(saved["model"], strict=False)
+        data.load_weights(model, saved, labels, args)
     return model
 
 
@@ -609,13 +604,11 @@ def load_training(args):
     """The training images that show a seen label; UserError where there is nothing to rank."""
     dataset = data.load_dataset(args.data, args.root, "train", **data.dataset_options(args))
     present, absent = (count[dataset.seen] for count in dataset.counts())
-    if not ((present > 0) & (absent > 0)).any():
-        raise UserError(f"{args.data}: nothing to rank: no seen label is known to be present in "
-                        f"one training image and absent in another")
+    learned = ((present > 0) & (absent > 0)).any()
     dataset = dataset.subset(dataset.shows(dataset.seen))
-    if not dataset.counts()[1][dataset.seen].any():
-        raise UserError(f"{args.data}: nothing to rank: no training image has both a seen label "
-                        f"that is known to be present and one that is known to be absent")
+    if not (learned and dataset.counts()[1][dataset.seen].any()):
+        raise UserError(f"{args.data}: nothing to rank: a seen label must be known to be present "
+                        f"in one training image, absent in another that has a present one")
     return dataset
 
 

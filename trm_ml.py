@@ -103,12 +103,13 @@ TOY = ("--clip toy-RN --image-size 128 --partial 0.3 --epochs 8 --batch-size 128
 # ---- model
 
 class TRM(nn.Module):
-    """CLIP, frozen, beside what is trained: the prompt's context, queries, attention, MLP, scale
-    and bias of the logits; and the visual prototypes and thresholds, which follow the training."""
+    """What is trained: the prompt's context, queries, attention, MLP, scale and bias of the logits;
+    and the visual prototypes and thresholds, which follow the training. All else is CLIP's own."""
 
     def __init__(self, clip, labels, per_label_context=False):
         super().__init__()
-        self.clip = clip.requires_grad_(False)
+        # no part of the module's state: frozen, and not repeated in checkpoints
+        object.__setattr__(self, "clip", clip.requires_grad_(False))
         # an x holds the place of a learned word
         tokens = clip.tokenize(["x " * CONTEXT + f"{label}." for label in labels])
         # end of text has the highest id; on the CPU, so that no GPU is waited for
@@ -201,18 +202,6 @@ class TRM(nn.Module):
         """-> int8 [B, C]: +1 surely present, -1 surely absent; 0 in doubt, and where known."""
         sure = (estimates > self.sure_present).char() - (estimates < self.sure_absent).char()
         return sure * (known == 0)
-
-    def trained(self):
-        """The state that training changes; CLIP's own weights are not repeated in checkpoints."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
-
-    def load_trained(self, weights):
-        """Take weights as trained() gives them."""
-        clip = {k: v for k, v in self.state_dict().items() if k.startswith("clip.")}
-        try:
-            self.load_state_dict({**clip, **weights})
-        except RuntimeError as error:
-            raise UserError(f"the checkpoint is of another kind of model: {error}") from None
 
 
 # ---- images
@@ -351,16 +340,15 @@ def make_run(index, clip, labels, known, args):
     model = TRM(clip, labels, args.per_label_context)
     if not (known == -1).any():  # until there are estimates, all that is unknown counts as absent
         model.sure_absent.fill_(torch.inf)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW([
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0}], lr=args.lr, fused=True)
     run = Run(name, index, output, model, optimizer, best={})
     if args.resume and os.path.exists(f"{output}/last.pt"):
         saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
-        model.load_trained(saved["model"])
+        data.load_weights(model, saved, labels, args)
         optimizer.load_state_dict(saved["optimizer"])
         run.best, run.log = saved["best"], saved["log"]
     return run
@@ -432,7 +420,7 @@ def train(runs, clip, dataset, validation, state, args):
             print(f"{run.name}  {text}", flush=True)
             save(run, state)
     for run in runs:
-        run.model.load_trained(run.best)
+        run.model.load_state_dict(run.best)
 
 
 def quality_of(pseudo, hidden):
@@ -455,7 +443,7 @@ def validate(run, embeddings, targets, args):
 
 def save(run, state):
     """The run so far: best.pt, of its best epoch; log.jsonl, curves.png, last.pt."""
-    log, weights = run.log, run.model.trained()
+    log, weights = run.log, run.model.state_dict()
     # without --val-fraction, or where it is NaN, the last is the best
     if not any(line.get("val_mAP", 0) > log[-1].get("val_mAP", 0) for line in log[:-1]):
         run.best = {name: value.clone() for name, value in weights.items()}
@@ -594,9 +582,8 @@ def autocast(args):
 
 def load_model(clip, saved, labels, args):
     """The model of a checkpoint."""
-    data.check_belongs(saved, clip.fingerprint(), labels, args)
     model = TRM(clip, saved["labels"], args.per_label_context)
-    model.load_trained(saved["model"])
+    data.load_weights(model, saved, labels, args)
     return model
 
 
@@ -622,8 +609,6 @@ def main(argv=None):
     if args.eval:
         models, names = [load_model(clip, saved, test.labels, args)], ["TRM-ML"]
     else:
-        if saved:
-            data.check_belongs(saved, clip.fingerprint(), test.labels, args)
         state = {"method": "trm_ml", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
                  "labels": test.labels}
         # over the full list, with the seeds of SST, SARB and HCP, and of Cole et al. (CVPR 2021)

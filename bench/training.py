@@ -159,7 +159,7 @@ def trm(args, folder):
     together = side_by_side.seconds_of(lambda: train(runs, options))
     alone = side_by_side.seconds_of(lambda: [train([run], options) for run in others])
     for run, other in zip(runs, others):
-        torch.testing.assert_close(run.model.trained(), other.model.trained())
+        torch.testing.assert_close(run.model.state_dict(), other.model.state_dict())
     work = f"TRM-ML, nine shares of known labels, RN101 at {size}, batch {images}"
     side_by_side.row(work, "nine commands", alone, together, ">= 4")
     (runs, options), (others, _) = plan("together, memory"), plan("alone, memory")

@@ -357,7 +357,7 @@ def trained_mkt(toy_vit, tmp_path):
     for parameter in (*model.blocks.parameters(), *model.ln_post.parameters(), model.proj,
                       model.context):
         parameter.data += 0.02 * torch.randn_like(parameter)
-    image, trained = model.clip.visual.state_dict(), model.trained()
+    image, trained = model.clip.visual.state_dict(), model.state_dict()
     last = len(model.clip.visual.transformer.resblocks) - 1
     for name in trained.keys() - {"context", "proj"}:
         theirs = name.replace("blocks.0.", f"transformer.resblocks.{last - 1}.")
@@ -379,7 +379,7 @@ def test_mkt_as_released(trained_mkt, toy_vit, tmp_path, photo, capsys):
     first = convert(tmp_path, "mkt", "STAGE1.pth", "--clip", "toy-ViT")
     clips_own = mkt.MKT(copy.deepcopy(toy_vit[0]), topk=16).context
     for path, context in (both, trained_mkt.context), (first, clips_own):
-        found, expected = checkpoint(path)["model"], trained_mkt.trained() | {"context": context}
+        found, expected = checkpoint(path)["model"], trained_mkt.state_dict() | {"context": context}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     args = checkpoint(both)["args"]

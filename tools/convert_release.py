@@ -59,7 +59,7 @@ def mkt_weights(paths, clip):
         weights = {name: weight for name, weight in clip.state_dict().items()
                    if not name.startswith("visual.") and name != "logit_scale"}
         overwrite(weights, text[0], "token_embedding.", paths[1])
-    return mkt.MKT(clip, topk=1).trained()
+    return mkt.MKT(clip, topk=1).state_dict()
 
 
 # ---- CoMC
