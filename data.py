@@ -1359,6 +1359,12 @@ def parse(parser, argv, method, toy, evaluated=()):
     return args, saved
 
 
+def autocast(args):
+    """What is computed in --precision."""
+    device = torch.device(args.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
+
+
 def refuse_used(args):
     """UserError where a run or an evaluation would overwrite another one's results."""
     if args.output and not getattr(args, "resume", False):

@@ -124,7 +124,7 @@ def merge(scores, streams="both"):
 def encode(clip, images, args):
     """Images [B, 3, H, W] -> two tensors of unit-length embeddings [B, 1 + L, D], of the whole and
     of L locations: CLIP's own, and CoMC's, which a ResNet pools without positional embeddings."""
-    with autocast(args):
+    with data.autocast(args):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             clips_own, local = clip.encode_image_dense(images)
             global_ = clips_own
@@ -382,12 +382,6 @@ def arguments(argv=None):
 
 
 # ---- main
-
-def autocast(args):
-    """What is computed in --precision."""
-    device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
-
 
 def load_model(clip, saved, labels, args):
     """The classifier of a checkpoint."""

@@ -268,13 +268,13 @@ def ranking_loss(scores, targets):
 def losses_of_stage_1(model, images, targets, label_embeddings, args):
     """Knowledge transfer (section 3.3): ranking of the seen labels, whose embeddings are constant,
     and distillation. images [B, 3, h, w], targets int8 [B, C] -> {term: weighted scalar}."""
-    with autocast(args):
+    with data.autocast(args):
         tokens = model.trunk(images)
         global_, local = model.student(tokens)
     scores = two_stream_scores(local, global_, label_embeddings, args.topk, args.streams)
     terms = {"ranking": ranking_loss(scores, targets)}
     if args.distillation:
-        with autocast(args):
+        with data.autocast(args):
             teacher = model.teacher(tokens)
         # at the first step they are equal, and the gradient's sign is that of rounding
         terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
@@ -283,7 +283,7 @@ def losses_of_stage_1(model, images, targets, label_embeddings, args):
 
 def losses_of_stage_2(model, images, targets, prompts, args):
     """Prompt tuning (section 3.4): the same ranking, by which the context alone is trained."""
-    with autocast(args):
+    with data.autocast(args):
         with torch.no_grad():
             global_, local = model(images)
         label_embeddings = model.label_embeddings(prompts)
@@ -455,7 +455,7 @@ def gather(part):
 
 def mkt_scores(model, images, label_embeddings, args):
     """Images [B, 3, h, w], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
-    with autocast(args):
+    with data.autocast(args):
         global_, local = model(images)
     return {key: two_stream_scores(local, global_, z, args.topk, args.streams)
             for key, z in label_embeddings.items()}
@@ -463,7 +463,7 @@ def mkt_scores(model, images, label_embeddings, args):
 
 def clip_embeddings(clip, images, args):
     """Images -> CLIP's own embeddings of the whole and the patches, unit length [B, 1 + L, D]."""
-    with autocast(args):
+    with data.autocast(args):
         global_, local = clip.encode_image_dense(images)
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
@@ -528,7 +528,7 @@ def predict(saved, args):
     for paths, photos, images in data.photo_batches(args, preprocess):
         images = images.to(args.device)
         if saved:
-            with autocast(args):
+            with data.autocast(args):
                 global_, local = model(images)
             scores = two_stream_scores(local, global_, z, args.topk, args.streams)
             maps = local @ z.T  # [B, L, C]
@@ -585,12 +585,6 @@ def arguments(argv=None):
 
 
 # ---- main
-
-def autocast(args):
-    """What is computed in --precision."""
-    device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
-
 
 def load_model(clip, saved, labels, args):
     """CLIP -> MKT on the device, with the weights of a checkpoint, if there is one."""

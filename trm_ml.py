@@ -229,7 +229,7 @@ def make_loader(dataset, args, shuffle=False):
 @torch.no_grad()
 def encode(clip, images, args):
     """Images [B, 3, H, W] -> unit-length embeddings [B, 1 + L, D]: the whole image, locations."""
-    with autocast(args):
+    with data.autocast(args):
         global_, local = clip.encode_image_dense(images)
     return F.normalize(torch.cat([global_[:, None], local], dim=1).float(), dim=-1)
 
@@ -288,7 +288,7 @@ def relations(query_level, prototypes):
 def losses_of(model, x, known, log_odds, args):
     """Embeddings x [B, 1 + L, D], known targets [B, C], clip_log_odds [B, C] -> {term: weighted
     value}, "loss", their sum, first; and the estimates [B, C], None without prototypes."""
-    with autocast(args):
+    with data.autocast(args):
         texts = model.texts()
         logits, query_level, saliency = model(x, texts)
     terms, estimates, present = {"known": asymmetric_loss(logits, known)}, None, known == 1
@@ -460,7 +460,7 @@ def save(run, state):
 
 def logits_of(model, x, texts, args):
     """Embeddings [B, 1 + L, D], texts [C, D] -> logits float32 [B, C]."""
-    with autocast(args):
+    with data.autocast(args):
         return model(x, texts)[0]
 
 
@@ -510,7 +510,7 @@ def predict(saved, args):
     texts = model.texts()
     for paths, photos, images in data.photo_batches(args, preprocess):
         x = encode(clip, images.to(args.device), args)
-        with autocast(args):
+        with data.autocast(args):
             logits, _, saliency = model(x, texts)
         scores = logits.sigmoid().cpu()
         maps = saliency[:, :, 1:].cpu()  # [B, C, L], without the whole image
@@ -573,12 +573,6 @@ def arguments(argv=None):
 
 
 # ---- main
-
-def autocast(args):
-    """What is computed in --precision."""
-    device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
-
 
 def load_model(clip, saved, labels, args):
     """The model of a checkpoint."""
