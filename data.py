@@ -35,9 +35,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from toy import world
@@ -448,6 +449,34 @@ class MultiLabelDataset(Dataset):
         if self.are_files:
             held_out.leave_out_damaged()
         return self.subset(order[count:]), held_out
+
+
+@torch.no_grad()
+def score_images(score, dataset, batch_size, args):
+    """Of all images, in batches: score(images [B, 3, H, W] on the device) -> {key: [B, ...]}.
+
+    Returns {key: float32 [N, ...] on the CPU}; under torchrun rank 0 has the scores, others {}."""
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    # every process takes every world-th image; where they run out, one of the first again
+    mine = DistributedSampler(dataset, world, rank, shuffle=False)
+    loader = DataLoader(dataset, batch_size, sampler=mine, num_workers=args.workers,
+                        pin_memory="cuda" in args.device)
+    scores, first = {}, 0
+    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
+        for key, part in score(images.to(args.device, non_blocking=True)).items():
+            part = part.float().cpu()
+            if world > 1:
+                parts = [torch.empty_like(part) for _ in range(world)]
+                dist.gather(part.contiguous(), parts if rank == 0 else None)
+                part = torch.stack(parts, dim=1).flatten(0, 1)  # on rank 0 the images in order
+            if key not in scores and rank == 0:
+                scores[key] = torch.empty(len(dataset), *part.shape[1:])
+            if rank == 0:
+                scores[key][first:first + len(part)] = part[:len(dataset) - first]
+        first += world * len(images)
+    return scores
 
 
 # ---- partial labels

@@ -37,7 +37,6 @@ What we follow is the authors' released code. Where this differs from it
 import argparse
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -45,7 +44,6 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import clip_model
@@ -309,12 +307,7 @@ def table(clip, model, test, args):
             scores |= {(name, prefix): value for name, value in of_name.items()}
         return scores
 
-    parts = []
-    loader = DataLoader(test, 64, num_workers=args.workers, pin_memory="cuda" in args.device)
-    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
-        scores = score(images.to(args.device, non_blocking=True))
-        parts.append({key: matrix.cpu() for key, matrix in scores.items()})
-    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    scores = data.score_images(score, test, 64, args)
     rows = metrics.zero_shot_rows(scores, test, ks)
     for name in dict.fromkeys(name for name, _ in scores if name.startswith("CoMC")):
         kind = "method" if name == "CoMC" else "ablation"

@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -425,34 +425,6 @@ def save(model, optimizer, state, folder):
 
 # ---- evaluate
 
-@torch.no_grad()
-def evaluate(score, dataset, args):
-    """All images' scores. score: images [B, 3, h, w] -> {key: tensor [B, ...]}; -> {key: float32
-    [N, ...] on the CPU}, under torchrun {} but on rank 0."""
-    # every process takes every WORLD-th image; where they run out, one of the first again
-    mine = DistributedSampler(dataset, WORLD, RANK, shuffle=False)
-    loader = DataLoader(dataset, args.batch_size, sampler=mine, num_workers=args.workers,
-                        pin_memory="cuda" in args.device)
-    scores, first = {}, 0
-    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
-        for key, part in score(images.to(args.device, non_blocking=True)).items():
-            part = part.float().cpu()
-            if WORLD > 1:
-                part = gather(part)
-            if RANK == 0:
-                scores.setdefault(key, torch.empty(len(dataset), *part.shape[1:]))
-                scores[key][first:first + len(part)] = part[:len(dataset) - first]
-        first += WORLD * len(images)
-    return scores
-
-
-def gather(part):
-    """The processes' tensors [b, ...] -> [WORLD * b, ...] on rank 0, the images in their order."""
-    parts = [torch.empty_like(part) for _ in range(WORLD)] if RANK == 0 else None
-    dist.gather(part.contiguous(), parts)
-    return torch.stack(parts, dim=1).flatten(0, 1) if RANK == 0 else None
-
-
 def mkt_scores(model, images, label_embeddings, args):
     """Images [B, 3, h, w], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
     with data.autocast(args):
@@ -473,7 +445,8 @@ def validate(model, validation, args):
     """mAP of the seen labels on held-out images; NaN but on rank 0, which chooses the epoch."""
     labels = [validation.labels[i] for i in validation.seen]
     z = {"seen": model.label_embeddings(model.prompts(labels))}
-    scores = evaluate(lambda images: mkt_scores(model, images, z, args), validation, args)
+    scores = data.score_images(lambda images: mkt_scores(model, images, z, args), validation,
+                               args.batch_size, args)
     if RANK > 0:
         return math.nan
     return metrics.mean_average_precision(scores["seen"], validation.targets[:, validation.seen])
@@ -488,8 +461,12 @@ def table(model, test, clip_preprocess, args):
     plain, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
     original = copy.copy(test)
     original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
-    scores = evaluate(lambda images: metrics.zero_shot_scores(
-        clip_embeddings(clip, images, args), plain, scale, playing), original, args)
+
+    def zero_shot(images):
+        x = clip_embeddings(clip, images, args)
+        return metrics.zero_shot_scores(x, plain, scale, playing)
+
+    scores = data.score_images(zero_shot, original, args.batch_size, args)
     rows = metrics.zero_shot_rows(scores, test, ks) if RANK == 0 else None
 
     contexts, clips_own = {}, clip.token_embedding.weight[model.context_ids]
@@ -499,7 +476,8 @@ def table(model, test, clip_preprocess, args):
     prompts = model.prompts(test.labels)
     z = {name: model.label_embeddings(prompts, context) for name, context in contexts.items()}
     z = {(name, prefix): z[name][index] for name in z for prefix, index in playing.items()}
-    scores = evaluate(lambda images: mkt_scores(model, images, z, args), test, args)
+    scores = data.score_images(lambda images: mkt_scores(model, images, z, args), test,
+                               args.batch_size, args)
     if RANK > 0:
         return None, None
     for name in contexts:

@@ -471,16 +471,16 @@ def table(models, names, clip, test, args):
     ks, playing, scale = (3, 5), metrics.in_play(test), clip.logit_scale.exp()
     prompts = clip_model.zero_shot_embeddings(clip, test.labels)
     texts = [model.texts() for model in models]
-    parts = []
-    loader = make_loader(test, args)
-    for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
-        x = encode(clip, images.to(args.device, non_blocking=True), args)
+
+    def score(images):
+        x = encode(clip, images, args)
         scores = metrics.zero_shot_scores(x, prompts, scale, playing)
         for name, model, text in zip(names, models, texts):
             logits = logits_of(model, x, text, args)
             scores |= {(name, prefix): logits[:, index] for prefix, index in playing.items()}
-        parts.append({key: matrix.cpu() for key, matrix in scores.items()})
-    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return scores
+
+    scores = data.score_images(score, test, args.batch_size, args)
     rows = metrics.zero_shot_rows(scores, test, ks)
     rows += [metrics.table_row(name, "method", scores, test, ks) for name in names]
     return rows, [scores[name, [*playing][-1]].sigmoid() for name in names]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, PngImagePlugin
 from torch.utils.data import DataLoader
+from torchvision.transforms import ToTensor
 
 import data
 from data import MultiLabelDataset, UserError, open_image
@@ -488,3 +489,16 @@ def test_read_labels(tmp_path):
                           ("owl, cat,owl ", "more than once: owl"), ("no.txt", "no file no.txt")):
         with pytest.raises(UserError, match=message):
             data.read_labels(text)
+
+
+def test_scores_of_all_images_are_those_of_each(tmp_path):
+    dataset = data.load_dataset("toy", split="test", limit=5, transform=ToTensor())
+    args = argparse.Namespace(workers=0, device="cpu", quiet=True)
+
+    def score(images):
+        return {"mean": images.mean(dim=(2, 3)), ("first", ""): images[:, 0, 0, 0].half()}
+
+    scores = data.score_images(score, dataset, 2, args)
+    images = torch.stack([dataset[i][0] for i in range(5)])
+    assert torch.equal(scores["mean"], images.mean(dim=(2, 3)))
+    assert torch.equal(scores["first", ""], images[:, 0, 0, 0].half().float())
