@@ -566,7 +566,7 @@ def arguments(argv=None):
 
 def load_model(clip, saved, labels, args):
     """CLIP -> MKT on the device, with the weights of a checkpoint, if there is one."""
-    model = MKT(clip, args.topk).to(args.device).eval()
+    model = MKT(clip, args.topk).eval()
     if saved:
         data.load_weights(model, saved, labels, args)
     return model
