@@ -6,7 +6,7 @@
     dataset.seen, dataset.unseen      # int64 label indices
 
 One encoding everywhere: +1 present, -1 absent, 0 unknown (as SST, SARB and HCP have it; DualCoOp
-swaps the last two). Every dataset is one function, listed in DATASETS.
+swaps the last two). Every dataset is one function, listed in DATASETS; DATASETS.md shows its files.
 """
 import argparse
 import contextlib
@@ -60,23 +60,39 @@ class UserError(ValueError):
         return super().__str__().rsplit(f"{__name__}.UserError: ", 1)[-1].strip()
 
 
+@contextlib.contextmanager
+def _expect(what, where):
+    """An error of what is inside becomes a UserError, which says where and what was expected."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+        raise UserError(f"{where}: not {what}: {error}") from None
+
+
+def _some(names):
+    """The first of these names, in a line."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def _check_unique(names, where):
     twice = [str(name) for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{where} given more than once: {', '.join(twice[:5])}")
+        raise UserError(f"{where} given more than once: {_some(twice)}")
 
 
 def _note(message):  # as a whole line, whatever other threads and a progress bar write
     tqdm.write(f"{message}\n", file=sys.stderr, end="")
 
 
-# ---- images
-
 _note_once = functools.cache(_note)
 
 
-def open_image(file, *, on_truncated=_note_once):
-    """An upright RGB PIL image from a path or a binary file object.
+# ---- images
+
+def open_image(path, *, on_truncated=_note_once):
+    """An upright RGB PIL image from a file.
 
     EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8 bits; of
     an animation the first frame is taken. A truncated photo is used as far as it goes, and named
@@ -84,46 +100,36 @@ def open_image(file, *, on_truncated=_note_once):
     of over 200 million pixels, or of pixels without a defined range (32-bit integers, floats).
     HEIC needs pillow-heif.
     """
-    is_path = isinstance(file, (str, os.PathLike))
-    name = os.fspath(file) if is_path else getattr(file, "name", "image")
-    start = b""
+    content = b""
     try:
-        with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
-            opened.seek(0)
-            start = opened.read(12)
-            image = Image.open(opened)  # from the first byte
-            if max(image.size) > 100 * min(image.size):  # huge when the short side is 224
-                raise ValueError(f"{image.width} x {image.height} is too long for its width")
-            try:
-                image.load()  # not reduced by Image.draft, which changes the pixels
-            except OSError as error:
-                if "truncated" not in str(error):
-                    raise
-                image = _load_truncated(image, opened)
-                on_truncated(f"{name}: truncated, used as far as it goes")
-            return _upright_rgb(image)
+        content = Path(path).read_bytes()
+        image = Image.open(io.BytesIO(content))
+        try:
+            image.load()  # not reduced by Image.draft, which changes the pixels
+        except OSError as error:
+            if "truncated" not in str(error):
+                raise
+            image = _load_truncated(image, content)
+            on_truncated(f"{path}: truncated, used as far as it goes")
+        return _upright_rgb(image)
     except UnidentifiedImageError:
-        reason = "not an image, or its header is damaged" if start else "the file is empty"
-        if start[4:] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
+        reason = "not an image, or its header is damaged" if content else "the file is empty"
+        if re.match(rb"....ftyp(hei|hev|mif|msf)", content, re.DOTALL):
             reason = "HEIC: convert it to JPEG, or install pillow-heif"
-        if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-            reason = "JPEG XL: convert it to JPEG or PNG"
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    raise UserError(f"{name}: {reason}")
+    raise UserError(f"{path}: {reason}")
 
 
-def _load_truncated(image, file):
+def _load_truncated(image, content):
     """What Pillow's LOAD_TRUNCATED_IMAGES gives, which is one switch for all threads."""
     if image.format in ("JPEG", "MPO"):
-        file.seek(0)
         end_of_image = b"\xff\xd9"  # here the decoder shows what it has, of all scans
-        image = Image.open(io.BytesIO(file.read() + end_of_image))
+        image = Image.open(io.BytesIO(content + end_of_image))
     else:
         image.tile = []  # nothing is left to be read
     image.load()
-    extrema = image.convert("RGB").getextrema()
-    if all(lowest == highest for lowest, highest in extrema):
+    if all(lowest == highest for lowest, highest in image.convert("RGB").getextrema()):
         raise ValueError("truncated before its first pixels")
     return image
 
@@ -170,42 +176,28 @@ def image_files(paths):
     "photos/*.jpg" -> list of Path, each once; UserError where there is none."""
     files = []
     for pattern in map(os.path.expanduser, paths):
-        literally = pattern.replace("[", "[[]")  # brackets may be of a folder's name
-        names = [_spelled(pattern)] if os.path.lexists(_spelled(pattern)) else (
-            glob.glob(pattern, recursive=True) or glob.glob(literally, recursive=True))
+        name = _spelled(pattern)
+        names = [name] if os.path.lexists(name) else sorted(glob.glob(pattern, recursive=True))
         if not names:
             raise UserError(f"--predict: no such file or folder: {pattern}")
-        for name in sorted(names):
+        for name in names:
             files += _files_below(name) if os.path.isdir(name) else [name]
     if not files:
         raise UserError(f"--predict: no files in {', '.join(map(str, paths))}")
     return list(dict.fromkeys(map(Path, files)))
 
 
-def _ahead(function, items):
-    """Yield (item, function(item)) in order; threads work ahead, but only by 16 items."""
-    ahead = deque()
-    with ThreadPoolExecutor() as pool:
-        for item in items:
-            ahead.append((item, pool.submit(function, item)))
-            if len(ahead) == 16:
-                item, result = ahead.popleft()
-                yield item, result.result()
-        for item, result in ahead:
-            yield item, result.result()
-
-
 def photo_batches(args, preprocess):
     """What --predict sees: yield (paths, RGB PIL photos, images float [b, 3, H, W]) in order.
 
-    args.predict: what image_files takes. b is at most 32, less for large photos. Photos in the
-    JSON lines of args.output, if there is this file, are left out. What cannot be read is named on
+    args.predict: what image_files takes. b is at most 16: photos may be large. Photos in the JSON
+    lines of args.output, if there is this file, are left out. What cannot be read is named on
     stderr; at the end that is a UserError if it was named itself, or if there was nothing else.
     """
     def attempt(path):
         try:
             photo = open_image(path)
-            return photo, preprocess(photo)
+            return path, photo, preprocess(photo)
         except UserError as error:
             _note(error)
 
@@ -214,22 +206,20 @@ def photo_batches(args, preprocess):
     todo = [path for path in files if str(path) not in done]
     if len(todo) < len(files):
         _note(f"{len(files) - len(todo):,} of {len(files):,} are in {args.output} already")
-    batch, unreadable = [], []
-    for path, opened in _ahead(attempt, tqdm(todo, "predicting", disable=args.quiet or None)):
-        if opened is None:
-            unreadable.append(path)
-        else:
-            batch.append((path, *opened))
-        pixels = sum(photo.width * photo.height for _, photo, _ in batch)
-        if batch and (len(batch) == 32 or pixels > 100e6 or path == todo[-1]):
-            paths, photos, images = map(list, zip(*batch))
-            yield paths, photos, torch.stack(images)
-            batch = []
-    named = {Path(name).expanduser() for name in args.predict}.intersection(unreadable)
-    if named or files == unreadable:
-        raise UserError(f"{len(named) or len(files):,} of the files could not be read as images")
+    read = set()
+    with ThreadPoolExecutor() as pool:
+        for first in tqdm(range(0, len(todo), 16), "predicting", disable=args.quiet or None):
+            opened = [photo for photo in pool.map(attempt, todo[first:first + 16]) if photo]
+            if opened:
+                paths, photos, images = zip(*opened)
+                yield paths, photos, torch.stack(images)
+                read.update(paths)
+    unreadable = [path for path in todo if path not in read]
+    message = f"{len(unreadable):,} of {len(files):,} files could not be read as images"
+    if files == unreadable or {Path(name).expanduser() for name in args.predict} & {*unreadable}:
+        raise UserError(message)
     if unreadable:
-        _note(f"{len(unreadable):,} of {len(files):,} files could not be read as images")
+        _note(message)
 
 
 def _predicted(path):
@@ -238,10 +228,8 @@ def _predicted(path):
         return set()
     text = read_text(path)
     lines = text[:text.rfind("\n") + 1]
-    try:
-        done = {_parse_json(line, path)["path"] for line in lines.split("\n") if line}
-    except (TypeError, KeyError):
-        raise UserError(f"{path}: not a file of predictions") from None
+    with _expect("a file of predictions", path):
+        done = {json.loads(line)["path"] for line in lines.splitlines()}
     if lines != text:
         write_file(path, lines)
     return done
@@ -272,98 +260,90 @@ class MultiLabelDataset(Dataset):
         self.allow_missing = allow_missing
         self.labels = [label.strip() for label in labels]
         if isinstance(images, list):  # a DataLoader's workers share an array, but copy strings
-            slash = os.sep.encode(), b"/"
-            images = np.array([os.fsencode(path).replace(*slash) for path in images])
+            images = np.array([os.fsencode(path.replace(os.sep, "/")) for path in images])
         self.images = images
         self.are_files = isinstance(images, np.ndarray)
-        self.full_targets = torch.as_tensor(targets)
-        self.is_sparse = self.full_targets.layout == torch.sparse_csr
+        self.full_targets = full = torch.as_tensor(targets)
         self.rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
         self.missing = 0
-        is_unseen = np.isin(np.arange(len(self.labels)), unseen)
-        self.seen = torch.from_numpy(np.flatnonzero(~is_unseen))
-        self.unseen = torch.from_numpy(np.flatnonzero(is_unseen))
+        is_unseen = torch.zeros(len(labels), dtype=torch.bool)
+        is_unseen[list(unseen)] = True
+        self.seen, self.unseen = (~is_unseen).nonzero()[:, 0], is_unseen.nonzero()[:, 0]
         # in shared memory, because it is the DataLoader's workers that find out
         self.truncated = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         self.unreadable = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         if not len(self.rows):
             raise UserError(f"{name}: there are no images")
         _check_unique(self.labels, f"{name}: labels")
-        full, shape = self.full_targets, [len(images), len(self.labels)]
-        if full.dtype != torch.int8 or list(full.shape) != shape:
-            raise UserError(f"{name}: targets must be int8 {shape} (images, labels), not "
-                            f"{full.dtype} {list(full.shape)}")
-        known = full.values() if self.is_sparse else full
-        if known.numel() and (known.min() < -1 or known.max() > 1):
-            raise UserError(f"{name}: targets must be +1 (present), -1 (absent), 0 (unknown)")
+        shape = [len(images), len(labels)]
+        known = full.values() if full.is_sparse_csr else full
+        if full.dtype != torch.int8 or list(full.shape) != shape or (known.abs() > 1).any():
+            raise UserError(f"{name}: targets must be int8 {shape} (images, labels) of 1, -1, 0, "
+                            f"not {full.dtype} {list(full.shape)} of {known.unique().tolist()[:9]}")
         if self.are_files:
             self._leave_out_missing()
 
     def _leave_out_missing(self):
-        names_in, missing = {}, []
-        for i, path in enumerate(self.images[self.rows.numpy()].tolist()):
-            folder, slash, name = path.rpartition(b"/")
-            folder += slash
-            if folder not in names_in:  # a look-up per file takes minutes on a network disk
-                names_in[folder] = set()
-                with contextlib.suppress(FileNotFoundError):
-                    entries = os.scandir(os.fsencode(_spelled(folder) or "."))
-                    names_in[folder] = {entry.name for entry in entries if entry.is_file()}
-            if name not in names_in[folder] and _spelled(path) == os.fsdecode(path):
-                missing.append(i)
-        self._leave_out(missing, "missing")
+        paths, existing = self.images[self.rows.numpy()].tolist(), set()
+        for folder in {os.path.dirname(path) for path in paths}:
+            with contextlib.suppress(FileNotFoundError):
+                entries = os.scandir(folder or b".")  # to look up every file would take minutes
+                existing.update(entry.path for entry in entries if entry.is_file())
+        self._leave_out({i: f"{os.fsdecode(path)}: no such file" for i, path in enumerate(paths)
+                         if path not in existing and not os.path.isfile(_spelled(path))})
 
     def leave_out_damaged(self):
         """Decode all files, or 1,000 of more than 5,000 and the others only if one of these is
         damaged; leave out, as missing ones are, those that cannot be decoded."""
+        if not self.are_files:
+            return
+
         def error_of(i):
             try:
                 self._open(int(self.rows[i]))
             except UserError as error:
                 return str(error)
 
-        everything = range(len(self))
-        sample = everything[::len(self) // 1000] if len(self) > 5000 else everything
-        for indices in (sample, everything):
-            bar = tqdm(indices, f"{self.name}: reading images", leave=False, disable=None, delay=2)
-            errors = {i: error for i, error in _ahead(error_of, bar) if error}
-            if not errors or indices == everything:
+        step = len(self) // 1000 if len(self) > 5000 else 1
+        for indices in (range(0, len(self), step), range(len(self))):
+            with ThreadPoolExecutor() as pool:
+                found = tqdm(pool.map(error_of, indices), f"{self.name}: reading images",
+                             len(indices), leave=False, disable=None, delay=2)
+                errors = {i: error for i, error in zip(indices, found) if error}
+            if not errors or step == 1:
                 break
-        for error in list(errors.values())[:3]:
-            _note(error)
-        self._leave_out(list(errors), "damaged")
+        self._leave_out(errors)
 
-    def _leave_out(self, indices, reason):
-        if not indices:
+    def _leave_out(self, errors):
+        """errors: {index: what is wrong with the file}"""
+        if not errors:
             return
-        first = os.fsdecode(self.images[self.rows[indices[0]]])
-        message = f"{self.name}: {len(indices):,} of {len(self):,} images {reason}, e.g. {first}"
-        if len(indices) == len(self):
+        message = (f"{self.name}: {len(errors):,} of {len(self):,} images missing or damaged: "
+                   f"{_some(list(errors.values()))}")
+        if len(errors) == len(self):
             raise UserError(message)
-        if len(indices) > 0.05 * len(self) and not self.allow_missing:
+        if len(errors) > 0.05 * len(self) and not self.allow_missing:
             raise UserError(f"{message}; --allow-missing goes on without them")
         _note(f"{message}; going on without them")
-        self.missing += len(indices)
+        self.missing += len(errors)
         is_kept = torch.ones(len(self), dtype=torch.bool)
-        is_kept[indices] = False
+        is_kept[list(errors)] = False
         self.rows = self.rows[is_kept]
 
     @property
     def targets(self):
-        """int8 [N, C]: the rows of full_targets, without a copy if nothing is left out."""
-        if not self.is_sparse and torch.equal(self.rows, torch.arange(len(self.full_targets))):
-            return self.full_targets
+        """int8 [N, C]: the rows of full_targets."""
         return self._dense(self.rows)
 
     def _dense(self, rows):
         """int8 [n, C]: these rows [n] of full_targets."""
-        if not self.is_sparse:
-            return self.full_targets[rows]
-        starts, columns = self.full_targets.crow_indices(), self.full_targets.col_indices()
+        full = self.full_targets
+        if not full.is_sparse_csr:
+            return full[rows]
         dense = torch.zeros(len(rows), len(self.labels), dtype=torch.int8)
-        for target, row in zip(dense, rows.tolist()):
-            known = slice(starts[row], starts[row + 1])
-            target[columns[known]] = self.full_targets.values()[known]
+        for target, row in zip(dense, rows):
+            known = slice(*full.crow_indices()[row:row + 2])
+            target[full.col_indices()[known]] = full.values()[known]
         return dense
 
     def __len__(self):
@@ -372,20 +352,19 @@ class MultiLabelDataset(Dataset):
     def __getitem__(self, i):
         i = range(len(self))[i]
         # ten damaged files in a row are a damaged disk: stop rather than walk through all of it
-        for step in range(min(10, len(self))):
+        tries = min(10, len(self)) if self.on_error == "replace" else 1
+        for step in range(tries):
             row = self.rows[(i + step) % len(self)]
             try:
                 image = self._open(int(row))
+                break
             except UserError as error:
-                last_error = error
-                if self.on_error == "raise":
+                if step == tries - 1:
                     message = f"{error}; remove the file, then --eval the checkpoint"
                     raise UserError(message) from None
                 self._note_first(self.unreadable, row, f"{error} (another takes its place)")
-            else:
-                image = image if self.transform is None else self.transform(image)
-                return image, self._dense(row[None])[0]
-        raise UserError(f"{last_error}; nor can the images before it be read")
+        image = image if self.transform is None else self.transform(image)
+        return image, self._dense(row[None])[0]
 
     def _open(self, row):
         if not self.are_files:
@@ -403,24 +382,19 @@ class MultiLabelDataset(Dataset):
         """Number of images found unreadable so far, here or in a DataLoader's workers."""
         return int(self.unreadable[self.rows].sum())
 
-    def shows(self, columns):
-        """bool [N]: images that are known to show one of the labels of these columns."""
-        if not self.is_sparse:
-            return torch.cat([(self.full_targets[rows][:, columns] == 1).any(dim=1)
-                              for rows in self.rows.split(4096)])
+    def shows(self):
+        """bool [N]: images that are known to show a label."""
         full = self.full_targets
-        is_column = torch.zeros(len(self.labels), dtype=torch.bool)
-        is_column[columns] = True
-        is_shown = is_column[full.col_indices()] & (full.values() == 1)  # of every known entry
-        shown_before = F.pad(is_shown.cumsum(dim=0), (1, 0))[full.crow_indices()]
+        if not full.is_sparse_csr:
+            return (self.targets == 1).any(dim=1)
+        shown_before = F.pad((full.values() == 1).cumsum(dim=0), (1, 0))[full.crow_indices()]
         return (shown_before.diff() > 0)[self.rows]
 
     def counts(self):
         """Known entries of every label: (present int64 [C], absent int64 [C])."""
-        if not self.is_sparse:
-            return tuple(sum((self.full_targets[rows] == sign).sum(dim=0)
-                             for rows in self.rows.split(4096)) for sign in (1, -1))
         full = self.full_targets
+        if not full.is_sparse_csr:
+            return tuple((self.targets == sign).sum(dim=0) for sign in (1, -1))
         is_here = torch.zeros(len(full), dtype=torch.bool)
         is_here[self.rows] = True
         is_here = is_here.repeat_interleave(full.crow_indices().diff())  # of every known entry
@@ -446,8 +420,7 @@ class MultiLabelDataset(Dataset):
         held_out = self.subset(order[:count])
         held_out.transform = transform
         held_out.on_error = "raise"  # the score would be another image's
-        if self.are_files:
-            held_out.leave_out_damaged()
+        held_out.leave_out_damaged()
         return self.subset(order[count:]), held_out
 
 
@@ -515,33 +488,27 @@ def keep_single_positive(targets, seed):
 
 def _find(root, *candidates):
     """The first candidate that exists below root, or FileNotFoundError."""
-    for candidate in candidates:
-        if os.path.exists(os.path.join(root, candidate)):
-            return os.path.join(root, candidate)
+    for path in [os.path.join(root, candidate) for candidate in candidates]:
+        if os.path.exists(path):
+            return path
     raise FileNotFoundError(f"{' or '.join(candidates)} not found in {root}")
 
 
 def read_text(path):
     """The text of a UTF-8 file, with or without a byte-order mark; UserError if it is not one."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        reason = getattr(error, "strerror", "not UTF-8, save the file as UTF-8")
-        raise UserError(f"{path}: {reason}") from None
+    with _expect("UTF-8, in which it must be saved", path):
+        return Path(path).read_text("utf-8-sig")
 
 
 def _entries(path, parse=lambda line: (line, None)):
     """{key: value} of the pairs that parse makes of a text file's lines; UserError names a line
     that is empty, has a key again, or of which parse raises a ValueError."""
-    lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
-    if lines == [""]:
-        raise UserError(f"{path}: the file is empty")
     entries = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
         try:
-            if not line:
+            if not line.strip():
                 raise ValueError("the line is empty")
-            key, value = parse(line)
+            key, value = parse(line.strip())
             if key in entries:
                 raise ValueError(f"{key} is listed twice")
         except ValueError as error:
@@ -551,10 +518,8 @@ def _entries(path, parse=lambda line: (line, None)):
 
 
 def _parse_json(text, where, **options):
-    try:
+    with _expect("JSON", where):
         return json.loads(text, **options)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
 
 
 def read_json(path):
@@ -610,11 +575,12 @@ def write_file(path, content):
     Whatever happens meanwhile, the old file or the new one is there, whole. Folders are made.
     """
     temporary = Path(f"{path}.tmp")
+    content = content.encode() if isinstance(content, str) else content
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            if isinstance(content, (str, bytes)):
-                file.write(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, bytes):
+                file.write(content)
             elif isinstance(content, Image.Image):
                 content.save(file, "PNG")
             else:
@@ -632,23 +598,21 @@ def write_file(path, content):
 def cached(name, paths, key, make):
     """make(), a dict of numpy arrays without objects, kept in the cache folder as long as `key`,
     anything that JSON can hold, and the files it was made of, `paths`, stay the same."""
-    # a user without a home has the system's place for temporary files
-    home = os.path.expanduser("~/.cache")
-    home = tempfile.gettempdir() if home.startswith("~") else home
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or home)
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~"):  # a user without a home
+        folder = tempfile.gettempdir()
     stats = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns)
              for path in paths]
     digest = hashlib.sha256(json.dumps([stats, key]).encode()).hexdigest()
-    file = folder / "clip_multilabel" / f"{name}-{digest[:16]}.npz"
+    file = f"{folder}/clip_multilabel/{name}-{digest[:16]}.npz"
     # whatever is wrong with the file, its sources are there
     with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as content:
         return dict(content)
     arrays = make()
-    with contextlib.suppress(OSError):  # or the next start is slow too
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = f"{file}.{os.getpid()}.npz"  # others may be at it too
-        np.savez(unfinished, **arrays)
-        os.replace(unfinished, file)
+    with contextlib.suppress(UserError):  # or the next start is slow too
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        write_file(file, content.getvalue())
     return arrays
 
 
@@ -668,23 +632,27 @@ def read_checkpoint(path, method=None):
     return state
 
 
-# ---- datasets: functions of root, split and options -> what MultiLabelDataset takes; a docstring
-# shows the expected layout, and is printed where a file is not found
+# ---- datasets: functions of root, split and options -> what MultiLabelDataset takes. DATASETS.md
+# shows their files. load_dataset makes the unseen labels unknown (0) in training.
 
-def _nuswide_images(root, split):
-    """Image paths of a split, their rows in the label files, and the number of rows."""
+def _nuswide(root, split):
+    """-> the names of the 81 concepts, targets int8 [F, 81], paths of the F images, their rows in
+    the label files, and the number of rows."""
     def parse(line):  # file names are unique across directories: lists are joined by them
         return re.split(r"[\\/]", line)[-1], line.replace("\\", "/")
 
-    flickr = _find(root, "Flickr")
-    everything = _entries(_find(root, "ImageList/Imagelist.txt"), parse)
-    path = _find(root, f"ImageList/{split.title()}Imagelist.txt")
-    names = list(_entries(path, parse))
-    if not {*names} <= {*everything}:
-        raise UserError(f"{path}: some images are not in Imagelist.txt")
-    row_of = {name: row for row, name in enumerate(everything)}
-    images = [os.path.join(flickr, everything[name]) for name in names]
-    return images, [row_of[name] for name in names], len(everything)
+    paths = _entries(_find(root, "ImageList/Imagelist.txt"), parse)
+    row_of = {name: row for row, name in enumerate(paths)}
+    part = _find(root, f"ImageList/{split.title()}Imagelist.txt")
+    with _expect("a part of Imagelist.txt", part):
+        rows = [row_of[name] for name in _entries(part, parse)]
+    folder, names = _find(root, "Flickr"), list(paths.values())
+    images = [os.path.join(folder, names[row]) for row in rows]
+    concepts = list(_entries(_find(root, "ConceptsList/Concepts81.txt", "Concepts81.txt")))
+    folder = _find(root, "Groundtruth/AllLabels", "AllLabels")
+    targets = [_read_table(_find(folder, f"Labels_{concept}.txt"), len(paths), 1)[rows]
+               for concept in concepts]
+    return concepts, np.concatenate(targets, axis=1), images, rows, len(paths)
 
 
 def _read_table(path, rows, columns):
@@ -698,34 +666,13 @@ def _read_table(path, rows, columns):
     return entries.reshape(rows, columns)
 
 
-def _nuswide_concepts(root, rows, total):
-    """The names of the 81 concepts, and their targets int8 [F, 81]."""
-    concepts = list(_entries(_find(root, "ConceptsList/Concepts81.txt", "Concepts81.txt")))
-    folder = _find(root, "Groundtruth/AllLabels", "AllLabels")
-    columns = [_read_table(_find(folder, f"Labels_{concept}.txt"), total, 1)
-               for concept in concepts]
-    return concepts, np.concatenate(columns, axis=1)[rows]
-
-
 def nuswide(root, split):
-    """NUS-WIDE zero-shot: 925 seen Flickr tags, then 81 unseen concepts annotated by people.
-
-        ConceptsList/Concepts81.txt  NUS_WID_Tags/TagList1k.txt  AllTags1k.txt
-        Groundtruth/AllLabels/Labels_<concept>.txt  Flickr/<directory>/<image>.jpg
-        ImageList/Imagelist.txt  TrainImagelist.txt  TestImagelist.txt
-    All lists (ImageList.zip and others), and the way to the images, are on the dataset's page:
-    https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html
-
-    Seen are the 1,000 tags but those among the concepts. In the training split the concepts are
-    unknown (0); in the test split every entry is known. -1 means not tagged, for the tags.
-    """
-    images, rows, total = _nuswide_images(root, split)
-    concepts, concept_targets = _nuswide_concepts(root, rows, total)
+    """NUS-WIDE zero-shot: seen are the 1,000 Flickr tags but those among the concepts, unseen the
+    81 concepts, annotated by people. -1 means not tagged, for the tags."""
+    concepts, concept_targets, images, rows, total = _nuswide(root, split)
     tags = list(_entries(_find(root, "NUS_WID_Tags/TagList1k.txt")))
     columns = [column for column, tag in enumerate(tags) if tag not in concepts]
     tag_targets = _read_table(_find(root, "NUS_WID_Tags/AllTags1k.txt"), total, len(tags))
-    if split == "train":
-        concept_targets[:] = 0
     labels = [tags[column] for column in columns] + concepts
     targets = np.concatenate([tag_targets[np.ix_(rows, columns)], concept_targets], axis=1)
     return {"labels": labels, "targets": targets, "images": images,
@@ -734,8 +681,7 @@ def nuswide(root, split):
 
 def nuswide81(root, split, *, annotated_only=False):
     """NUS-WIDE's 81 concepts as the only labels, annotated_only: of the images that have one."""
-    images, rows, total = _nuswide_images(root, split)
-    concepts, targets = _nuswide_concepts(root, rows, total)
+    concepts, targets, images, *_ = _nuswide(root, split)
     rows = np.flatnonzero((targets > 0).any(axis=1)) if annotated_only else None
     return {"labels": concepts, "targets": targets, "images": images, "rows": rows}
 
@@ -777,14 +723,8 @@ def cub_label(name):
 
 def cub(root, split, *, not_visible="absent"):
     """CUB-200-2011 with its 312 attributes as labels, each annotated in every image by one person.
-
-        attributes.txt  CUB_200_2011/images/<class>/<image>.jpg
-        CUB_200_2011/images.txt  train_test_split.txt  attributes/image_attribute_labels.txt
-    as in the archive of https://www.vision.caltech.edu/datasets/cub_200_2011/
-
     not_visible: "absent" or "unknown", what an attribute is where the annotator could not see the
-    part (certainty 1). Attributes become words by cub_label.
-    """
+    part (certainty 1)."""
     def numbered(name):  # the texts of lines "number text"
         return [line.partition(" ")[2] for line in _entries(_find(root, name))]
 
@@ -793,87 +733,63 @@ def cub(root, split, *, not_visible="absent"):
     is_training = numbered("CUB_200_2011/train_test_split.txt")
     path = _find(root, "CUB_200_2011/attributes/image_attribute_labels.txt")
     targets = np.zeros((len(images) + 1, len(attributes) + 1), np.int8)  # which count from 1
-    try:  # some lines have more than five entries: the first four are the same everywhere
+    with _expect("lines of image, attribute, 0 or 1, certainty", path):  # some have more entries
         image, attribute, present, certainty = np.loadtxt(
             path, np.int32, usecols=range(4), unpack=True, ndmin=2, encoding="utf-8-sig")
         values = np.array([-1, 1])[present]
         values[certainty == 1] = {"absent": -1, "unknown": 0}[not_visible]
         targets[image, attribute] = values
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{path}: {error}") from None
     rows = [row for row, text in enumerate(is_training) if (text == "1") == (split == "train")]
     folder = _find(root, "CUB_200_2011/images")
     return {"labels": [cub_label(name) for name in attributes], "targets": targets[1:, 1:][rows],
             "images": [os.path.join(folder, images[row]) for row in rows]}
 
 
-def _openimages_unseen(list_file, number_file):
-    """Class ids of the 400 unseen labels: the numbers in one file count the other's, from 0."""
-    try:  # a pickled array: its strings are taken, nothing that it says is executed
-        operations = pickletools.genops(Path(list_file).read_bytes())
-        ids = [value for _, value, _ in operations if str(value).startswith("/m/")]
-        return [ids[int(number)] for number in _entries(number_file)]
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{number_file} must count class ids in {list_file}: {error}") from None
-
-
 def _read_openimages(path, column_of):
     """The verified labels as the arrays of a CSR matrix, and the images' names S [F]."""
     _note(f"{path}: read once, which takes minutes")
     signs = {"1": 1, "1.0": 1, "0": -1, "0.0": -1}
-    names, starts, columns, values = [], array("i", [0]), array("i"), array("b")
+    row_of, rows, columns, values = {}, array("i"), array("i"), array("b")
     try:
         with open(path, newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)
-            next(reader, None)
-            for image, entries in itertools.groupby(reader, lambda entry: entry[0]):
-                known = {}
-                for _, _, label, confidence in entries:
-                    if label in column_of:
-                        column, sign = column_of[label], signs[confidence]
-                        # verified twice with different answers: unknown
-                        known[column] = 0 if known.get(column) == -sign else sign
-                known = {column: known[column] for column in sorted(known) if known[column]}
-                if known:
-                    names.append(image.encode())
-                    columns.extend(known)
-                    values.extend(known.values())
-                    starts.append(len(columns))
-        if not names or len(set(names)) < len(names):
-            raise ValueError("there are no labels, or the lines of an image are not together")
+            next(reader)
+            for image, _, label, confidence in reader:
+                if label in column_of:
+                    rows.append(row_of.setdefault(image.encode(), len(row_of)))
+                    columns.append(column_of[label])
+                    values.append(signs[confidence])
     except (ValueError, LookupError) as error:
         raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
                         f"Confidence` with confidence 0 or 1: {error}") from None
-    return {"names": np.array(names), "starts": np.array(starts), "columns": np.array(columns),
-            "values": np.array(values)}
+    entries = torch.sparse_coo_tensor(np.stack([rows, columns]), values, dtype=torch.int8,
+                                      size=(len(row_of), len(column_of)), check_invariants=True)
+    # what was verified twice adds up: with different answers it is unknown
+    matrix = entries.coalesce().to_sparse_csr()
+    return {"names": np.array(list(row_of)), "starts": matrix.crow_indices().int().numpy(),
+            "columns": matrix.col_indices().int().numpy(),
+            "values": matrix.values().clamp(-1, 1).numpy()}
 
 
 def openimages(root, split):
     """Open Images V4 zero-shot: 7,186 seen labels, then 400 unseen ones, as people verified them.
-
-        2018_04/class-descriptions.csv  classes-trainable.txt
-        2018_04/unseen_labels.pkl  top_400_unseen.csv
-        2018_04/train-annotations-human-imagelabels.csv  test-annotations-human-imagelabels.csv
-        train/<ImageID>.jpg  test/<ImageID>.jpg
-    https://storage.googleapis.com/openimages/web/download_v4.html; the lists of unseen labels are
-    in the repositories of LESA and BiAM
-
-    What was not verified is unknown (0), in training all unseen labels; images without a verified
-    label are left out. The targets are sparse: dense ones would take 43 GB.
-    """
-    class_file = _find(root, "2018_04/class-descriptions.csv")
-    name_of = _entries(class_file, lambda line: next(csv.reader([line])))
+    What was not verified is unknown (0); images without a verified label are left out. The targets
+    are sparse: dense ones would take 43 GB."""
+    classes = _find(root, "2018_04/class-descriptions.csv")
+    name_of = _entries(classes, lambda line: next(csv.reader([line])))
     seen = list(_entries(_find(root, "2018_04/classes-trainable.txt")))
-    unseen = _openimages_unseen(_find(root, "2018_04/unseen_labels.pkl"),
-                                _find(root, "2018_04/top_400_unseen.csv"))
-    labels = []
-    times = Counter()
-    for class_id in seen + unseen:
-        if class_id not in name_of:
-            raise UserError(f"{class_file}: '{class_id}' is not in it")
-        name = name_of[class_id].strip()
-        times[name] += 1
-        labels.append(name if times[name] == 1 else f"{name} ({times[name]})")  # Bat, Bat (2)
+    # a pickled array: its strings are taken, nothing that it says is executed
+    listed = _find(root, "2018_04/unseen_labels.pkl")
+    chosen = _find(root, "2018_04/top_400_unseen.csv")  # numbers in that list, from 0
+    with _expect(f"numbers of class ids in {listed}", chosen):
+        operations = pickletools.genops(Path(listed).read_bytes())
+        ids = [value for _, value, _ in operations if str(value).startswith("/m/")]
+        unseen = [ids[int(number)] for number in _entries(chosen)]
+    times, labels = Counter(), []
+    with _expect("all class ids", classes):
+        for name in [name_of[class_id].strip() for class_id in seen + unseen]:
+            times[name] += 1
+            labels.append(name if times[name] == 1 else f"{name} ({times[name]})")  # Bat, Bat (2)
     path = _find(root, f"2018_04/{split}-annotations-human-imagelabels.csv")
     vocabulary = seen if split == "train" else seen + unseen
     column_of = {class_id: column for column, class_id in enumerate(vocabulary)}
@@ -912,59 +828,48 @@ def _coco_instances(path):
 
     def by_id(kind, key):
         """{id: text} of the file's images or categories; neither may be there twice."""
-        entries = content[kind]
-        _check_unique([entry["id"] for entry in entries], f"{path}: ids of {kind}")
-        for entry in entries:
-            if not isinstance(entry.get(key), str) or not entry[key].strip():
-                raise UserError(f"{path}: {kind}, id {entry['id']}: {key} must be a text, not "
-                                f"{entry.get(key)!r}")
-        _check_unique([entry[key] for entry in entries], f"{path}: {key} of {kind}")
-        return {entry["id"]: entry[key] for entry in entries}
+        _check_unique([entry["id"] for entry in content[kind]], f"{path}: ids of {kind}")
+        texts = {entry["id"]: entry.get(key) for entry in content[kind]}
+        for number, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{path}: {kind}, id {number}: {key} must be a text, not {text!r}")
+        _check_unique(texts.values(), f"{path}: {key} of {kind}")
+        return texts
 
     content = _parse_json(read_text(path), path, object_hook=reduced)
-    try:
+    with _expect("a file of COCO instances", path):
         files, names = by_id("images", "file_name"), by_id("categories", "name")
         row_of = {image: row for row, image in enumerate(files)}
         column_of = {category: column for column, category in enumerate(sorted(names))}
         boxes = np.zeros((len(files), len(names)), np.int8)
         for box in content["annotations"]:
             image, category = box["image_id"], box["category_id"]
-            if image not in row_of or category not in column_of:
+            if image not in files or category not in names:
                 raise UserError(f"{path}: annotation {box.get('id')} is of image {image}, category "
                                 f"{category}, which must both be in the file")
             index = row_of[image], column_of[category]
             boxes[index] = max(boxes[index], 1 if box.get("iscrowd") else 2)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a file of COCO instances: {error!r}") from None
     return {"files": np.array(list(files.values())), "boxes": boxes,
             "labels": np.array([names[category] for category in column_of])}
 
 
 def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False):
-    """COCO 2014: train2014 for training, val2014 as the test split; every entry is known.
-
-        annotations/instances_train2014.json  instances_val2014.json
-        train2014/COCO_train2014_<number>.jpg  val2014/COCO_val2014_<number>.jpg
-    Images and "2014 Train/Val annotations": https://cocodataset.org/#download
-    Without these, another instances_train*.json and instances_val*.json, as of COCO 2017 or of an
-    annotation tool: images are in a folder of the same ending, in images/ or beside these files.
+    """COCO 2014, val2014 as the test split, or else one other pair of instances_train*.json and
+    instances_val*.json, as of COCO 2017 or of an annotation tool; every entry is known.
 
     annotated_only leaves out images without a label. drop_crowd: a label is not present where all
     its boxes are crowds. zero_shot: the 65 labels of Bansal et al. (ECCV 2018), 17 of them unseen;
-    training images that show an unseen label are left out, in the others its entry is unknown (0).
-    The test images are all of val2014; DualCoOp's are those with a label, which is annotated_only.
+    training images that show an unseen label are left out.
     """
     part = {"train": "train", "test": "val"}[split]
-    found = glob.glob(f"instances_{part}*.json", root_dir=os.path.join(root, "annotations"))
-    if f"instances_{part}2014.json" in found or not found:
-        found = [f"instances_{part}2014.json"]
-    if len(found) > 1:
-        raise UserError(f"{root}/annotations: keep one of {', '.join(sorted(found))}")
-    path = _find(root, f"annotations/{found[0]}")
-    arrays = cached(found[0], [path], "boxes", lambda: _coco_instances(path))
-    labels = arrays["labels"].tolist()
-    files = arrays["files"].tolist()
-    boxes = arrays["boxes"]
+    official = f"annotations/instances_{part}2014.json"
+    found = sorted(glob.glob(f"annotations/instances_{part}*.json", root_dir=root))
+    if len(found) > 1 and official not in found:
+        raise UserError(f"{root}: keep one of {', '.join(found)}")
+    path = _find(root, official, *found)
+    ending = Path(path).stem.removeprefix(f"instances_{part}")
+    arrays = cached(f"coco-{part}", [path], "boxes", lambda: _coco_instances(path))
+    labels, files, boxes = arrays["labels"].tolist(), arrays["files"].tolist(), arrays["boxes"]
     unseen = []
     if zero_shot:
         if labels != COCO_LABELS:
@@ -977,11 +882,8 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
     is_used = (targets > 0).any(axis=1) if annotated_only else np.ones(len(targets), bool)
     if zero_shot and split == "train":
         is_used &= ~boxes[:, unseen].any(axis=1)  # a crowd shows the label too
-        targets[:, unseen] = 0
-    ending = found[0].removeprefix(f"instances_{part}").removesuffix(".json")
-    part += ending
     folders = [os.path.join(root, folder) for folder in
-               (part, f"images/{part}", "images", "annotations", "")]
+               (f"{part}{ending}", f"images/{part}{ending}", "images", "annotations", "")]
     folder = next((folder for folder in folders for file in files[:100]
                    if os.path.exists(os.path.join(folder, file))), folders[0])
     return {"labels": labels, "targets": targets, "unseen": unseen, "rows": np.flatnonzero(is_used),
@@ -1002,92 +904,63 @@ def _voc(root, year, part, difficult):
     images = list(_entries(_find(root, f"ImageSets/Main/{part}.txt")))
     column_of = {label.replace(" ", ""): column for column, label in enumerate(VOC_LABELS)}
     targets = np.full((len(images), len(VOC_LABELS)), -1, np.int8)
-    for row, image in enumerate(images):
+    for target, image in zip(targets, images):
         path = _find(root, f"Annotations/{image}.xml")
-        try:
+        with _expect("an annotation of VOC's 20 classes", path):
             objects = ElementTree.parse(path).getroot().findall("object")
             # names of the objects themselves: parts of a person have names too
             columns = [column_of[thing.findtext("name", "").strip()] for thing in objects]
-        except KeyError as error:
-            raise UserError(f"{path}: {error} is none of VOC's 20 classes") from None
-        except (ElementTree.ParseError, ValueError, LookupError) as error:
-            raise UserError(f"{path}: not an annotation of VOC: {error!r}") from None
         easy = [thing.findtext("difficult", "").strip() != "1" for thing in objects]
-        targets[row, columns] = {"absent": -1, "unknown": 0, "present": 1}[difficult]
-        targets[row, np.array(columns, int)[easy]] = 1
+        target[columns] = {"absent": -1, "unknown": 0, "present": 1}[difficult]
+        target[np.array(columns, int)[easy]] = 1
     folder = _find(root, "JPEGImages")
     return {"labels": VOC_LABELS, "targets": targets,
             "images": [os.path.join(folder, f"{image}.jpg") for image in images]}
 
 
 def voc2007(root, split, *, difficult="absent"):
-    """Pascal VOC 2007: trainval for training and test; 20 labels.
-
-        VOCdevkit/VOC2007/ImageSets/Main/trainval.txt  test.txt
-        VOCdevkit/VOC2007/Annotations/<image>.xml  JPEGImages/<image>.jpg
-    both archives in one place: http://host.robots.ox.ac.uk/pascal/VOC/voc2007/
-
-    difficult: what a label is, "absent", "unknown" or "present", where all its objects in an image
-    are marked as difficult; all other entries are known.
-    """
+    """Pascal VOC 2007: trainval for training and test; 20 labels. difficult: what a label is,
+    "absent", "unknown" or "present", where all its objects in an image are marked as difficult;
+    all other entries are known."""
     return _voc(root, "2007", "trainval" if split == "train" else "test", difficult)
 
 
 def voc2012(root, split, *, difficult="absent"):
     """Pascal VOC 2012: train for training, val as the test split, because the labels of its test
-    images are not public; 20 labels, difficult as in voc2007.
-
-        VOCdevkit/VOC2012/ImageSets/Main/train.txt  val.txt
-        VOCdevkit/VOC2012/Annotations/<image>.xml  JPEGImages/<image>.jpg
-    the training/validation data: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/
-    """
+    images are not public; else as voc2007."""
     return _voc(root, "2012", "train" if split == "train" else "val", difficult)
 
 
 def vg200(root, split):
-    """Visual Genome with 200 labels (SSGRL, ICCV 2019); all that is not annotated is absent.
-
-        train_list_500.txt  test_list_500.txt  vg_category_200_labels_index.json
-        vg_category_200.txt    200 names, a line each: line 1 is label 0
-        VG_100K/<image>.jpg    with the images of VG_100K_2 moved into it
-    Images: https://homes.cs.washington.edu/~ranjay/visualgenome/api.html. SSGRL's lists give only
-    numbers of labels; these methods need names. 82,904 training images, not 98,249 as printed.
-    """
+    """Visual Genome with 200 labels (SSGRL, ICCV 2019); all that is not annotated is absent."""
     names = list(_entries(_find(root, "vg_category_200.txt")))
-    images = list(_entries(_find(root, f"{split}_list_500.txt")))
+    images = [os.path.basename(image) for image in _entries(_find(root, f"{split}_list_500.txt"))]
     path = _find(root, "vg_category_200_labels_index.json")
     indices_of = _parse_json(read_text(path), path)  # {file name: label indices}
     targets = np.full((len(images), len(names)), -1, np.int8)
-    for row, image in enumerate(images):
-        try:
-            targets[row, np.array(indices_of[os.path.basename(image)], np.int64)] = 1
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: the labels of {image} must be a list of numbers below "
-                            f"{len(names)}, as there are names: {error!r}") from None
+    for target, image in zip(targets, images):
+        with _expect(f"a list of numbers below {len(names)}", f"{path}, {image}"):
+            target[np.array(indices_of[image], np.int64)] = 1
     folder = _find(root, "VG_100K")
     return {"labels": names, "targets": targets,
-            "images": [os.path.join(folder, os.path.basename(image)) for image in images]}
+            "images": [os.path.join(folder, image) for image in images]}
 
 
 def _folder_entries(path):
     """{path of the image: (where it is described, present labels, absent labels or "rest")}"""
-    def cleaned(names):
-        stripped = [name.strip() for name in names]
-        if not isinstance(names, list) or not all(stripped):
-            raise ValueError
-        return stripped
+    def stripped(names):
+        if not isinstance(names, list):
+            raise TypeError(f"{names!r} is no list")
+        return [name.strip() for name in names]
 
     entries = {}
     for where, entry in read_json(path):
-        try:  # other keys, of an export, are ignored
-            if not {"present", "absent"} & entry.keys():
-                raise ValueError
+        with _expect('{"image": "...", "present": ["..."], "absent": ["..."] or "rest"}', where):
+            if not {"present", "absent"} & entry.keys():  # other keys, of an export, are ignored
+                raise ValueError("neither present nor absent")
             image = os.path.normpath(os.path.join(os.path.dirname(path), entry["image"]))
-            present, absent = cleaned(entry.get("present", [])), entry.get("absent", [])
-            absent = absent if absent == "rest" else cleaned(absent)
-        except (TypeError, ValueError, AttributeError, KeyError):
-            raise UserError(f'{where}: not {{"image": "...", "present": ["..."], "absent": ["..."] '
-                            f'or "rest"}}') from None
+            present, absent = stripped(entry.get("present", [])), entry.get("absent", [])
+            absent = absent if absent == "rest" else stripped(absent)
         if image in entries:
             raise UserError(f"{where}: {image} is listed twice, also at {entries[image][0]}")
         if absent != "rest" and {*present} & {*absent}:
@@ -1098,16 +971,8 @@ def _folder_entries(path):
 
 
 def folder(root, split):
-    """Images of your own, described by a line each.
-
-        train.jsonl  test.jsonl    {"image": "photos/1.jpg", "present": ["dog"], "absent": ["cat"]}
-        labels.txt                 optional: all labels, a line each
-        unseen.txt                 optional: those of them that training must not see
-    Paths are relative to the folder. Labels in neither list are unknown; "absent": "rest" means
-    all others. Without labels.txt the labels are all that occur in these files, sorted. In the
-    training split the entries of unseen labels are unknown (0). Without test.jsonl a fifth of
-    train.jsonl is the test split, the same in every run.
-    """
+    """Images of your own, described by a line each in train.jsonl and test.jsonl, without which a
+    fifth of the former is the test split. Labels: those of labels.txt, or else those that occur."""
     paths = {name: os.path.join(root, f"{name}.jsonl") for name in ("train", "test")}
     lists = {name: _folder_entries(path) for name, path in paths.items() if os.path.exists(path)}
     source = split if "test" in lists else "train"
@@ -1138,37 +1003,26 @@ def folder(root, split):
         raise UserError(f"{unseen_file}: must not name all of the {len(labels)} labels")
     column_of = {label: column for column, label in enumerate(labels)}
     targets = np.zeros((len(entries), len(labels)), np.int8)
-    for row, (where, present, absent) in enumerate(entries.values()):
-        try:
-            if absent == "rest":
-                targets[row] = -1
-            else:
-                targets[row, [column_of[name] for name in absent]] = -1
-            targets[row, [column_of[name] for name in present]] = 1
-        except KeyError as error:
-            raise UserError(f"{where}: {error} is not in {label_file}") from None
-    unseen = [column_of[label] for label in unseen]
-    if split == "train":
-        targets[:, unseen] = 0
-    return {"labels": labels, "targets": targets, "images": list(entries), "unseen": unseen,
-            "rows": rows}
+    for target, (where, present, absent) in zip(targets, entries.values()):
+        with _expect(f"labels of {label_file}", where):
+            target[slice(None) if absent == "rest" else [column_of[name] for name in absent]] = -1
+            target[[column_of[name] for name in present]] = 1
+    return {"labels": labels, "targets": targets, "images": list(entries), "rows": rows,
+            "unseen": [column_of[label] for label in unseen]}
 
 
 def toy(root, split, *, zero_shot=True, first=None):
     """10,000 training and 2,000 test scenes of the toy world, each a function of its index.
 
-    zero_shot: a quarter of the labels is unseen; the training scenes show none of these things,
-    and their entries are unknown (0). Otherwise all labels are seen. first: only so many scenes.
+    zero_shot: a quarter of the labels is unseen, and the training scenes show none of these things.
+    Otherwise all labels are seen. first: only so many scenes.
     """
     count, seed = (10_000, 1) if split == "train" else (2_000, 2)
     count = min(count, first or count)
     things = tuple(world.SEEN) if zero_shot and split == "train" else None
     targets = np.full((count, len(world.LABELS)), -1, np.int8)
-    for i in range(count):
-        for thing, *_ in world.scene_objects("benchmark", seed, i, things):
-            targets[i, thing] = 1
-    if things:
-        targets[:, world.UNSEEN] = 0
+    for i, target in enumerate(targets):
+        target[[thing for thing, *_ in world.scene_objects("benchmark", seed, i, things)]] = 1
     return {"labels": world.LABELS, "targets": targets,
             "images": world.Scenes(count, seed, things),
             "unseen": world.UNSEEN if zero_shot else []}
@@ -1196,29 +1050,22 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
         raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
     if split not in ("train", "test"):
         raise UserError(f"unknown split '{split}', known are: train, test")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: at least 1")
     options = {option: value for option, value in options.items() if value is not None}
-    for option in options:
-        having = [other for other, function in DATASETS.items()
-                  if option in inspect.signature(function).parameters]
-        if name not in having:
-            raise UserError(f"--{option.replace('_', '-')} is not for {name}, but for: "
-                            f"{', '.join(having) or 'no dataset'}")
+    for option in options.keys() - inspect.signature(DATASETS[name]).parameters.keys():
+        raise UserError(f"--{option.replace('_', '-')} is not for {name}")
+    own_name = name.removesuffix("81")  # both of NUS-WIDE share a folder and a layout
     if name == "toy":
         if root:
             raise UserError(f"--root {root}: the toy world has no files; --data names a dataset")
         options["first"] = limit  # what nobody looks at need not be drawn
-    own_name = name.removesuffix("81")  # both of NUS-WIDE share a folder and a layout
     root = _spelled(os.path.expanduser(root or f"data/{own_name}"))
     try:
-        if name != "toy":
-            os.scandir(root).close()
         parts = DATASETS[name](root, split, **options)
+        if split == "train" and name != "openimages":  # which is sparse, and has none of them
+            parts["targets"][:, list(parts.get("unseen", ()))] = 0
         release = parts.pop("release", name)
         if release in PUBLISHED:
-            count = len(parts["images"])
-            published = PUBLISHED[release][split == "test"]
+            count, published = len(parts["images"]), PUBLISHED[release][split == "test"]
             warning = "" if count == published else "; WARNING: another release"
             _note(f"{release} {split}: {count:,} images listed, {published:,} published{warning}")
         dataset = MultiLabelDataset(**parts, transform=transform, name=name,
@@ -1226,60 +1073,83 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
                                     allow_missing=allow_missing)
     except OSError as error:
         raise UserError(f"{name}: {error} (from {os.getcwd()}; --root DIR names the folder)\n\n"
-                        f"{inspect.getdoc(DATASETS[own_name])}") from None
+                        f"{_layout(own_name)}") from None
     if own_name == "nuswide":
         _note_placeholders(dataset)
-    if limit:
+    if limit is not None:
         dataset = dataset.subset(range(min(limit, len(dataset))))
-    if split == "test" and dataset.are_files:
+    if split == "test":
         dataset.leave_out_damaged()
     return dataset
 
 
-def describe(training, test):
-    """Print, before a run, what the two splits hold: images, labels, known entries, and what
-    follows from gaps. training: None where a method trains on no image."""
+def _layout(name):
+    """What DATASETS.md says of a dataset's files: its section down to the commands."""
+    text = Path(__file__).with_name("DATASETS.md").read_text("utf-8")
+    command = rf"\n    python \w+\.py --data {name}\b"
+    section = next(part for part in text.split("\n## ") if re.search(command, part))
+    return section.partition("\n    python")[0].rstrip()
+
+
+def load_splits(args, with_training=True):
+    """What a run starts with, as parsed arguments name it -> (training split or None, test split),
+    (None, None) with --labels. What they hold is printed: images, labels, known entries, and what
+    follows from gaps. UserError where --output holds another run's results."""
+    if args.output and not getattr(args, "resume", False):
+        found = [*Path(args.output).rglob("last.pt"), *Path(args.output).glob("results.json")]
+        if found:
+            raise UserError(f"{found[0]} is another run's: --resume it or name another --output")
+    if getattr(args, "labels", None):
+        return None, None
+    options = {name: getattr(args, name) for name in (
+        "limit", "allow_missing", "annotated_only", "drop_crowd", "zero_shot", "difficult",
+        "not_visible")}
+    test = load_dataset(args.data, args.root, "test", **options)
+    training = load_dataset(args.data, args.root, "train", **options) if with_training else None
     if training and training.labels != test.labels:
-        differing = sorted({*training.labels} ^ {*test.labels})[:5] or "in another order"
-        raise UserError(f"{test.name}: the splits' labels differ: {differing}")
-    for split, dataset in (("training", training), ("test", test)):
-        if dataset is None:
-            continue
-        columns = dataset.seen if dataset is training else torch.arange(len(dataset.labels))
-        present, absent = [count[columns] for count in dataset.counts()]
-        unseen = f" and {len(dataset.unseen)} unseen ones" if len(dataset.unseen) else ""
-        print(f"{split}: {len(dataset):,} images, {len(dataset.seen):,} labels{unseen}")
-        for kind, count in (("present", present), ("absent", absent)):
-            print(f"  known to be {kind}: {count.sum():,} entries, of a label at least "
-                  f"{count.min():,}, median {count.median():,}")
-            without = [dataset.labels[column] for column in columns[count == 0]]
-            if without:
-                more = ", ..." if len(without) > 3 else ""
-                print(f"    never, of {len(without):,} labels: {', '.join(without[:3])}{more}")
-        if not ((present > 0) & (absent > 0)).any():
-            print("  no label has both, so none can be learned or measured")
-        elif dataset is test and (absent == 0).any():
-            print("  a label that is never known to be absent has AP 1, whatever the scores")
-        if dataset.name == "folder" and not absent.any():
-            print('  where a line names all that its image shows, write "absent": "rest"')
-        if dataset.missing:
-            print(f"  images missing or damaged, and left out: {dataset.missing:,}")
+        differing = _some(sorted({*training.labels} ^ {*test.labels})) or "another order"
+        raise UserError(f"{test.name}: the splits have different labels: {differing}")
+    if training:
+        _describe("training", training, training.seen)
+    _describe("test", test, torch.arange(len(test.labels)))
     if training and test.are_files:
         tested = {*test.images[test.rows.numpy()].tolist()}
-        both = [path for rows in training.rows.split(65536)
-                for path in training.images[rows.numpy()].tolist() if path in tested]
+        both = [path for path in training.images[training.rows.numpy()].tolist() if path in tested]
         if both:
             print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(both[0])}")
+    return training, test
 
 
-# ---- options of the command line
+def _describe(split, dataset, columns):
+    """Print what is known of the labels of these columns."""
+    present, absent = [count[columns] for count in dataset.counts()]
+    unseen = f" and {len(dataset.unseen)} unseen ones" if len(dataset.unseen) else ""
+    print(f"{split}: {len(dataset):,} images, {len(dataset.seen):,} labels{unseen}")
+    for kind, count in (("present", present), ("absent", absent)):
+        print(f"  known to be {kind}: {count.sum():,} entries, of a label at least "
+              f"{count.min():,}, median {count.median():,}")
+        without = [dataset.labels[column] for column in columns[count == 0]]
+        if without:
+            print(f"    never, of {len(without):,} labels: {_some(without)}")
+    if not ((present > 0) & (absent > 0)).any():
+        print("  no label has both, so none can be learned or measured")
+    elif split == "test" and (absent == 0).any():
+        print("  a label that is never known to be absent has AP 1, whatever the scores")
+    if dataset.name == "folder" and not absent.any():
+        print('  where a line names all that its image shows, write "absent": "rest"')
+    if dataset.missing:
+        print(f"  images missing or damaged, and left out: {dataset.missing:,}")
+
+
+# ---- the command line
 
 def add_options(parser):
-    """Add --data, --root and all that load_dataset takes beside them, as a group of their own."""
+    """Add the options that every script has, beside those of its method, in two groups: --data and
+    what load_dataset takes, and those of a run."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", choices=list(DATASETS), help="folder: images of your own")
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows (data/NAME)")
-    add("--limit", type=int, help="only so many images of each split: a quick look")
+    add("--limit", type=at_least(1), help="only so many images of each split: a quick look")
     flag = {"action": argparse.BooleanOptionalAction}  # None where it was not given
     add("--allow-missing", **flag, help="go on if over 5%% of the images are missing")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
@@ -1287,47 +1157,13 @@ def add_options(parser):
     add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
     add("--difficult", choices=["absent", "unknown", "present"], help="of VOC (absent)")
     add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
-
-
-def dataset_options(args):
-    """What load_dataset takes of parsed arguments, beside args.data and args.root."""
-    names = ("limit", "allow_missing", "annotated_only", "drop_crowd", "zero_shot", "difficult",
-             "not_visible")
-    return {name: getattr(args, name) for name in names}
-
-
-def typed(parser, argv):
-    """The names of the arguments that a command line gives itself, as a set of str."""
-    untyped = object()  # argparse sets a default only where there is no value yet
-    names = dict.fromkeys(vars(parser.parse_args(argv)), untyped)
-    found = vars(parser.parse_args(argv, argparse.Namespace(**names)))
-    return {name for name in found if found[name] is not untyped}
-
-
-def read_labels(text):
-    """The labels that --labels names: the lines of a file, or else separated by commas."""
-    if os.path.isfile(text):
-        where, labels = text, [line for line in read_text(text).split("\n") if line.strip()]
-    elif text.endswith(".txt") and "," not in text:
-        raise UserError(f"--labels: there is no file {text}")
-    else:
-        where, labels = "--labels", text.split(",")
-    labels = [label.strip() for label in labels]
-    if not labels or not all(labels):
-        raise UserError(f"{where}: an empty name")
-    _check_unique(labels, f"{where}: labels")
-    return labels
-
-
-def add_run_options(parser, output):
-    """Add the options of every run as a group; output: what --output is by default."""
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1),
         help="processes that load images (as many as cores, at most 8)")
     add("--precision", default="fp32", choices=["fp32", "bf16"])
     add("--seed", type=at_least(0), default=0)
-    add("--output", metavar="PATH", help=f"the run's folder ({output}); of --predict a file")
+    add("--output", metavar="PATH", help="the run's folder (runs/METHOD-DATA); of --predict a file")
     add("--quiet", action="store_true", help="no progress bars")
 
 
@@ -1338,35 +1174,54 @@ def at_least(minimum, kind=int):
         if not value >= minimum:  # NaN too
             raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
         return value
-
-    number.__name__ = kind.__name__  # argparse: invalid int value
     return number
 
 
+def read_labels(text):
+    """The labels that --labels names: the lines of a file, or else separated by commas."""
+    where, labels = "--labels", text.split(",")
+    if os.path.isfile(text):
+        where, labels = text, [line for line in read_text(text).split("\n") if line.strip()]
+    elif text.endswith(".txt") and len(labels) == 1:
+        raise UserError(f"--labels: there is no file {text}")
+    labels = [label.strip() for label in labels]
+    if not all(labels) or not labels:
+        raise UserError(f"{where}: an empty name")
+    _check_unique(labels, f"{where}: labels")
+    return labels
+
+
 def parse(parser, argv, method, toy, evaluated=()):
-    """A script's command line -> (args, the state of the checkpoint to start from or None).
+    """A script's command line -> (args, the state of the checkpoint to start from or None, the
+    names of what is typed).
 
     What is typed wins over the checkpoint's own options, or over `toy`, those of the toy world.
     An option without effect is refused, by the titles of the parser's groups: with --predict all
     but "a trained model" and "model", with --eval what is of training but `evaluated`, in training
-    what is of a trained model."""
-    args, names = parser.parse_args(argv), typed(parser, argv)
+    what is of a trained model. --labels that are typed become a list, --threshold best a number."""
+    args = parser.parse_args(argv)
+    untyped = object()  # argparse sets a default only where there is no value yet
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), untyped)))
+    typed = {name for name, value in vars(found).items() if value is not untyped}
     group = {group.title: {action.dest for action in group._group_actions}
              for group in parser._action_groups}
-    trained = group["a trained model"]
-    used = group["model"] | {"device", "precision", "quiet", "output"}
-    mode, unused = "in training", names & (trained - {"predict", "eval"})
+    trained, always = group["a trained model"], {"device", "precision", "quiet", "output"}
     if args.predict:
-        mode, unused = "with --predict", names - used - (trained - {"eval"})
+        mode, used = "with --predict", always | group["model"] | (trained - {"eval"})
     elif args.eval:
-        used |= group["data"] | {"eval", "workers", *evaluated}
-        mode, unused = "with --eval", names - used
-    for name in sorted(unused):
+        used = always | group["model"] | group["data"] | {"eval", "workers", *evaluated}
+        mode = "with --eval"
+    elif "labels" in typed - trained:  # they stand for a dataset
+        mode, used = "with --labels", typed - trained - group["data"]
+    else:
+        mode, used = "in training", typed - trained
+    for name in sorted(typed - used):
         parser.error(f"--{name.replace('_', '-')} has no effect {mode}")
-    if args.threshold == "best" and ("labels" in names or not args.checkpoint):
+    if args.threshold == "best" and ("labels" in typed or not args.checkpoint):
         parser.error("--threshold best is of a --checkpoint's run and of its labels")
 
-    output = args.output or f"runs/{method}-{args.data}"  # of a training run
+    named = "labels" if "labels" in typed else args.data
+    output = args.output or f"runs/{method}-{named}"  # of a training run
     start, saved = args.checkpoint or args.eval, None
     if getattr(args, "resume", False):  # of a sweep the newest, which has the last arguments
         checkpoints = Path(output).rglob("last.pt")
@@ -1376,30 +1231,24 @@ def parse(parser, argv, method, toy, evaluated=()):
         here = ("output", "device", "resume", "predict", "eval", "checkpoint", "workers", "quiet")
         saved["args"] |= {name: getattr(args, name, None) for name in here}
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
-    elif args.data == "toy" and not (args.predict or getattr(args, "labels", None)):
+    elif args.data == "toy" and not args.predict and "labels" not in typed:
         args = parser.parse_args(argv, parser.parse_args(toy.split()))
     if not (args.predict or args.eval):
         args.output = output
+    if "labels" in typed:
+        args.labels = read_labels(args.labels)
     if args.threshold == "best":
         path = Path(args.checkpoint).with_name("results.json")
         args.threshold = _parse_json(read_text(path), path).get("threshold")
         if args.threshold is None:
             raise UserError(f"{path} has no threshold: --threshold takes a number too")
-    return args, saved
+    return args, saved, typed
 
 
 def autocast(args):
     """What is computed in --precision."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def refuse_used(args):
-    """UserError where a run or an evaluation would overwrite another one's results."""
-    if args.output and not getattr(args, "resume", False):
-        found = [*Path(args.output).rglob("last.pt"), *Path(args.output).glob("results.json")]
-        if found:
-            raise UserError(f"{found[0]} is another run's: --resume it or name another --output")
 
 
 def check_belongs(saved, fingerprint, labels, args):
@@ -1409,12 +1258,11 @@ def check_belongs(saved, fingerprint, labels, args):
         raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
     if labels is None or saved["labels"] in (None, labels):
         return
-    came, went = ([name for name in some if name not in others] for some, others in
-                  ((labels, saved["labels"]), (saved["labels"], labels)))
-    changes = [f"{change}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-               for change, names in (("new", came), ("gone", went)) if names]
-    raise UserError(f"the checkpoint was trained for other labels than {args.data} has: "
-                    f"{'; '.join(changes) or 'another order'}; labels.txt pins them")
+    new = _some([label for label in labels if label not in saved["labels"]])
+    gone = _some([label for label in saved["labels"] if label not in labels])
+    changes = f"new: {new or 'none'}; gone: {gone or 'none'}" if new or gone else "another order"
+    raise UserError(f"the checkpoint was trained for other labels than {args.data} has: {changes}; "
+                    f"labels.txt pins them")
 
 
 def load_weights(model, saved, labels, args):

@@ -354,19 +354,13 @@ def arguments(argv=None):
     add("--lr", type=data.at_least(0, float), default=1e-3, help="peak learning rate (1e-3)")
     add("--noise", type=data.at_least(0, float), default=0.1,
         help="standard deviation, on embeddings (0.1)")
-    data.add_options(parser)
-    data.add_run_options(parser, "runs/lang_cls-DATA")
+    data.add_options(parser)  # --data, --root, --limit, ..., --output, --device, --seed, ...
     metrics.add_prediction_options(parser)
-    args, saved = data.parse(parser, argv, "lang_cls", TOY)
-    typed = data.typed(parser, argv)
+    args, saved, typed = data.parse(parser, argv, "lang_cls", TOY)
     if args.predict and not saved:
         parser.error("--predict needs a --checkpoint")
     if saved:
         args.labels = None  # those of its training; what is scored now is a dataset or photos
-    if args.labels and typed & {"data", "root", *data.dataset_options(args)}:
-        parser.error("--labels are trained for without a dataset: no --data, --root, --limit, ...")
-    if args.labels and "output" not in typed:
-        args.output = "runs/lang_cls-labels"
     if args.texts and (args.sources == "templates" or "sentences" in typed):
         parser.error("--texts are used as a whole: no --sentences, no --sources templates")
     if args.mapping_weight > 1:
@@ -396,15 +390,11 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
     if args.predict:
         return predict(saved, args)
-    data.refuse_used(args)
     templates = read_templates(args.templates) if args.templates else TEMPLATES
 
     # data first: files may be missing
-    test = None
-    if not args.labels:
-        test = data.load_dataset(args.data, args.root, "test", **data.dataset_options(args))
-        data.describe(None, test)
-    labels = test.labels if test else data.read_labels(args.labels)
+    _, test = data.load_splits(args, with_training=False)
+    labels = test.labels if test else args.labels
     if len(labels) < 2:
         raise UserError("labels are ranked against each other: give two or more")
     clip, preprocess = clip_model.load(args.clip, args.device)

@@ -491,7 +491,7 @@ def table(model, test, clip_preprocess, args):
 @torch.no_grad()
 def predict(saved, args):
     """--predict: a JSON line per image, by MKT or, without a checkpoint, by CLIP as it is."""
-    labels = data.read_labels(args.labels) if args.labels else saved and saved["labels"]
+    labels = args.labels or saved and saved["labels"]
     if not labels or len(labels) < 2:
         raise UserError('--labels: at least two, scores are relative: "owl, ice cream" or a file')
     clip, preprocess = clip_model.load(args.clip, args.device)
@@ -548,12 +548,11 @@ def arguments(argv=None):
     add("--val-fraction", type=real, default=0.0, help="share held out, to select the epoch")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--resume", action="store_true", help="go on in --output; options typed now win")
-    data.add_options(parser)  # --data, --root, --limit, ...
-    data.add_run_options(parser, "runs/mkt-DATA")  # --output, --device, --precision, --seed, ...
+    data.add_options(parser)  # --data, --root, --limit, ..., --output, --device, --seed, ...
     add = metrics.add_prediction_options(parser).add_argument
     add("--labels", help='for --predict, any labels: "owl, ice cream", or a file, a label a line')
-    args, saved = data.parse(parser, argv, "mkt", TOY, {"batch_size", "compile"})
-    if args.predict and not saved and {"topk", "streams", "preprocess"} & data.typed(parser, argv):
+    args, saved, typed = data.parse(parser, argv, "mkt", TOY, {"batch_size", "compile"})
+    if args.predict and not saved and {"topk", "streams", "preprocess"} & typed:
         parser.error("--topk, --streams, --preprocess are MKT's: give its --checkpoint")
     if args.epochs + args.prompt_epochs == 0:
         parser.error("--epochs 0 and --prompt-epochs 0 leave nothing to train")
@@ -572,14 +571,13 @@ def load_model(clip, saved, labels, args):
     return model
 
 
-def load_training(args):
+def images_to_rank(dataset):
     """The training images that show a seen label; UserError where there is nothing to rank."""
-    dataset = data.load_dataset(args.data, args.root, "train", **data.dataset_options(args))
     present, absent = (count[dataset.seen] for count in dataset.counts())
     learned = ((present > 0) & (absent > 0)).any()
-    dataset = dataset.subset(dataset.shows(dataset.seen))
+    dataset = dataset.subset(dataset.shows())  # unseen labels are unknown in training
     if not (learned and dataset.counts()[1][dataset.seen].any()):
-        raise UserError(f"{args.data}: nothing to rank: a seen label must be known to be present "
+        raise UserError(f"{dataset.name}: nothing to rank: a seen label must be known to be present "
                         f"in one training image, absent in another that has a present one")
     return dataset
 
@@ -604,14 +602,13 @@ def main(argv=None):
         start_processes(args)
     if args.predict:
         return predict(saved, args)
-    data.refuse_used(args)
     if RANK > 0:
         dist.barrier()  # until rank 0 has downloaded and cached what all read
 
     # data first: files may be missing
-    test = data.load_dataset(args.data, args.root, "test", **data.dataset_options(args))
-    dataset = None if args.eval else load_training(args)
-    data.describe(dataset, test)
+    dataset, test = data.load_splits(args, with_training=not args.eval)
+    if dataset:
+        dataset = images_to_rank(dataset)
     clip, clip_preprocess = clip_model.load(args.clip, args.device)
     if WORLD > 1 and RANK == 0:
         dist.barrier()

@@ -549,17 +549,16 @@ def arguments(argv=None):
     add("--val-fraction", type=real, default=0.0, help="share held out, to select the epoch")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--resume", action="store_true", help="go on in --output; options typed now win")
-    data.add_options(parser)  # --data, --root, --limit, ...
-    data.add_run_options(parser, "runs/trm_ml-DATA")  # --output, --device, --precision, --seed, ...
+    data.add_options(parser)  # --data, --root, --limit, ..., --output, --device, --seed, ...
     metrics.add_prediction_options(parser)
-    args, saved = data.parse(parser, argv, "trm_ml", TOY, {"batch_size", "compile"})
+    args, saved, typed = data.parse(parser, argv, "trm_ml", TOY, {"batch_size", "compile"})
     if args.predict and not saved:
         parser.error("--predict needs a --checkpoint")
     if args.data == "openimages":
         parser.error("--data openimages: 43 GB of known labels a share are too many")
     if args.resume and saved:  # other known labels are another run
         was_single = saved["args"]["single_positive"]
-        if ("partial" if was_single else "single_positive") in data.typed(parser, argv):
+        if ("partial" if was_single else "single_positive") in typed:
             parser.error("--resume: the run has other known labels: start another one")
     if args.single_positive:
         args.partial = [1.0]
@@ -587,13 +586,9 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
     if args.predict:
         return predict(saved, args)
-    data.refuse_used(args)
 
     # data first: files may be missing
-    options = data.dataset_options(args)
-    test = data.load_dataset(args.data, args.root, "test", **options)
-    dataset = None if args.eval else data.load_dataset(args.data, args.root, "train", **options)
-    data.describe(dataset, test)
+    dataset, test = data.load_splits(args, with_training=not args.eval)
     clip, preprocess = clip_model.load(args.clip, args.device)
     clip.check_labels(test.labels)
     if args.compile:

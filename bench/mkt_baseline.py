@@ -90,7 +90,7 @@ def main():
     clip, preprocess = clip_model.load("toy-ViT")
     train_set, test = (data.load_dataset("toy", None, split, preprocess, limit=options.limit)
                        for split in ("train", "test"))
-    train_set = train_set.subset(train_set.shows(train_set.seen))
+    train_set = train_set.subset(train_set.shows())
     x, test_x = (embed(clip, dataset, args) for dataset in (train_set, test))
     targets = train_set.targets[:, train_set.seen]
     model = mkt.MKT(clip, args.topk)

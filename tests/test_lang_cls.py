@@ -43,8 +43,8 @@ def test_defaults_are_the_authors():
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--labels a,b --data toy", "without a dataset"), ("--labels a,b --root x", "--root"),
-    ("--labels a,b --limit 3", "--limit"), ("--labels a,b --zero-shot", "without a dataset"),
+    ("--labels a,b --data toy", "--data has no effect with --labels"),
+    ("--labels a,b --root x", "--root"), ("--labels a,b --zero-shot", "--zero-shot"),
     ("--texts x --sentences 9", "as a whole"), ("--texts x --sources templates", "as a whole"),
     ("--mapping-weight 1.1", "from 0 to 1"), ("--predict a.png", "needs a --checkpoint")])
 def test_refused_arguments(argv, message, capsys):

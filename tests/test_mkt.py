@@ -499,19 +499,17 @@ def test_no_image_with_a_present_and_an_absent_label_is_nothing_to_rank(tmp_path
              '{"image": "2.png", "present": ["cat"]}']
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     trees.save_images(tmp_path / f"{i}.png" for i in range(3))
-    args, _ = mkt.arguments(["--data", "folder", "--root", str(tmp_path), "--output", "unused"])
     with pytest.raises(data.UserError, match="nothing to rank: a seen label"):
-        mkt.load_training(args)
+        mkt.images_to_rank(data.load_dataset("folder", tmp_path))
 
 
 def test_images_that_show_no_seen_label_are_left_out(tmp_path):
     trees.folder(tmp_path)
     (tmp_path / "unseen.txt").write_text("ice cream")
-    args, _ = mkt.arguments(["--data", "folder", "--root", str(tmp_path)])
-    assert trees.numbers(mkt.load_training(args)) == [0, 1]
+    assert trees.numbers(mkt.images_to_rank(data.load_dataset("folder", tmp_path))) == [0, 1]
     (tmp_path / "train.jsonl").write_text('{"image": "1.png", "present": ["dog", "ice cream"]}')
     with pytest.raises(data.UserError, match="nothing to rank"):
-        mkt.load_training(args)
+        mkt.images_to_rank(data.load_dataset("folder", tmp_path))
 
 
 # ---- the program

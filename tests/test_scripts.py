@@ -203,7 +203,7 @@ def files(tmp_path_factory):
     ("lang_cls --root folder", "--root folder"),  # the toy world has no files
     ("lang_cls --data coco --root voc", "annotations/instances_val2014.json"),
     ("trm_ml --data voc2007 --root voc --zero-shot", "--zero-shot is not for voc2007"),
-    ("lang_cls --limit 0", "--limit 0"),
+    ("lang_cls --limit 0", "--limit: 0"),
     ("lang_cls --labels owl,cat,owl", "more than once: owl"),
     ("lang_cls --labels owl", "two or more"),
     ("lang_cls --labels Dog,dog --clip toy-RN", "Dog"),  # of the same tokens
