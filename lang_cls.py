@@ -309,12 +309,13 @@ def table(clip, model, test, args):
             scores |= {(name, prefix): value for name, value in of_name.items()}
         return scores
 
-    parts = []
+    scores, first = {}, 0
     loader = DataLoader(test, 64, num_workers=args.workers, pin_memory="cuda" in args.device)
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
-        scores = score(images.to(args.device, non_blocking=True))
-        parts.append({key: matrix.cpu() for key, matrix in scores.items()})
-    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        for key, part in score(images.to(args.device, non_blocking=True)).items():
+            scores.setdefault(key, torch.empty(len(test), part.shape[1]))
+            scores[key][first:first + len(part)] = part
+        first += len(images)
     rows = metrics.zero_shot_rows(scores, test, ks)
     for name in dict.fromkeys(name for name, _ in scores if name.startswith("CoMC")):
         kind = "method" if name == "CoMC" else "ablation"

@@ -483,16 +483,18 @@ def table(models, names, clip, test, args):
     ks, playing, scale = (3, 5), metrics.in_play(test), clip.logit_scale.exp()
     prompts = clip_model.zero_shot_embeddings(clip, test.labels)
     texts = [model.texts() for model in models]
-    parts = []
+    scores, first = {}, 0
     loader = make_loader(test, args)
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
         x = encode(clip, images.to(args.device, non_blocking=True), args)
-        scores = metrics.zero_shot_scores(x, prompts, scale, playing)
+        parts = metrics.zero_shot_scores(x, prompts, scale, playing)
         for name, model, text in zip(names, models, texts):
             logits = logits_of(model, x, text, args)
-            scores |= {(name, prefix): logits[:, index] for prefix, index in playing.items()}
-        parts.append({key: matrix.cpu() for key, matrix in scores.items()})
-    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            parts |= {(name, prefix): logits[:, index] for prefix, index in playing.items()}
+        for key, part in parts.items():
+            scores.setdefault(key, torch.empty(len(test), part.shape[1]))
+            scores[key][first:first + len(part)] = part
+        first += len(x)
     rows = metrics.zero_shot_rows(scores, test, ks)
     rows += [metrics.table_row(name, "method", scores, test, ks) for name in names]
     return rows, [scores[name, [*playing][-1]].sigmoid() for name in names]
