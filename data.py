@@ -270,11 +270,13 @@ class MultiLabelDataset(Dataset):
         self.on_error = on_error
         self.allow_missing = allow_missing
         self.labels = [label.strip() for label in labels]
-        if isinstance(images, list):  # a DataLoader's workers share an array, but copy strings
+        if isinstance(images, list):
             slash = os.sep.encode(), b"/"
             images = np.array([os.fsencode(path).replace(*slash) for path in images])
-        self.images = images
         self.are_files = isinstance(images, np.ndarray)
+        if self.are_files:  # a DataLoader's workers share a tensor, but copy strings or an array
+            images = torch.from_numpy(images.view(np.uint8).reshape(-1, images.itemsize))
+        self.images = images
         self.full_targets = torch.as_tensor(targets)
         self.is_sparse = self.full_targets.layout == torch.sparse_csr
         self.rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
@@ -298,9 +300,15 @@ class MultiLabelDataset(Dataset):
         if self.are_files:
             self._leave_out_missing()
 
+    def paths(self, rows):
+        """Yield the files of these rows of the full list, as bytes."""
+        for part in torch.as_tensor(rows).split(65536):
+            names = self.images[part].numpy()  # [n, longest]
+            yield from names.view(f"S{names.shape[1]}")[:, 0].tolist()
+
     def _leave_out_missing(self):
         names_in, missing = {}, []
-        for i, path in enumerate(self.images[self.rows.numpy()].tolist()):
+        for i, path in enumerate(self.paths(self.rows)):
             folder, slash, name = path.rpartition(b"/")
             folder += slash
             if folder not in names_in:  # a look-up per file takes minutes on a network disk
@@ -335,7 +343,7 @@ class MultiLabelDataset(Dataset):
     def _leave_out(self, indices, reason):
         if not indices:
             return
-        first = os.fsdecode(self.images[self.rows[indices[0]]])
+        first = os.fsdecode(*self.paths(self.rows[indices[:1]]))
         message = f"{self.name}: {len(indices):,} of {len(self):,} images {reason}, e.g. {first}"
         if len(indices) == len(self):
             raise UserError(message)
@@ -390,7 +398,7 @@ class MultiLabelDataset(Dataset):
         if not self.are_files:
             return self.images[row]
         note = functools.partial(self._note_first, self.truncated, row)
-        return open_image(_spelled(self.images[row]), on_truncated=note)
+        return open_image(_spelled(*self.paths([row])), on_truncated=note)
 
     def _note_first(self, noted, row, message):
         if not noted[row]:
@@ -713,7 +721,7 @@ def nuswide81(root, split, *, annotated_only=False):
 
 def _note_placeholders(dataset):
     """Say how many images are Flickr's "photo no longer available", which comes as one file."""
-    paths = dataset.images[dataset.rows.numpy()].tolist()
+    paths = [*dataset.paths(dataset.rows)]
     sizes = [os.path.getsize(path) for path in paths]
     times = Counter(sizes)  # photos seldom have the same size by chance: few files are read
     contents = Counter(hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).digest()
@@ -1236,9 +1244,8 @@ def describe(training, test):
         if dataset.missing:
             print(f"  images missing or damaged, and left out: {dataset.missing:,}")
     if training and test.are_files:
-        tested = {*test.images[test.rows.numpy()].tolist()}
-        both = [path for rows in training.rows.split(65536)
-                for path in training.images[rows.numpy()].tolist() if path in tested]
+        tested = {*test.paths(test.rows)}
+        both = [path for path in training.paths(training.rows) if path in tested]
         if both:
             print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(both[0])}")
 
