@@ -13,6 +13,7 @@ Memory is the peak of a process, pages that it shares included; "together" count
 Linux alone tells this.
 """
 import argparse
+import contextlib
 import fcntl
 import io
 import json
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import termios
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +43,13 @@ from toy import world
 SCRIPTS = Path(data.__file__).parent
 COUNTS = {"nuswide": (161_789, 107_859), "coco": (82_783, 40_504), "openimages": (5_655_108, 125_436)}
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
+BARS = "embedding|stage|epoch|scoring"  # of what looks at images, and of texts
 EPOCH = "--epochs 1 --prompt-epochs 1"
-# {data: [(what is run, a step to be interrupted at, targets: seconds of the start, GiB of the first
+# {data: [(what is run, a step to be interrupted at, 0: none but --until's, targets: seconds of the start, GiB of the first
 # process, GiB of the others)]}
 COMMANDS = {
     "nuswide": [
-        (f"mkt.py {EPOCH} --output A", None, 10, 6, 6),
+        (f"mkt.py {EPOCH} --output A", 0, 10, 6, 6),
         ("mkt.py --epochs 0 --prompt-epochs 1 --augment no --limit 9000 --clip 224.pt --workers 8 "
          "--output B", None)],
     "coco": [
@@ -62,7 +65,7 @@ COMMANDS = {
 # ---- stand-ins
 
 def write_images(paths):
-    """JPEGs, all different in size until there are 10,000: then again the same, linked."""
+    """10,000 JPEGs of different sizes, as photos have; the others are links to them."""
     drawn = []
     for i in range(8):
         jpeg = io.BytesIO()
@@ -72,7 +75,7 @@ def write_images(paths):
         os.makedirs(folder, exist_ok=True)
     for i, path in enumerate(paths):
         if i < 10_000:
-            Path(path).write_bytes(drawn[i % 8] + bytes(i))
+            Path(path).write_bytes(drawn[i % 8].ljust(4000 + i, b"\0"))
         else:
             os.link(paths[i % 10_000], path)
 
@@ -124,49 +127,66 @@ def write_openimages(root, rng, train, test):
     data.write_file(lists / "classes-trainable.txt", "\n".join(ids[:7186]))
     data.write_file(lists / "unseen_labels.pkl", pickle.dumps(ids[7186:]))
     data.write_file(lists / "top_400_unseen.csv", "\n".join(map(str, range(400))))
-    # verified labels; the training split's are 27,894,289
+    # verified labels, on average of an image; of the training split they are 27,894,289
     for split, count, labels, first in (("train", train, 4.9325, 0), ("test", test, 13, 10 ** 9)):
-        extra = rng.integers(0, count, int(count * (labels - 1)))
-        counts = 1 + np.bincount(extra, minlength=count)
         vocabulary = len(ids) if split == "test" else 7186
+        names = [f"{image:016x}" for image in range(first, first + count)]
         with open(lists / f"{split}-annotations-human-imagelabels.csv", "w") as file:
             file.write("ImageID,Source,LabelName,Confidence\n")
-            for image, count in enumerate(counts.tolist(), first):
-                found = (vocabulary * rng.random(count) ** 3).astype(int).tolist()
-                for label in found:  # few are common; half of them are present
-                    file.write(f"{image:016x},verification,{ids[label]},{(image ^ label) % 2}\n")
-        write_images([f"{root}/{split}/{first + i:016x}.jpg" for i in range(len(counts))])
+            for part in range(0, count, 100_000):
+                images = [name for name, times in zip(names[part:part + 100_000], rng.poisson(
+                    labels - 1, 100_000).tolist()) for _ in range(1 + times)]
+                columns = vocabulary * rng.random(len(images)) ** 3  # few labels are common
+                present = rng.integers(2, size=len(images))
+                lines = zip(images, columns.astype(int).tolist(), present.tolist())
+                file.writelines(f"{image},verification,{ids[column]},{present}\n"
+                                for image, column, present in lines)
+        write_images([f"{root}/{split}/{name}.jpg" for name in names])
 
 
 # ---- measuring
 
-def children_of(pid):
-    """Process ids of a process and of all below it: [(depth, pid)], parents first."""
+def tree_of(pid):
+    """A process and all below it: [(depth, pid)], parents first."""
     found = [(0, pid)]
     for depth, parent in found:  # which grows meanwhile
-        with open(f"/proc/{parent}/task/{parent}/children") as file:
-            found += [(depth + 1, int(child)) for child in file.read().split()]
+        with contextlib.suppress(OSError):  # it has ended
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+            found += [(depth + 1, int(child)) for child in children.split()]
     return found
 
 
-def kilobytes(pid, file, field):
+def seconds_of_cpu(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_of(pid, file, field):
+    """Bytes, as a file of Linux's in /proc says."""
     text = Path(f"/proc/{pid}/{file}").read_text()
-    return int((re.search(rf"^{field}:\s+(\d+)", text, re.M) or [0, 0])[1])
+    return 1024 * int((re.search(rf"^{field}:\s+(\d+)", text, re.M) or [0, 0])[1])
+
+
+@dataclass
+class Measured:
+    seconds: float = 0
+    cpu: float = 0  # seconds of all processes until the first image
+    bars: dict = field(default_factory=dict)  # {what: [first seen, last seen, steps]}
+    peaks: dict = field(default_factory=dict)  # {(depth, pid): bytes}
+    together: int = 0  # bytes, at the peak
+    shared: int = 0
 
 
 def watch(command, folder, last_step, interval):
-    """Run a command -> seconds, {bar: [first seen, last seen, steps]}, {(depth, pid): peak bytes},
-    the peaks of what all hold together and of shared memory. last_step: there it is
-    interrupted."""
-    terminal, ours = pty.openpty()  # progress bars say how far it is
+    """Run a command, which is interrupted at last_step, if given -> Measured."""
+    terminal, ours = pty.openpty()  # where there is one, progress bars say how far it is
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": str(SCRIPTS)}
-    begin = time.time()
+    found, begin, text, due, is_interrupted = Measured(), time.time(), "", 0, False
     process = subprocess.Popen([sys.executable, *command], stdout=ours, stderr=ours,
                                stdin=subprocess.DEVNULL, cwd=folder, env=environment)
     os.close(ours)
-    bars, peaks, together, shared, text, due, is_interrupted = {}, {}, 0, 0, "", 0, False
     while True:
         new = ""
         if select.select([terminal], [], [], interval)[0]:
@@ -175,50 +195,54 @@ def watch(command, folder, last_step, interval):
             except OSError:  # nobody writes any more
                 break
             text = text[-5000:] + new
-        now = time.time() - begin
-        for name, step in re.findall(r"(\w[\w ]*): +\d+%\|[^|]*\| *(\d+)/", new):
-            bars.setdefault(name, [now, now, 0])[1:] = now, int(step)
+        found.seconds = time.time() - begin
+        tree = tree_of(process.pid)
+        for name, step in re.findall(rf"((?:{BARS})[\w ]*): +\d+%\|[^|]*\| *(\d+)/", new):
+            found.cpu = found.cpu or sum(seconds_of_cpu(pid) for _, pid in tree)
+            times = found.bars.setdefault(name, [found.seconds, 0, 0])
+            times[1:] = found.seconds, int(step)
             if last_step and int(step) >= last_step and not is_interrupted:
                 process.send_signal(signal.SIGINT)
                 is_interrupted = True
-        if now > due:
-            due, pages, passed = now + interval, 0, 0
-            for depth, pid in children_of(process.pid):
-                try:
-                    peaks[depth, pid] = 1024 * kilobytes(pid, "status", "VmHWM")
-                    pages += 1024 * kilobytes(pid, "smaps_rollup", "Pss")
-                    passed += 1024 * kilobytes(pid, "smaps_rollup", "Pss_Shmem")
-                except OSError:  # it has ended
-                    pass
-            together, shared = max(together, pages), max(shared, passed)
-    if process.wait() not in (0, 1 if is_interrupted else 0):
+        if found.seconds < due:
+            continue
+        due, together, shared = found.seconds + interval, 0, 0
+        for depth, pid in tree:
+            with contextlib.suppress(OSError):
+                found.peaks[depth, pid] = memory_of(pid, "status", "VmHWM")
+                together += memory_of(pid, "smaps_rollup", "Pss")
+                shared += memory_of(pid, "smaps_rollup", "Pss_Shmem")
+        found.together, found.shared = max(found.together, together), max(found.shared, shared)
+    if process.wait() != int(is_interrupted):
         sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{text}")
-    return time.time() - begin, bars, peaks, together, shared
+    return found
 
 
-def row(command, step, targets, measured):
-    seconds, bars, peaks, together, shared = measured
+def row(command, step, targets, found):
     is_parallel = command.startswith(TORCHRUN)  # which stands above its processes
-    first, *others = [peak for (depth, _), peak in sorted(peaks.items()) if depth == is_parallel]
-    ranks, workers = (others, [peak for (depth, _), peak in peaks.items() if depth == 2]
-                      ) if is_parallel else ([], others)
+    first, *others = [peak for (depth, _), peak in sorted(found.peaks.items())
+                      if depth == is_parallel]
+    workers = [peak for (depth, _), peak in found.peaks.items() if depth > is_parallel]
     memory = side_by_side.memory
-    texts = [memory(first), *(f"rank 1 {memory(peak)}" for peak in ranks)]
-    texts += [f"a worker {memory(max(workers))}"] if workers else []
-    start = min(begun for begun, *_ in bars.values())
+    peaks = [memory(first)]
+    if is_parallel:
+        peaks.append(f"rank 1 {memory(others[0])}")
+    if workers:
+        peaks.append(f"a worker {memory(max(workers))}")
+    start = min(begun for begun, *_ in found.bars.values())
     spans = [f"{name} {last - begun:.0f} s, {count:,} steps"
-             for name, (begun, last, count) in bars.items()]
-    target, found = "", (start, first / 2 ** 30, max([*others, *workers], default=0) / 2 ** 30)
+             for name, (begun, last, count) in found.bars.items()]
+    target = ""
     if targets:
-        seconds_of_start, one, each = targets
-        target = f"start <= {seconds_of_start} s; " if seconds_of_start else ""
-        target += f"<= {one} GiB, others <= {each} GiB"
-        if any(limit and value > limit for value, limit in zip(found, targets)):
+        values = start, first / 2 ** 30, max([*others, *workers], default=0) / 2 ** 30
+        target = f"start <= {targets[0]} s; " if targets[0] else ""
+        target += f"<= {targets[1]} GiB, others <= {targets[2]} GiB"
+        if any(limit and value > limit for value, limit in zip(values, targets)):
             target += ", **missed**"
     name = command.replace(TORCHRUN, "torchrun --nproc-per-node 2")
-    print(f"| `{name}`{f', until step {step}' if step else ''} | {start:.0f} s | {seconds:.0f} s: "
-          f"{'; '.join(spans)} | {', '.join(texts)} | {memory(together)} | {memory(shared)} "
-          f"| {target} |", flush=True)
+    print(f"| `{name}`{f', until step {step}' if step else ''} | {start:.0f} s ({found.cpu:.0f} s) "
+          f"| {found.seconds:.0f} s: {'; '.join(spans)} | {', '.join(peaks)} "
+          f"| {memory(found.together)} | {memory(found.shared)} | {target} |", flush=True)
 
 
 def main():
@@ -227,9 +251,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a thousandth of the images")
     parser.add_argument("--workers", default="2", help="of each process (2)")
     parser.add_argument("--folder", help="where the stand-ins stay, for the next call")
+    parser.add_argument("--until", type=int, help="interrupt whole epochs at this step")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     torch.manual_seed(0)
-    print("| command | start | in all, of it | peak memory of a process | together | shared memory "
+    print("| command | start (CPU) | in all, of it | peak memory of a process | together | shared memory "
           "| target |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
@@ -241,6 +267,8 @@ def main():
                 counts = [count // 1000 if args.quick else count for count in COUNTS[name]]
                 globals()[f"write_{name}"](root, np.random.default_rng(0), *counts)
             for command, step, *targets in COMMANDS[name]:
+                if args.until and step is not None:
+                    step = args.until
                 if args.quick:
                     step, command = step and 2, command.replace("--limit 9000", "--limit 128")
                 before, script, options = re.split(r"(\w+\.py)", command)
