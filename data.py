@@ -259,10 +259,12 @@ class MultiLabelDataset(Dataset):
         self.on_error = on_error
         self.allow_missing = allow_missing
         self.labels = [label.strip() for label in labels]
-        if isinstance(images, list):  # a DataLoader's workers share an array, but copy strings
+        if isinstance(images, list):
             images = np.array([os.fsencode(path.replace(os.sep, "/")) for path in images])
-        self.images = images
         self.are_files = isinstance(images, np.ndarray)
+        if self.are_files:  # a DataLoader's workers share a tensor, but copy strings or an array
+            images = torch.from_numpy(images.view(np.uint8).reshape(-1, images.itemsize))
+        self.images = images
         self.full_targets = full = torch.as_tensor(targets)
         self.rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
         self.missing = 0
@@ -283,8 +285,14 @@ class MultiLabelDataset(Dataset):
         if self.are_files:
             self._leave_out_missing()
 
+    def paths(self, rows):
+        """Yield the files of these rows of the full list, as bytes."""
+        for part in torch.as_tensor(rows).split(65536):
+            names = self.images[part].numpy()  # [n, longest]
+            yield from names.view(f"S{names.shape[1]}")[:, 0].tolist()
+
     def _leave_out_missing(self):
-        paths, existing = self.images[self.rows.numpy()].tolist(), set()
+        paths, existing = [*self.paths(self.rows)], set()
         for folder in {os.path.dirname(path) for path in paths}:
             with contextlib.suppress(FileNotFoundError):
                 entries = os.scandir(folder or b".")  # to look up every file would take minutes
@@ -370,7 +378,7 @@ class MultiLabelDataset(Dataset):
         if not self.are_files:
             return self.images[row]
         note = functools.partial(self._note_first, self.truncated, row)
-        return open_image(_spelled(self.images[row]), on_truncated=note)
+        return open_image(_spelled(*self.paths([row])), on_truncated=note)
 
     def _note_first(self, noted, row, message):
         if not noted[row]:
@@ -688,7 +696,7 @@ def nuswide81(root, split, *, annotated_only=False):
 
 def _note_placeholders(dataset):
     """Say how many images are Flickr's "photo no longer available", which comes as one file."""
-    paths = dataset.images[dataset.rows.numpy()].tolist()
+    paths = [*dataset.paths(dataset.rows)]
     sizes = [os.path.getsize(path) for path in paths]
     times = Counter(sizes)  # photos seldom have the same size by chance: few files are read
     contents = Counter(hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).digest()
@@ -1113,8 +1121,8 @@ def load_splits(args, with_training=True):
         _describe("training", training, training.seen)
     _describe("test", test, torch.arange(len(test.labels)))
     if training and test.are_files:
-        tested = {*test.images[test.rows.numpy()].tolist()}
-        both = [path for path in training.images[training.rows.numpy()].tolist() if path in tested]
+        tested = {*test.paths(test.rows)}
+        both = [path for path in training.paths(training.rows) if path in tested]
         if both:
             print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(both[0])}")
     return training, test

@@ -271,7 +271,9 @@ def test_the_last_zero_shot_row_is_the_best_one_normalised():
         for name, noise in zip(ZERO_SHOT, of_noise):
             known = targets[:, columns].float()
             scores[name, prefix] = known + noise * torch.randn_like(known)
-    *rows, last = metrics.zero_shot_rows(scores, dataset, [1])
+    taken = {("of another method", ""): targets, **scores}
+    *rows, last = metrics.zero_shot_rows(taken, dataset, [1])
+    assert taken.keys() == {("of another method", "")}  # the others' memory is free
     assert rows == [table_row(name, "zero-shot", scores, dataset, [1]) for name in ZERO_SHOT]
     normalised = {(last["name"], prefix): normalize_scores(scores[ZERO_SHOT[1], prefix])
                   for prefix in ("zsl_", "gzsl_")}
