@@ -16,7 +16,7 @@ Where this differs from OpenAI's code, with equal results:
  1. batch-first tensors and torch's scaled_dot_product_attention;
  2. text is cut after the batch's last end-of-text token: the tower is causal;
  3. the last block computes only the token that is read (class token, end of text);
- 4. float32 weights by default; LayerNorm always computes in float32, so autocast is safe;
+ 4. float32 weights by default, so that under autocast LayerNorm computes in float32;
  5. images of another size than the trained one: positional embeddings are interpolated.
 """
 import functools
@@ -25,12 +25,12 @@ import hashlib
 import html
 import http.client
 import json
+import operator
 import os
 import pickle
 import shutil
 import sys
 import urllib.request
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -89,8 +89,8 @@ def byte_symbols():
     Printable Latin-1 bytes stand for themselves; the others get the characters from 256 on, so
     that byte pairs can be kept in a text file without white space or control characters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
     symbols = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in symbols]
     return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
@@ -123,18 +123,10 @@ class Tokenizer:
     def merge(self, word):
         """Byte symbols of one word (str) -> token ids: always the pair learned first."""
         parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:]))
-            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if best not in self.ranks:
-                break
-            merged = []
-            for part in parts:
-                if merged and (merged[-1], part) == best:
-                    merged[-1] += part
-                else:
-                    merged.append(part)
-            parts = merged
+        while ranked := [(self.ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:]))
+                         if pair in self.ranks]:
+            _, i = min(ranked)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return [self.ids[part] for part in parts]
 
     def encode(self, text):
@@ -186,12 +178,11 @@ def tokenize(texts, context_length=77, truncate=False):
 
 # ---- transformer
 
-class LayerNorm(nn.LayerNorm):
-    """Computes in float32 whatever comes in: half precision loses the small variances."""
-
-    def forward(self, x):
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+def attend(q, k, v, heads, mask=None, causal=False):
+    """Multi-head attention of q [B, Q, W] over k and v [B, T, W] -> [B, Q, W]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, h, T, W/h]
+    x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    return x.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -204,22 +195,16 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, W] -> [B, h, T, W/h]
-
     def forward(self, x, causal=False):
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        x = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v),
-                                           is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(q, k, v, self.heads, causal=causal))
 
     def query(self, token, x, mask=None):
         """Attention of one token [B, 1, W] over x [B, T, W]; mask [B, 1, 1, T], True = look."""
         width = x.shape[-1]
         q = F.linear(token, self.in_proj_weight[:width], self.in_proj_bias[:width])
         k, v = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, -1)
-        x = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v), mask)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(q, k, v, self.heads, mask))
 
 
 class MLP(nn.Module):
@@ -238,9 +223,9 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.attn = Attention(width, heads)
-        self.ln_1 = LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width)
         self.mlp = MLP(width)
-        self.ln_2 = LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x, causal=False):
         x = x + self.attn(self.ln_1(x), causal)
@@ -258,7 +243,8 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width, layers, heads):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.Sequential(
+            *(ResidualAttentionBlock(width, heads) for _ in range(layers)))
         for block in self.resblocks:
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             for branch_end in (block.attn.out_proj, block.mlp.c_proj):
@@ -284,9 +270,9 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         positions = (resolution // patch_size) ** 2 + 1  # of the class token and the patches
         self.positional_embedding = nn.Parameter(std * torch.randn(positions, width))
-        self.ln_pre = LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads)
-        self.ln_post = LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(std * torch.randn(width, output_dim))
 
     def embed(self, images):
@@ -298,16 +284,12 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(x + resize_positions(self.positional_embedding, grid))
 
     def forward(self, images):
-        x = self.embed(images)
-        *blocks, last = self.transformer.resblocks
-        for block in blocks:
-            x = block(x)
-        return self.ln_post(last.one_token(x, 0)) @ self.proj
+        x = self.transformer.resblocks[:-1](self.embed(images))
+        x = self.transformer.resblocks[-1].one_token(x, 0)
+        return self.ln_post(x) @ self.proj
 
-    def dense(self, images):
-        x = self.embed(images)
-        for block in self.transformer.resblocks:
-            x = block(x)
+    def dense(self, images, position=True):  # which is of no effect here
+        x = self.transformer.resblocks(self.embed(images))
         x = self.ln_post(x) @ self.proj  # [B, 1 + L, W] -> [B, 1 + L, D]
         return x[:, 0], x[:, 1:]
 
@@ -328,7 +310,6 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outplanes)
         nn.init.zeros_(self.bn3.weight)  # a block starts as the identity
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
             self.downsample = nn.Sequential()
@@ -338,11 +319,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn1(self.conv1(x)).relu_()
+        x = self.bn2(self.conv2(x)).relu_()
         x = self.bn3(self.conv3(self.avgpool(x)))
         x += identity  # in place: nothing reads the norm's output again
-        return self.relu(x)
+        return x.relu_()
 
 
 class AttentionPool2d(nn.Module):
@@ -372,10 +353,8 @@ class AttentionPool2d(nn.Module):
             positions = resize_positions(self.positional_embedding, grid)
             x = x + positions
             values = values + F.linear(positions, self.v_proj.weight)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # -> [B, h, T, W/h]
-                   for y in (self.q_proj(x[:, :1]), self.k_proj(x), values))
-        pooled = F.scaled_dot_product_attention(q, k, v)
-        pooled = self.c_proj(pooled.transpose(1, 2).flatten(1))  # [B, h, 1, W/h] -> [B, D]
+        pooled = attend(self.q_proj(x[:, :1]), self.k_proj(x), values, self.heads)  # [B, 1, W]
+        pooled = self.c_proj(pooled[:, 0])
         return (pooled, local) if dense else pooled
 
 
@@ -389,8 +368,6 @@ class ModifiedResNet(nn.Module):
         self.bn2 = nn.BatchNorm2d(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
-        self.avgpool = nn.AvgPool2d(2)
-        self.relu = nn.ReLU(inplace=True)
         inplanes = width
         for i, blocks in enumerate(layers):
             planes = width * 2 ** i
@@ -403,8 +380,8 @@ class ModifiedResNet(nn.Module):
     def features(self, x):
         """Images [B, 3, H, W] -> layer4 [B, 32 * width, H / 32, W / 32]."""
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = self.relu(bn(conv(x)))
-        return self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
+            x = bn(conv(x)).relu_()
+        return self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))
 
     def forward(self, images):
         return self.attnpool(self.features(images))
@@ -427,7 +404,6 @@ class CLIP(nn.Module):
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
         self.tokenizer = None
-        self.loaded_fingerprint = None
         if isinstance(vision_layers, int):
             self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                             vision_layers, vision_width // 64, embed_dim)
@@ -439,7 +415,7 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         positions = 0.01 * torch.randn(context_length, transformer_width)
         self.positional_embedding = nn.Parameter(positions)
-        self.ln_final = LayerNorm(transformer_width)
+        self.ln_final = nn.LayerNorm(transformer_width)
         projection = transformer_width ** -0.5 * torch.randn(transformer_width, embed_dim)
         self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.tensor(0.07).reciprocal().log())
@@ -449,9 +425,7 @@ class CLIP(nn.Module):
         return self.visual.conv1.weight.dtype
 
     def fingerprint(self):
-        """Eight hex digits of the SHA-256 of the weights (those loaded, if `load` made this)."""
-        if self.loaded_fingerprint is not None:
-            return self.loaded_fingerprint
+        """Eight hex digits of the SHA-256 of the weights."""
         digest = hashlib.sha256()
         for tensor in self.state_dict().values():
             digest.update(tensor.detach().cpu().numpy().tobytes())
@@ -463,12 +437,11 @@ class CLIP(nn.Module):
         return tokenizer.tokenize(texts, self.context_length, truncate)
 
     def check_labels(self, labels):
-        """Raises ClipError where two labels have the same tokens (Dog and dog), or one has none."""
-        tokenizer = self.tokenizer or official_tokenizer()
+        """Raises ClipError where two labels have the same tokens (Dog, dog), or one has none."""
         known = {}
         for label in labels:
-            tokens = tuple(tokenizer.encode(label))
-            if not tokens:
+            tokens = tuple(self.tokenize(label, truncate=True)[0].tolist())
+            if tokens.index(max(tokens)) == 1:  # the end follows the start
                 raise ClipError(f"the label {label!r} is empty: CLIP finds no token in it")
             if tokens in known:
                 raise ClipError(f"CLIP cannot tell the labels {known[tokens]!r} and {label!r} "
@@ -485,17 +458,13 @@ class CLIP(nn.Module):
         ViT: class and patch tokens through ln_post and the projection (MKT, section 3).
         ResNet: attention pool, and v_proj and c_proj of each location of layer4 (CoMC, section 3);
         global_position=False pools without positional embeddings. Of no effect on a ViT."""
-        images = images.to(self.dtype)
-        if isinstance(self.visual, VisionTransformer):
-            return self.visual.dense(images)
-        return self.visual.dense(images, global_position)
+        return self.visual.dense(images.to(self.dtype), global_position)
 
     def encode_text(self, tokens):
         """Token ids int64 [N, T], T up to the context length -> embeddings [N, D], not of unit
         length. The embedding is read at each text's end-of-text token, the highest id."""
         eot = tokens.argmax(dim=-1).cpu()  # a GPU is waited for here, once
-        length = int(eot.max()) + 1 if len(tokens) else 0
-        return self.encode_prompts(self.token_embedding(tokens[:, :length]), eot)
+        return self.encode_prompts(self.token_embedding(tokens), eot)
 
     def encode_prompts(self, embeddings, eot):
         """Token embeddings [N, T, W] without positions, indices of their ends [N] -> [N, D].
@@ -540,16 +509,12 @@ def available_models():
     return ["toy-RN", "toy-ViT", *WEIGHTS]
 
 
-def to_rgb(image):  # a named function: the transform is pickled for worker processes
-    return image.convert("RGB")
-
-
 def preprocess_transform(size):
     """OpenAI's test-time transform: PIL image -> float32 [3, size, size], CLIP's normalisation."""
     return transforms.Compose([
         transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(size),
-        to_rgb,
+        operator.methodcaller("convert", "RGB"),  # no lambda: it is pickled for the workers
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ])
@@ -563,59 +528,51 @@ def build_model(state_dict):
     """OpenAI-format state dict -> CLIP in eval mode and float32; the tensors are copied.
 
     The architecture is inferred from the shapes. Raises ClipError where they are not OpenAI's.
-    LAION's and others' weights have the same keys but were trained with GELU, some with averaged
-    patches, where OpenAI's have QuickGELU and a class token. Nothing in them tells: they load, and
-    their embeddings are wrong."""
+    LAION's and others' weights have the same keys but were trained with GELU, where OpenAI's have
+    QuickGELU. Nothing in them tells: they load, and their embeddings are wrong."""
+    integers = "input_resolution", "context_length", "vocab_size"  # beside OpenAI's weights
     try:
-        embed_dim = state_dict["text_projection"].shape[1]
-        context_length, width = state_dict["positional_embedding"].shape
-        vocab_size = len(state_dict["token_embedding.weight"])
-        text_layers = count_blocks(state_dict, "transformer.resblocks.")
-        if "visual.proj" in state_dict:
-            vision_width = len(state_dict["visual.conv1.weight"])
-            patch_size = state_dict["visual.conv1.weight"].shape[-1]
-            layers = count_blocks(state_dict, "visual.transformer.resblocks.")
-            positions = state_dict["visual.positional_embedding"]
+        weights = {key: value.detach().clone() for key, value in state_dict.items()
+                   if key not in integers}
+        embed_dim = weights["text_projection"].shape[1]
+        context_length, width = weights["positional_embedding"].shape
+        vocab_size = len(weights["token_embedding.weight"])
+        text_layers = count_blocks(weights, "transformer.resblocks.")
+        if "visual.proj" in weights:
+            vision_width = len(weights["visual.conv1.weight"])
+            patch_size = weights["visual.conv1.weight"].shape[-1]
+            layers = count_blocks(weights, "visual.transformer.resblocks.")
+            positions = weights["visual.positional_embedding"]
         else:
-            vision_width = len(state_dict["visual.layer1.0.conv1.weight"])
-            patch_size = None
-            layers = [count_blocks(state_dict, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
-            positions = state_dict["visual.attnpool.positional_embedding"]
+            vision_width, patch_size = len(weights["visual.layer1.0.conv1.weight"]), None
+            layers = [count_blocks(weights, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+            positions = weights["visual.attnpool.positional_embedding"]
+        for size in [vision_width, width] if patch_size else [width]:
+            if size % 64 or size > 1024:  # ViT-H's are of 80: the weights do not tell
+                raise ValueError(f"a transformer {size} wide: how many heads does it have?")
         resolution = (patch_size or 32) * round((len(positions) - 1) ** 0.5)
-        transformers = [width] if patch_size is None else [vision_width, width]
-        if any(size % 64 or size > 1024 for size in transformers):
-            raise ValueError(f"transformers {transformers} wide; OpenAI's are a multiple of 64 up "
-                             "to 1024, how many heads others have (ViT-H) the weights don't tell")
         with torch.device("meta"):  # nothing is allocated: the copies become the model's weights
             model = CLIP(embed_dim, resolution, layers, vision_width, patch_size, context_length,
                          vocab_size, width, width // 64, text_layers)
-        copies = {}
-        for key, value in state_dict.items():
-            if key in ("input_resolution", "context_length", "vocab_size"):
-                continue  # three integers that OpenAI saves beside the weights
-            dtype = torch.float32 if value.is_floating_point() else value.dtype
-            copies[key] = value.detach().to(dtype, copy=True)
-        model.load_state_dict(copies, assign=True)
+        model.load_state_dict(weights, assign=True)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # there may be a line for each key
         raise ClipError(f"not a CLIP state dict in OpenAI's format: {reason}") from None
-    return model.eval()
+    return model.float().eval()
 
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: a length, a JSON header, the tensors' bytes."""
     dtypes = {"F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16, "I64": torch.long}
+    content = memoryview(bytearray(Path(path).read_bytes()))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:start]))
+    header.pop("__metadata__", None)
     tensors = {}
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            file.seek(8 + length + begin)
-            content = bytearray(file.read(end - begin))
-            tensor = torch.frombuffer(content, dtype=dtypes[entry["dtype"]])
-            tensors[name] = tensor.reshape(entry["shape"])
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensor = torch.frombuffer(content[start + begin:start + end], dtype=dtypes[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 
 
@@ -631,7 +588,7 @@ class Module(dict):
 
 
 class TorchScriptReader(pickle.Unpickler):
-    """Its load() gives the state dict of a TorchScript archive, and runs nothing of the archive."""
+    """Its load() gives the state dict of a TorchScript archive; nothing of that is executed."""
 
     known = {
         "torch.FloatStorage": torch.float, "torch.HalfStorage": torch.half,
@@ -650,9 +607,7 @@ class TorchScriptReader(pickle.Unpickler):
         """What the pickle gets for a class or function that it names."""
         if module.split(".")[0] == "__torch__":
             return Module
-        if f"{module}.{name}" not in self.known:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of weights")
-        return self.known[f"{module}.{name}"]
+        return self.known[f"{module}.{name}"]  # all that is part of weights
 
     def persistent_load(self, storage):
         _, dtype, name, *_ = storage
@@ -660,10 +615,9 @@ class TorchScriptReader(pickle.Unpickler):
 
 
 def read_state_dict(path):
-    """A CLIP's state dict on the CPU, as it is stored in a TorchScript archive, a safetensors file,
-    a saved state dict or a checkpoint of open_clip's training. Nothing in the file is executed.
-
-    Raises ClipError, which says what the file holds instead."""
+    """A CLIP's state dict on the CPU, from a TorchScript archive, a safetensors file, a saved state
+    dict or a checkpoint of open_clip's training; nothing in them is executed. Raises ClipError,
+    which says what the file holds instead."""
     start = b""
     try:
         with open(path, "rb") as file:
@@ -687,20 +641,6 @@ def read_state_dict(path):
     return state_dict
 
 
-def read_model(path, name):
-    """A file's model; if the name is one of OpenAI's, it must have that architecture."""
-    state_dict = read_state_dict(path)
-    try:
-        model = build_model(state_dict)
-    except ClipError as error:
-        raise ClipError(f"{path}: {error}") from None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if name in WEIGHTS and parameters != WEIGHTS[name][2]:
-        raise ClipError(f"{path} is not {name}: it has {parameters:,} parameters instead of "
-                        f"{WEIGHTS[name][2]:,}")
-    return model
-
-
 def load(name, device="cpu", download_root=None):
     """-> (CLIP in eval mode and float32 on the device, preprocess).
 
@@ -718,14 +658,13 @@ def load(name, device="cpu", download_root=None):
     if not os.path.isfile(path):
         raise ClipError(f"no CLIP called {name!r}: it is neither a file nor one of "
                         f"{', '.join(available_models())}")
-    model = read_model(path, name)
+    model = build_model(read_state_dict(path))
     if model.vocab_size != VOCABULARY_SIZE:
-        merges = path.parent / "merges.txt.gz"
+        merges = path.with_name("merges.txt.gz")
         if not merges.is_file():
             raise ClipError(f"{path} has a vocabulary of its own ({model.vocab_size} entries), "
                             f"whose BPE merges were looked for in {merges}")
         model.tokenizer = Tokenizer(merges)
-    model.loaded_fingerprint = model.fingerprint()  # here, not on a GPU: a wait for every tensor
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
@@ -735,21 +674,27 @@ def load(name, device="cpu", download_root=None):
 
 def cache_folder(folder=None):
     """Where downloads are kept; asked for only when it is needed, as not everyone has a home."""
-    try:
-        return Path(folder or CACHE).expanduser()
-    except RuntimeError as error:
-        raise ClipError(f"no folder {folder or CACHE} for downloads: {error} Set HOME.") from None
+    folder = os.path.expanduser(folder or CACHE)
+    if folder.startswith("~"):
+        raise ClipError(f"there is no home folder for {folder}, where downloads go: set HOME")
+    return Path(folder)
 
 
 def find_weights(name, folder):
     """-> path of OpenAI's file, else of the hub's copy; nothing is fetched if either is there."""
-    sha256, repository, _ = WEIGHTS[name]
+    sha256, repository, parameters = WEIGHTS[name]
     file = name.replace("/", "-").replace("@", "-")
-    sources = [
-        (f"{WEIGHTS_URL}/{sha256}/{file}.pt", folder / f"{file}.pt", sha256),
-        (f"{HUB_URL}/{repository}/resolve/main/open_clip_model.safetensors",
-         folder / f"{file}.safetensors", None, lambda path: read_model(path, name))]
-    sources.sort(key=lambda source: not os.path.exists(source[1]))
+
+    def check(path):
+        model = build_model(read_state_dict(path))
+        count = sum(parameter.numel() for parameter in model.parameters())
+        if count != parameters:
+            raise ClipError(f"it has {count:,} parameters instead of {parameters:,}")
+
+    sources = [(f"{WEIGHTS_URL}/{sha256}/{file}.pt", folder / f"{file}.pt", sha256),
+               (f"{HUB_URL}/{repository}/resolve/main/open_clip_model.safetensors",
+                folder / f"{file}.safetensors", None, check)]
+    sources.sort(key=lambda source: not source[1].exists())
     problems = []
     for source in sources:
         try:
@@ -762,9 +707,9 @@ def find_weights(name, folder):
 def download(url, path, sha256=None, check=None):
     """Fetches the URL to the path, unless it is there with the right SHA-256 -> path.
 
-    If that is not known, check(path) raises ClipError for a wrong file and the SHA-256 of the first
-    right one is kept beside it: no other is taken later. A file gets its name when it is complete.
-    Raises ClipError, which says what to put where by hand."""
+    If that is not known, check(path) raises ClipError for a wrong file, and the SHA-256 of the
+    first right one is kept beside it: no other is taken later. A file gets its name when it is
+    complete. Raises ClipError, which says what to put where by hand."""
     record = path.with_name(path.name + ".sha256")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -773,14 +718,12 @@ def download(url, path, sha256=None, check=None):
         if path.exists():
             if sha256 in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
                 return path
-            warnings.warn(f"{path} is corrupt (its SHA-256 is not {sha256}); fetching it again")
+            print(f"{path} is corrupt, it is fetched again", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as target:
             size = int(source.headers.get("Content-Length") or 0)
             with tqdm.wrapattr(source, "read", size, desc=path.name, disable=None) as reader:
                 shutil.copyfileobj(reader, target)
-            if target.tell() < size:
-                raise OSError(f"only {target.tell():,} of {size:,} bytes came")
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
         if sha256 not in (None, digest):
             raise OSError(f"what came is corrupt, its SHA-256 is {digest}")
@@ -789,8 +732,8 @@ def download(url, path, sha256=None, check=None):
             record.write_text(f"{digest}\n")
         temporary.replace(path)
     except (OSError, http.client.HTTPException, ClipError) as error:
-        by_hand = f"Download {url} (SHA-256 {sha256 or 'unknown'}) elsewhere and put it at {path}."
-        raise ClipError(f"cannot fetch {path.name}: {error}. {by_hand}") from None
+        raise ClipError(f"cannot fetch {path.name}: {error}. Download {url} (SHA-256 "
+                        f"{sha256 or 'unknown'}) elsewhere and put it at {path}.") from None
     finally:
         if os.path.exists(temporary):
             temporary.unlink()

@@ -139,28 +139,24 @@ def test_published_architectures_are_inferred(name):
     assert set(heads) == {text_width // 64, sizes[3] // (64 if name.startswith("ViT") else 2)}
 
 
-# open_clip's: wider than OpenAI's; heads of 64 all the same; without a layer; with others
-@pytest.mark.parametrize("name, loads", [("ViT-H-14", False), ("ViT-g-14", False),
-    ("ViT-B-16-plus-240", True), ("ViT-S-16", True), ("RN50x4", True), ("ViT-L-14-CLIPA", False),
-    ("ViT-M-16-alt", False)])
-def test_other_shapes_are_refused(name, loads):
+# open_clip's: heads of 64 as OpenAI's, or a layer too few or too many
+@pytest.mark.parametrize("name, differs", [
+    ("ViT-B-16-plus-240", None), ("ViT-L-14-CLIPA", "ln_pre"), ("ViT-M-16-alt", "ls_1")])
+def test_other_architectures_load_with_the_right_heads_or_are_refused(name, differs):
     open_clip = pytest.importorskip("open_clip")
-    config = open_clip.get_model_config(name)
     with torch.device("meta"):
-        theirs = open_clip.model.CLIP(**config)
-    if not loads:
-        with pytest.raises(ClipError, match="heads|ln_pre|ls_1"):
+        theirs = open_clip.model.CLIP(**open_clip.get_model_config(name))
+    if differs:
+        with pytest.raises(ClipError, match=differs):
             clip_model.build_model(theirs.state_dict())
         return
     ours = clip_model.build_model(theirs.state_dict())
-    pairs = [(ours.transformer, theirs.transformer)]
-    if name.startswith("ViT"):
-        pairs.append((ours.visual.transformer, theirs.visual.transformer))
-    for our_tower, their_tower in pairs:
-        assert our_tower.resblocks[0].attn.heads == their_tower.resblocks[0].attn.num_heads
+    for tower, expected in ((ours, theirs), (ours.visual, theirs.visual)):
+        heads = expected.transformer.resblocks[0].attn.num_heads
+        assert tower.transformer.resblocks[0].attn.heads == heads
 
 
-@pytest.mark.parametrize("width", [96, 1088])
+@pytest.mark.parametrize("width", [96, 1280])  # 1280: ViT-H, with heads of 80
 def test_widths_without_heads_of_64_are_refused(width):
     with torch.device("meta"):
         model = clip_model.CLIP(32, 32, 1, 64, 8, 77, 100, width, 1, 1)
@@ -265,59 +261,17 @@ def test_tokenize(merges_path):
     assert tokenizer.tokenize("cat dog", 3, True).tolist() == [[516, 515, 517]]
 
 
-# ---- towers, against plain references
-
-def reference_block(block, x, mask=None):
-    """[B, T, W] -> [B, T, W], a head and an image at a time; mask bool [T, T], True = hidden."""
-    def norm(layer, x):
-        return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
-
-    attention, mlp = block.attn, block.mlp
-    projected = F.linear(norm(block.ln_1, x), attention.in_proj_weight, attention.in_proj_bias)
-    attended = []
-    for image in projected:
-        heads = []
-        for q, k, v in zip(*(part.chunk(attention.heads, 1) for part in image.chunk(3, 1))):
-            similarity = q @ k.T / q.shape[1] ** 0.5  # [T, T]
-            if mask is not None:
-                similarity = similarity.masked_fill(mask, float("-inf"))
-            heads.append(similarity.softmax(1) @ v)
-        attended.append(torch.cat(heads, 1))
-    x = x + F.linear(torch.stack(attended), attention.out_proj.weight, attention.out_proj.bias)
-    y = F.linear(norm(block.ln_2, x), mlp.c_fc.weight, mlp.c_fc.bias)
-    y = y * torch.sigmoid(1.702 * y)
-    return x + F.linear(y, mlp.c_proj.weight, mlp.c_proj.bias)
-
+# ---- towers, against themselves
 
 @pytest.mark.parametrize("longest", [12, 77])
-def test_cut_text_equals_all_77_tokens(vit, longest):
+def test_what_follows_the_end_of_a_text_changes_nothing(vit, longest):
     tokens = random_tokens(longest=longest)
-    eot = (tokens == VOCABULARY - 1).int().argmax(dim=1)
-    x = vit.token_embedding(tokens) + vit.positional_embedding
-    for block in vit.transformer.resblocks:
-        x = reference_block(block, x, torch.ones(77, 77).triu(1).bool())
-    expected = vit.ln_final(x)[torch.arange(9), eot] @ vit.text_projection
-    assert_equal(vit.encode_text(tokens), expected)
+    expected = vit.encode_text(tokens)  # equal to open_clip's
     assert_equal(vit.encode_text(tokens[:, :longest]), expected)
-    tokens[0, 2:] = 7  # what follows the end of a text changes nothing
+    tokens[0, 2:] = 7
     assert_equal(vit.encode_text(tokens), expected)
+    eot = (tokens == VOCABULARY - 1).int().argmax(dim=1)
     assert_equal(vit.encode_prompts(vit.token_embedding(tokens), eot), expected)
-
-
-def test_vit_dense_equals_reference(vit):
-    images, visual = random_images(vit), vit.visual
-    size, (*blocks, last) = visual.patch_size, visual.transformer.resblocks
-    patches = [images[:, :, i:i + size, j:j + size].flatten(1)
-               for i in range(0, images.shape[2], size) for j in range(0, images.shape[3], size)]
-    x = torch.stack(patches, 1) @ visual.conv1.weight.flatten(1).T  # [B, L, W]
-    x = torch.cat([visual.class_embedding.expand(3, 1, -1), x], 1)
-    x = visual.ln_pre(x + visual.positional_embedding)
-    for block in blocks:
-        x = reference_block(block, x)
-    expected = visual.ln_post(reference_block(last, x)) @ visual.proj
-    global_, local = vit.encode_image_dense(images)
-    assert_equal(global_, expected[:, 0])
-    assert_equal(local, expected[:, 1:])
 
 
 def test_resnet_dense_equals_a_loop_over_locations(resnet):
@@ -449,13 +403,12 @@ def test_safetensors_equal_the_library(tmp_path):
         assert state_dict[key].dtype == value.dtype and torch.equal(state_dict[key], value), key
 
 
-def test_fingerprints_are_taken_before_the_weights_move():
-    assert clip_model.available_models() == ["toy-RN", "toy-ViT", *PUBLISHED]
+def test_fingerprints():
     toy = clip_model.load("toy")[0]
     content = b"".join(value.numpy().tobytes() for value in toy.state_dict().values())
     assert toy.fingerprint() == hashlib.sha256(content).hexdigest()[:8]
-    # on this device there would be nothing to read
-    assert clip_model.load("toy-ViT", device="meta")[0].fingerprint() == toy.fingerprint()
+    assert clip_model.load("toy-RN")[0].fingerprint() != toy.fingerprint()
+    assert clip_model.available_models() == ["toy-RN", "toy-ViT", *PUBLISHED]
 
 
 class Trap:
@@ -475,7 +428,7 @@ def test_other_files_are_no_weights_and_nothing_in_them_is_executed(vit, tmp_pat
         archive.writestr("archive/data.pkl", trap)
         archive.writestr("archive/constants.pkl", pickle.dumps(()))  # so it is TorchScript
     for content, found in [
-            (path.read_bytes(), r"\.open is no part"), (saved, "PK"), (trap, r"x80"), (b"", "b''"),
+            (path.read_bytes(), r"PK.*KeyError.*\.open"), (saved, "PK"), (trap, r"x80"), (b"", "b''"),
             (b"<html>404</html>\n", "<html>"), (b"PK\x03\x04", "PK"), (truncated, "PK"),
             ((1000).to_bytes(8, "little") + b'{"text_proj', r'\{'),
             (pickle.dumps([1, 2, 3], protocol=2), "x80")]:
@@ -487,13 +440,13 @@ def test_other_files_are_no_weights_and_nothing_in_them_is_executed(vit, tmp_pat
     pickle.loads(trap)["text_projection"].close()
     assert Path("trap").exists()  # the trap works
     for content, found in [({"model": half_state_dict(vit), "epoch": 1}, "but model, epoch"),
-                           ({"text_projection": 3}, "'int'"), ({}, "but nothing")]:
+                           ({"text_projection": 3}, "'int'"), ({}, "weights.pt.* but nothing")]:
         torch.save(content, path)
-        with pytest.raises(ClipError, match=f"weights.pt.*{found}"):
+        with pytest.raises(ClipError, match=found):
             clip_model.load(path)
 
 
-def test_download(tmp_path, monkeypatch):
+def test_download(tmp_path, monkeypatch, capsys):
     content = bytes(range(256)) * 500
     digest = hashlib.sha256(content).hexdigest()
     source, path = tmp_path / "good.pt", tmp_path / "new" / "folder" / "good.pt"
@@ -501,9 +454,8 @@ def test_download(tmp_path, monkeypatch):
     assert clip_model.download(source.as_uri(), path, digest) == path
     assert path.read_bytes() == content
     path.write_bytes(content[:-1])
-    with pytest.warns(UserWarning, match="good.pt is corrupt"):
-        clip_model.download(source.as_uri(), path, digest)
-    assert path.read_bytes() == content
+    clip_model.download(source.as_uri(), path, digest)
+    assert path.read_bytes() == content and "good.pt is corrupt" in capsys.readouterr().err
     source.unlink()
     clip_model.download(source.as_uri(), path, digest)  # it is there: nothing is fetched
     monkeypatch.setenv("no_proxy", "*")
@@ -576,7 +528,7 @@ def test_weights_come_from_openai_or_the_hub(server, vit, resnet, tmp_path, monk
     refused("404")  # by both
     copy = library.save(state_dict)
     for server.files[hub], server.cut, reason in [
-            (copy, 9, f"{len(copy) - 9:,} of {len(copy):,} bytes"), (b"<html>", 0, "<html>"),
+            (copy, 9, "is damaged"), (b"<html>", 0, "<html>"),
             (library.save(wrong), 0, f"instead of {size:,}")]:
         refused("404", reason)
         assert os.listdir(cache) == []
@@ -589,10 +541,8 @@ def test_weights_come_from_openai_or_the_hub(server, vit, resnet, tmp_path, monk
     # another file in the place of the first, here or at the hub, is not taken
     (cache / "ViT-B-32.safetensors").write_bytes(library.save(state_dict | wrong))
     server.files = {hub: library.save({key: value + 1 for key, value in state_dict.items()})}
-    with pytest.warns(UserWarning, match="is corrupt"):
-        refused("what came is corrupt", "404")
+    refused("what came is corrupt", "404")
     server.files[openai] = content
-    with pytest.warns(UserWarning, match="is corrupt"):
-        assert load() == [hub, openai]
+    assert load() == [hub, openai] and "is corrupt" in capsys.readouterr().err
     server.files = {}
     assert load() == []
