@@ -18,7 +18,6 @@ import glob
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import os
 import pickletools
@@ -28,7 +27,7 @@ import tempfile
 import unicodedata
 import warnings
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
@@ -109,7 +108,15 @@ def open_image(path, *, on_truncated=_note_once):
         except OSError as error:
             if "truncated" not in str(error):
                 raise
-            image = _load_truncated(image, content)
+            # what LOAD_TRUNCATED_IMAGES gives, which is one switch for all threads
+            if image.format in ("JPEG", "MPO"):
+                end_of_image = b"\xff\xd9"  # here the decoder shows what it has, of all scans
+                image = Image.open(io.BytesIO(content + end_of_image))
+            else:
+                image.tile = []  # nothing is left to be read
+            image.load()
+            if all(low == high for low, high in image.convert("RGB").getextrema()):
+                raise ValueError("truncated before its first pixels") from None
             on_truncated(f"{path}: truncated, used as far as it goes")
         return _upright_rgb(image)
     except UnidentifiedImageError:
@@ -119,19 +126,6 @@ def open_image(path, *, on_truncated=_note_once):
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise UserError(f"{path}: {reason}")
-
-
-def _load_truncated(image, content):
-    """What Pillow's LOAD_TRUNCATED_IMAGES gives, which is one switch for all threads."""
-    if image.format in ("JPEG", "MPO"):
-        end_of_image = b"\xff\xd9"  # here the decoder shows what it has, of all scans
-        image = Image.open(io.BytesIO(content + end_of_image))
-    else:
-        image.tile = []  # nothing is left to be read
-    image.load()
-    if all(lowest == highest for lowest, highest in image.convert("RGB").getextrema()):
-        raise ValueError("truncated before its first pixels")
-    return image
 
 
 def _upright_rgb(image):
@@ -190,9 +184,9 @@ def image_files(paths):
 def photo_batches(args, preprocess):
     """What --predict sees: yield (paths, RGB PIL photos, images float [b, 3, H, W]) in order.
 
-    args.predict: what image_files takes. b is at most 16: photos may be large. Photos in the JSON
-    lines of args.output, if there is this file, are left out. What cannot be read is named on
-    stderr; at the end that is a UserError if it was named itself, or if there was nothing else.
+    args.predict: what image_files takes. b is at most 16: photos may be large. Those in the lines
+    of the file args.output are left out. What cannot be read is named on stderr; at the end that
+    is a UserError if it was named itself, or if there was nothing else.
     """
     def attempt(path):
         try:
@@ -246,10 +240,9 @@ class MultiLabelDataset(Dataset):
     list this dataset has; all by default. unseen: indices of the labels that training must not
     see; `seen` are the others.
 
-    Files that do not exist are left out and counted in `missing`; more than 5% of them is a
-    UserError unless allow_missing. A file that cannot be decoded is a UserError with
-    on_error="raise" (evaluation). With "replace" (training) it is named once, the next readable
-    image takes its place, and `replaced` counts it.
+    Files that do not exist are left out and counted in `missing`; over 5% is a UserError unless
+    allow_missing. A file that cannot be decoded is a UserError with on_error="raise" (evaluation);
+    with "replace" (training) the next readable image takes its place, and `replaced` counts it.
     """
 
     def __init__(self, labels, targets, images, *, transform=None, unseen=(), rows=None,
@@ -285,14 +278,16 @@ class MultiLabelDataset(Dataset):
         if self.are_files:
             self._leave_out_missing()
 
-    def paths(self, rows):
-        """Yield the files of these rows of the full list, as bytes."""
-        for part in torch.as_tensor(rows).split(65536):
-            names = self.images[part].numpy()  # [n, longest]
-            yield from names.view(f"S{names.shape[1]}")[:, 0].tolist()
+    @property
+    def paths(self):
+        """The N files as bytes, [] where images are no files."""
+        if not self.are_files:
+            return []
+        names = self.images[self.rows].numpy()  # [N, longest]
+        return names.view(f"S{names.shape[1]}")[:, 0].tolist()
 
     def _leave_out_missing(self):
-        paths, existing = [*self.paths(self.rows)], set()
+        paths, existing = self.paths, set()
         for folder in {os.path.dirname(path) for path in paths}:
             with contextlib.suppress(FileNotFoundError):
                 entries = os.scandir(folder or b".")  # to look up every file would take minutes
@@ -378,7 +373,8 @@ class MultiLabelDataset(Dataset):
         if not self.are_files:
             return self.images[row]
         note = functools.partial(self._note_first, self.truncated, row)
-        return open_image(_spelled(*self.paths([row])), on_truncated=note)
+        path = bytes(self.images[row].numpy()).rstrip(b"\0")
+        return open_image(_spelled(path), on_truncated=note)
 
     def _note_first(self, noted, row, message):
         if not noted[row]:
@@ -696,7 +692,7 @@ def nuswide81(root, split, *, annotated_only=False):
 
 def _note_placeholders(dataset):
     """Say how many images are Flickr's "photo no longer available", which comes as one file."""
-    paths = [*dataset.paths(dataset.rows)]
+    paths = dataset.paths
     sizes = [os.path.getsize(path) for path in paths]
     times = Counter(sizes)  # photos seldom have the same size by chance: few files are read
     contents = Counter(hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).digest()
@@ -794,7 +790,7 @@ def openimages(root, split):
         ids = [value for _, value, _ in operations if str(value).startswith("/m/")]
         unseen = [ids[int(number)] for number in _entries(chosen)]
     times, labels = Counter(), []
-    with _expect("all class ids", classes):
+    with _expect("a list of all classes", classes):
         for name in [name_of[class_id].strip() for class_id in seen + unseen]:
             times[name] += 1
             labels.append(name if times[name] == 1 else f"{name} ({times[name]})")  # Bat, Bat (2)
@@ -831,9 +827,6 @@ teddy bear, hair drier""".replace("\n", " ").split(", ")
 def _coco_instances(path):
     """Arrays: file names [F], label names [C] by category id, and boxes int8 [F, C]: 0 where there
     is none, 1 where all are crowds, else 2."""
-    def reduced(entry):  # as soon as it is read: the outlines take over a gigabyte
-        return {key: value for key, value in entry.items() if key != "segmentation"}
-
     def by_id(kind, key):
         """{id: text} of the file's images or categories; neither may be there twice."""
         _check_unique([entry["id"] for entry in content[kind]], f"{path}: ids of {kind}")
@@ -844,7 +837,9 @@ def _coco_instances(path):
         _check_unique(texts.values(), f"{path}: {key} of {kind}")
         return texts
 
-    content = _parse_json(read_text(path), path, object_hook=reduced)
+    # left out as soon as they are read: the outlines take over a gigabyte
+    content = _parse_json(read_text(path), path, object_hook=lambda entry: {
+        key: value for key, value in entry.items() if key != "segmentation"})
     with _expect("a file of COCO instances", path):
         files, names = by_id("images", "file_name"), by_id("categories", "name")
         row_of = {image: row for row, image in enumerate(files)}
@@ -882,20 +877,18 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
     if zero_shot:
         if labels != COCO_LABELS:
             raise UserError(f"{path}: --zero-shot needs COCO's 80 categories")
-        columns = [c for c, label in enumerate(labels) if label not in COCO_NEITHER]
-        boxes = boxes[:, columns]
-        labels = [labels[column] for column in columns]
+        boxes = boxes[:, [label not in COCO_NEITHER for label in labels]]
+        labels = [label for label in labels if label not in COCO_NEITHER]
         unseen = [labels.index(label) for label in COCO_UNSEEN]
     targets = np.where(boxes > (1 if drop_crowd else 0), 1, -1).astype(np.int8)
     is_used = (targets > 0).any(axis=1) if annotated_only else np.ones(len(targets), bool)
     if zero_shot and split == "train":
         is_used &= ~boxes[:, unseen].any(axis=1)  # a crowd shows the label too
-    folders = [os.path.join(root, folder) for folder in
-               (f"{part}{ending}", f"images/{part}{ending}", "images", "annotations", "")]
-    folder = next((folder for folder in folders for file in files[:100]
-                   if os.path.exists(os.path.join(folder, file))), folders[0])
+    folders = f"{part}{ending}", f"images/{part}{ending}", "images", "annotations", ""
+    folder = next((folder for folder in folders for name in files[:100]
+                   if os.path.exists(os.path.join(root, folder, name))), folders[0])
     return {"labels": labels, "targets": targets, "unseen": unseen, "rows": np.flatnonzero(is_used),
-            "images": [os.path.join(folder, name) for name in files],
+            "images": [os.path.join(root, folder, name) for name in files],
             "release": f"coco{ending}"}
 
 
@@ -1039,10 +1032,9 @@ def toy(root, split, *, zero_shot=True, first=None):
 DATASETS = {function.__name__: function for function in (
     toy, nuswide, nuswide81, coco, voc2007, voc2012, vg200, cub, openimages, folder)}
 # images of the training and the test split, as published; other releases differ
-PUBLISHED = {"nuswide": (161_789, 107_859), "nuswide81": (161_789, 107_859),
-             "coco2014": (82_783, 40_504), "coco2017": (118_287, 5_000),
-             "voc2007": (5_011, 4_952), "voc2012": (5_717, 5_823), "vg200": (82_904, 10_000),
-             "cub": (5_994, 5_794)}
+PUBLISHED = {"nuswide": (161_789, 107_859), "coco2014": (82_783, 40_504),
+             "coco2017": (118_287, 5_000), "voc2007": (5_011, 4_952), "voc2012": (5_717, 5_823),
+             "vg200": (82_904, 10_000), "cub": (5_994, 5_794)}
 
 
 def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
@@ -1051,8 +1043,7 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
 
     name: a key of DATASETS. root: its directory, data/NAME by default; "toy" has none. limit: only
     so many images. options: the keyword-only arguments of the dataset's function; None counts as
-    not given. Files of the test split are decoded here, and damaged ones left out; training
-    replaces them when it meets them.
+    not given. Files of the test split that cannot be decoded are left out.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}', known are: {', '.join(DATASETS)}")
@@ -1071,7 +1062,7 @@ def load_dataset(name, root=None, split="train", transform=None, *, limit=None,
         parts = DATASETS[name](root, split, **options)
         if split == "train" and name != "openimages":  # which is sparse, and has none of them
             parts["targets"][:, list(parts.get("unseen", ()))] = 0
-        release = parts.pop("release", name)
+        release = parts.pop("release", own_name)
         if release in PUBLISHED:
             count, published = len(parts["images"]), PUBLISHED[release][split == "test"]
             warning = "" if count == published else "; WARNING: another release"
@@ -1120,11 +1111,9 @@ def load_splits(args, with_training=True):
     if training:
         _describe("training", training, training.seen)
     _describe("test", test, torch.arange(len(test.labels)))
-    if training and test.are_files:
-        tested = {*test.paths(test.rows)}
-        both = [path for path in training.paths(training.rows) if path in tested]
-        if both:
-            print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(both[0])}")
+    both = {*test.paths} & {*training.paths} if training else None
+    if both:
+        print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(min(both))}")
     return training, test
 
 
@@ -1204,9 +1193,8 @@ def parse(parser, argv, method, toy, evaluated=()):
     names of what is typed).
 
     What is typed wins over the checkpoint's own options, or over `toy`, those of the toy world.
-    An option without effect is refused, by the titles of the parser's groups: with --predict all
-    but "a trained model" and "model", with --eval what is of training but `evaluated`, in training
-    what is of a trained model. --labels that are typed become a list, --threshold best a number."""
+    An option without effect is refused, by the titles of the parser's groups; evaluated: those of
+    training that --eval uses. --labels that are typed become a list, --threshold best a number."""
     args = parser.parse_args(argv)
     untyped = object()  # argparse sets a default only where there is no value yet
     found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), untyped)))
