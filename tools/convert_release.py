@@ -28,41 +28,30 @@ import mkt  # noqa: E402
 from data import UserError  # noqa: E402
 
 
-# ---- MKT
-
-def overwrite(weights, released, trained, path):
-    """Copy a release's weights, {name: tensor}, over those of CLIP. UserError unless they have the
-    same names, shapes and, but for names that start with one of trained, values (to float16)."""
-    for name in sorted(weights.keys() ^ released.keys()):
-        what = "lacks" if name in weights else "has an unknown"
-        raise UserError(f"{path} {what} {name}: not the authors', or not for --clip")
-    for name, weight in weights.items():
-        new = released[name]
-        is_free = name.startswith(trained)
-        if new.shape != weight.shape or not (
-                is_free or torch.allclose(new.float(), weight, rtol=1e-3, atol=1e-6)):
-            raise UserError(f"{path}: {name} is not that of --clip: another CLIP?")
-        weight.copy_(new)
-
-
 def mkt_weights(paths, clip):
-    """-> what a checkpoint of mkt.py has as "model"; they overwrite CLIP's."""
+    """-> what a checkpoint of mkt.py has as "model"; the released weights overwrite CLIP's. They
+    must have the same names and, but for what was trained, the same values to float16."""
     mkt.MKT(clip, topk=1)  # refuses a ResNet
-    image, *text = [{name.removeprefix("module."): weight for name, weight in
-                     data.read_checkpoint(path).items()} for path in paths]
-    image = {name.replace("projection_dist", "proj"): weight for name, weight in image.items()
-             if not name.startswith("projection.")}  # which their forward pass never uses
     last = len(clip.visual.transformer.resblocks) - 1
-    blocks = f"transformer.resblocks.{last - 1}.", f"transformer.resblocks.{last}."
-    overwrite(clip.visual.state_dict(), image, (*blocks, "ln_post.", "proj"), paths[0])
-    if text:
-        weights = {name: weight for name, weight in clip.state_dict().items()
-                   if not name.startswith("visual.") and name != "logit_scale"}
-        overwrite(weights, text[0], "token_embedding.", paths[1])
+    blocks = "visual.transformer.resblocks."
+    trained = (f"{blocks}{last - 1}.", f"{blocks}{last}.", "visual.ln_post.", "visual.proj",
+               "token_embedding.")
+    for path, prefix in zip(paths, ("visual.", "")):
+        own = {name: weight for name, weight in clip.state_dict().items()
+               if name.startswith("visual.") == (prefix != "") and name != "logit_scale"}
+        for name, new in data.read_checkpoint(path).items():
+            name = prefix + name.removeprefix("module.").replace("projection_dist", "proj")
+            if name.startswith("visual.projection."):  # which their forward pass never uses
+                continue
+            weight = own.pop(name, None)
+            if weight is None or new.shape != weight.shape or not (
+                    name.startswith(trained) or torch.allclose(new.float(), weight, 1e-3, 1e-6)):
+                raise UserError(f"{path}: {name} is not that of --clip: another file or CLIP?")
+            weight.copy_(new)
+        if own:
+            raise UserError(f"{path} lacks {', '.join(own):.200}: not the authors'")
     return mkt.MKT(clip, topk=1).state_dict()
 
-
-# ---- CoMC
 
 class Inert:
     """An empty dict in the place of every pickled object that is no tensor and no container."""
@@ -71,17 +60,15 @@ class Inert:
         return OrderedDict()
 
 
-def read_tensor(path, shape, name=None):
-    """A file's tensor, or the one of this name that is all of its "state_dict"; nothing of the
-    file is executed. UserError for another file or shape."""
+def read_tensor(path, shape):
+    """A file's tensor, or all of its "state_dict"; nothing of the file is executed. UserError for
+    another file or shape."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if name:
-            (found, content), = dict(content)["state_dict"].items()
-            if found != name:
-                raise KeyError(found)
+        if not isinstance(content, torch.Tensor):
+            content, = content["state_dict"].values()
         tensor = content.float()
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         raise UserError(f"{path} is not the authors' file: {error!r:.200}") from None
@@ -94,12 +81,11 @@ def read_tensor(path, shape, name=None):
 def comc_weights(path, memory_path, clip, args):
     """-> what a checkpoint of lang_cls.py has as "model"."""
     shape = len(data.COCO_LABELS), clip.text_projection.shape[1]
-    weight = read_tensor(path, shape, "adapter.0.weight")
     if memory_path:
         memory = F.normalize(read_tensor(memory_path, shape), dim=-1)
     else:
         memory = lang_cls.label_embeddings(clip, data.COCO_LABELS, lang_cls.TEMPLATES, args)
-    return lang_cls.CoMC(weight, memory).state_dict()
+    return lang_cls.CoMC(read_tensor(path, shape), memory).state_dict()
 
 
 @torch.no_grad()
@@ -121,19 +107,19 @@ def main(argv=None):
     if os.path.exists(args.output):
         raise UserError(f"{args.output} is there already: remove it or name another --output")
 
-    if args.method == "mkt":
-        options = ["--data", "nuswide", "--preprocess", "authors", "--device", "cpu", "--clip"]
-        run, _ = mkt.arguments([*options, args.clip or "ViT-B/16"])
-    else:
-        options = ["--data", "coco", "--device", "cpu", "--clip"]
-        run, _ = lang_cls.arguments([*options, args.clip or "RN50"])
+    script, dataset, backbone = mkt, "nuswide", "ViT-B/16"
+    if args.method == "comc":
+        script, dataset, backbone = lang_cls, "coco", "RN50"
+    options = ["--data", dataset, "--device", "cpu", "--clip", args.clip or backbone]
+    run, _ = script.arguments(options)
     clip, _ = clip_model.load(run.clip)
-    state = {"args": vars(run), "clip_fingerprint": clip.fingerprint(), "log": []}
-    if args.method == "mkt":  # whose labels are any that it is asked for
-        state |= {"method": "mkt", "labels": None, "model": mkt_weights(args.files, clip)}
+    state = {"args": vars(run), "clip_fingerprint": clip.fingerprint(), "log": [],
+             "method": script.__name__, "labels": data.COCO_LABELS}
+    if script is mkt:
+        run.preprocess, state["labels"] = "authors", None  # any that it is asked for
+        state["model"] = mkt_weights(args.files, clip)
     else:
-        state |= {"method": "lang_cls", "labels": data.COCO_LABELS,
-                  "model": comc_weights(*args.files, args.memory, clip, run)}
+        state["model"] = comc_weights(*args.files, args.memory, clip, run)
     data.write_file(args.output, state)
     print(f"{args.output}: evaluate it with {state['method']}.py --eval {args.output}")
 

@@ -9,19 +9,16 @@ any that speaks OpenAI's chat protocol, its key is read from OPENAI_API_KEY. Eve
 at once, {"request", "labels", "description"} a line; the same command asks for the missing ones.
 """
 import argparse
-import contextlib
 import http.client
 import json
 import os
-import queue
 import random
-import re
 import socket
 import sys
 import threading
 import urllib.error
 import urllib.request
-from collections import Counter
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,18 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from data import UserError  # noqa: E402
 
-WAITS = (0, 1, 2, 4, 8, 16)  # seconds before each attempt, unless the server asks for more
+WAITS = (0, 1, 4, 15, 60)  # seconds before each attempt: there are limits a minute
 TIMEOUT = 300  # seconds: reasoning takes long
+PASSES = (408, 409, 425, 429)  # HTTP's codes below 500 of what may pass
 NO_SERVER = (ConnectionRefusedError, socket.gaierror)
 ANSWERS = 4  # to a request, until one of them is a sentence
 
 
-# ---- the server
-
 def ask(url, model, labels, stop):
     """-> a language model's answer about these labels and why it ended, "stop", "length", ...;
-    ("", None) once stop, an event, is set. 429, 5xx, time-outs and broken connections are tried
-    again; if that does not help, and for any other failure: UserError in the server's words."""
+    ("", None) once stop, an event, is set. What may pass, as time-outs, broken connections and
+    what is no answer, is tried again; then, and for other failures: UserError in their words."""
     prompt = (f"Describe, in one sentence of at most 25 words, a photo that shows: "
               f"{', '.join(labels)}. Use each of these names as it is written here and mention no "
               f"other object. Answer with the sentence only.")
@@ -52,49 +48,35 @@ def ask(url, model, labels, stop):
     key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     if key:  # unredirected: another host must not get it
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    words, retry_after = "", 0
+    words = ""
     for wait in WAITS:
-        if stop.wait(max(wait, retry_after)):
+        if stop.wait(wait):
             return "", None
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                words = response.read().decode(errors="replace")
-            choice = json.loads(words)["choices"][0]
+            try:
+                response = urllib.request.urlopen(request, timeout=TIMEOUT)
+            except urllib.error.HTTPError as error:
+                response = error  # with the server's words as its body
+            with response:
+                content = response.read().decode(errors="replace")
+            words = f"HTTP {response.status} {response.reason}: {content}"
+            if response.status < 500 and response.status not in (200, *PASSES):
+                break
+            choice = json.loads(content)["choices"][0]
             answer = choice["message"].get("content") or ""
             if isinstance(answer, list):  # of parts, some of which are reasoning
                 answer = "".join(part["text"] for part in answer if part["type"] == "text")
             return answer, choice.get("finish_reason")
-        except urllib.error.HTTPError as error:
-            words, code = str(error), error.code
-            with contextlib.suppress(Exception):  # it may break off too
-                words += f" {error.read(10_000).decode(errors='replace')}"
-            if error.headers.get("Retry-After", "").isdigit():
-                retry_after = min(int(error.headers["Retry-After"]), 600)
         except (OSError, http.client.HTTPException) as error:
-            words, code = f"{type(error).__name__}: {error}", 503
+            words = f"{type(error).__name__}: {error}"
             if isinstance(getattr(error, "reason", None), NO_SERVER):
                 break
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # OK, but no answer
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # no answer
             words = words or str(error)  # of a key or URL that cannot be sent
-            code = int((re.findall(r'"code": *"?(\d{3})\b', words) or [200])[0])
-        if code not in (408, 409, 425, 429) and code < 500:
-            break
     words = " ".join(words.split())
     words = words.replace(key, "***") if key else words
     raise UserError(f"{url}: {words[:300]}; the same command goes on from what has come so far")
 
-
-def sentence_about(labels, args, stop):
-    """-> the first sentence in at most ANSWERS answers, or "", and how the last one looked."""
-    for _ in range(ANSWERS):
-        answer, end = ask(args.url, args.model, labels, stop)
-        sentence = "" if end in ("length", "content_filter") else data.clean_sentence(answer)
-        if sentence or stop.is_set():
-            break
-    return sentence, f"{answer[:100]!r} ({end})"
-
-
-# ---- the file
 
 def missing_requests(path, labels, args):
     """{request: the labels it names} of those of --count for which the file has no sentence."""
@@ -105,7 +87,7 @@ def missing_requests(path, labels, args):
         text = data.read_text(path)
         if text and not text.startswith('{"request": '):
             raise UserError(f"{path}: not written by this program: choose another file")
-        data.write_file(path, text[:text.rfind("\n") + 1])  # a killed call may have cut a line
+        data.write_file(path, text[:text.rfind("\n") + 1])  # a full disk may have cut a line
         for where, entry in data.read_json(path):
             if missing.pop(entry.get("request"), entry.get("labels")) != entry.get("labels"):
                 raise UserError(f"{where}: for other labels or another seed: choose another file")
@@ -116,48 +98,42 @@ def generate(path, labels, args):
     """Have --count sentences written about 1 to 5 random labels each, --requests at a time.
 
     UserError if the server fails, or if none of the first ten requests gets a sentence; what has
-    come before, or was under way, is kept."""
-    missing = missing_requests(path, labels, args)
-    todo = iter(missing.items())  # of all threads, each of which takes the next
-    results, stop = queue.SimpleQueue(), threading.Event()
+    come before, or is under way when the server fails, is kept."""
+    missing, stop = missing_requests(path, labels, args), threading.Event()
 
-    def work():
-        for request, named in todo:
+    def work(item):
+        """One request: -> None, or what there is instead of a sentence."""
+        request, named = item
+        for _ in range(ANSWERS):
             try:
-                sentence, look = sentence_about(named, args, stop)
-                if sentence:  # unbuffered, a line is one write: it is there whole, and at once
-                    line = {"request": request, "labels": named, "description": sentence}
-                    file.write(json.dumps(line).encode() + b"\n")
-                results.put((named, sentence, look))
-            except Exception as error:
+                answer, end = ask(args.url, args.model, named, stop)
+            except UserError as error:
                 stop.set()
-                results.put(error)
-            if stop.is_set():
-                return
+                return error
+            sentence = "" if end in ("length", "content_filter") else data.clean_sentence(answer)
+            if sentence:  # unbuffered, a line is one write: it is there whole, and at once
+                line = {"request": request, "labels": named, "description": sentence}
+                file.write(json.dumps(line).encode() + b"\n")
+                return None
+        return f"{', '.join(named)}: {answer[:100]!r} ({end})"
 
-    failed = []  # of requests without a sentence: the labels, and how the last answer looked
-    with open(path, "ab", buffering=0) as file:
-        # daemons: Ctrl-C does not wait for what they have asked
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(args.requests)]
-        for thread in threads:
-            thread.start()
-        for number in tqdm(range(1, len(missing) + 1), disable=args.quiet or None):
-            result = results.get()
-            if isinstance(result, Exception):
-                for thread in threads:
-                    thread.join()
-                raise result
-            named, sentence, look = result
-            if not sentence:
-                failed.append((named, look))
+    errors, failed = [], []
+    # the pool's threads are daemons: Ctrl-C does not wait for what they have asked
+    with open(path, "ab", buffering=0) as file, ThreadPool(args.requests) as pool:
+        results = pool.imap_unordered(work, missing.items())
+        bar = tqdm(results, total=len(missing), disable=args.quiet or None)
+        for number, result in enumerate(bar, 1):
+            if isinstance(result, UserError):
+                errors.append(result)
+            elif result:
+                failed.append(result)
             if len(failed) == number == 10:
-                stop.set()
                 break
+    if errors:
+        raise errors[0]
     if failed:
-        counts = Counter(label for named, _ in failed for label in named).most_common(10)
-        message = (f"requests without a sentence in {ANSWERS} answers: {len(failed):,}, about "
-                   f"{', '.join(f'{label} ({count})' for label, count in counts)}: empty, cut off "
-                   f"or refusals, the last one {failed[-1][1]}; the same command asks again")
+        message = (f"requests without a sentence in {ANSWERS} answers: {len(failed):,}, the last "
+                   f"about {failed[-1]}; the same command asks again")
         if len(failed) == number:
             raise UserError(message)
         print(message, file=sys.stderr)
