@@ -71,17 +71,6 @@ def scores_of(model, x, mapping_weight=0.3, streams="both", softmax=False):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("mapping_weight", [0, 0.3])
-def test_scores_equal_a_loop_over_locations(mapping_weight):
-    torch.manual_seed(0)
-    model, x = lang_cls.CoMC(torch.randn(6, 8).double(), unit(6, 8)), unit(3, 6, 8)
-    logits = model(x, mapping_weight)
-    torch.testing.assert_close(lang_cls.merge(logits), scores_of(model, x, mapping_weight))
-    for streams in ("both", "global", "local"):
-        expected = scores_of(model, x, mapping_weight, streams)
-        torch.testing.assert_close(lang_cls.merge(logits, streams), expected)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["toy-RN", "toy-ViT"])
 def test_encode_gives_clips_own_embeddings_and_comcs_without_positions(name):

@@ -400,6 +400,21 @@ def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp
     assert [row["name"] for row in rows[4:]] == ["MKT without prompt tuning", "MKT"]
 
 
+@torch.no_grad()
+def test_validation_is_of_the_seen_labels_of_images_held_out(quick, scenes, toy, tmp_path):
+    mkt.main([*quick, "--epochs", "1", "--prompt-epochs", "0", "--val-fraction", "0.5", "--output",
+              str(tmp_path)])
+    visual, context = student_of(tmp_path / "last.pt", toy[0])
+    train = data.load_dataset("folder", scenes, "train")
+    held_out = train.hold_out(0.5, toy[1])[1]
+    global_, local = visual.dense(torch.stack([image for image, _ in held_out]))
+    z = label_embeddings(toy[0], [train.labels[c] for c in train.seen], context)
+    expected = metrics.mean_average_precision(
+        scores_of(local, global_, z, 4), held_out.targets[:, train.seen])
+    line, = trees.lines(tmp_path / "log.jsonl")
+    assert line["val_mAP"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_only_images_that_show_a_seen_label_are_ranked(tmp_path):
     trees.folder(tmp_path)
     (tmp_path / "unseen.txt").write_text("ice cream")

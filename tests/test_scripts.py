@@ -292,7 +292,7 @@ def files(tmp_path_factory):
      "the loss is not finite"),
     ("trm_ml {folder} --clip toy-RN --image-size 64 --augment no --workers 0 --lr 1e39 --epochs 2 "
      "--output out2", "the loss is not finite"),
-    ("lang_cls --labels owl,cat --clip toy-RN --sources templates --lr 3e38 --output out3",
+    ("lang_cls --labels owl,cat --clip toy-RN --sources templates --noise 3e38 --output out3",
      "the loss is not finite"),
     ("trm_ml {folder} --clip toy-RN --partial 0.000001 --output none", "--partial"),
     ("trm_ml --workers -1", "--workers: -1"),
