@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import baselines
 import clip_model
 import pytest
@@ -10,8 +6,6 @@ import torch.nn.functional as F
 import training
 
 import data
-
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
 def test_the_straightforward_ranking_loss_is_a_loop_over_pairs():
@@ -24,13 +18,6 @@ def test_the_straightforward_ranking_loss_is_a_loop_over_pairs():
         total += sum(violated) / max(1, len(violated))
     loss = training.ranking_loss_of_all_pairs(scores, targets)
     assert loss.item() == pytest.approx(total / 3, rel=1e-5)
-
-
-def test_without_a_gpu_there_is_nothing_to_measure():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, BENCH / "gpu.py"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "no GPU\n"
 
 
 def test_zero_shot_clip_offsets_the_simple_head():

@@ -17,17 +17,15 @@ information, honey, passer-by, Paris, rainy, wooden, the sea, Eiffel Tower, man 
 
 # vocabularies of words that the grammar would like to use, each with its other forms
 HOSTILE = {
-    "small words": """one two three four five few several some many small large pair/pairs
-        left/lefts right/rights front/fronts behind/behinds near/nears cat/cats scissors""",
     "everything": """photo picture/pictures snapshot view image scene show/shows
-        next beside near close front left right far across foreground back/further top center
-        background behind nearby distance side same see/seen visible lie/lies pose/poses
-        stand/stands sit/sitting wait/waits/waiting park/parked person/people dog/dogs car/cars
-        apple/apples day/days morning/mornings afternoon dusk light/lights place/places
+        one two three four five few several many small large pair/pairs scissors
+        next beside near close front/fronts left/lefts right/rights far across foreground
+        back/further top center background behind nearby distance side same see/seen visible
+        lie/lies pose/poses stand/stands sit/sitting wait/waits/waiting park/parked person/people
+        dog/dogs car/cars day/days morning/mornings afternoon dusk light/lights place/places
         everyday cluttered""",
     "names that meet": "bus/buses bus_stop/bus_stops taxi/taxis taxi_stand/taxi_stands "
-        "salt pepper/peppers salt_and_pepper/salt_and_peppers dog/dogs dog_walk/dog_walks",
-}
+        "salt pepper/peppers salt_and_pepper/salt_and_peppers dog/dogs dog_walk/dog_walks"}
 HOSTILE = {name: [forms.replace("_", " ").split("/") for forms in words.split()]
            for name, words in HOSTILE.items()}
 
