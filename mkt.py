@@ -74,6 +74,7 @@ WEIGHT_DECAY = 0.05  # authors' code
 MINIMUM_LR_1, MINIMUM_LR_2 = 1e-6, 1e-8  # at the ends of the stages; authors' code
 CHANGES, MAGNITUDE, DEVIATION = 2, 9.0, 0.5  # of RandAugment; authors' code
 EMPTY = (124, 116, 104)  # colour of empty corners, ImageNet's mean; authors' code
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std; authors' code
 LABELS_AT_ONCE = 1024  # in stage 2, as memory allows: 4 GB of activations for ViT-B/16; ours
 # what the toy world's small CLIP and 10,000 scenes ask for; ours
 TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
@@ -229,7 +230,7 @@ def transforms_of(preprocess, args):
     if args.preprocess == "authors":  # ImageNet's
         preprocess = transforms.Compose([
             transforms.Resize(size * 256 // 224, bicubic), *preprocess.transforms[1:-1],
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+            transforms.Normalize(*IMAGENET)])
     if args.augment == "no":
         return preprocess, preprocess
     training = [transforms.RandomResizedCrop(size, interpolation=bicubic),
@@ -237,16 +238,30 @@ def transforms_of(preprocess, args):
     return transforms.Compose(training), preprocess
 
 
+def pixels_of(preprocess):
+    """All of it but the end, to float and normalised, which normalized does: workers pass uint8
+    [3, h, w], a quarter of the shared memory."""
+    return transforms.Compose([*preprocess.transforms[:-2], transforms.PILToTensor()])
+
+
+def normalized(images, preprocess):
+    """Pixels uint8 [B, 3, h, w] -> what ToTensor and Normalize give; --preprocess."""
+    mean_std = IMAGENET if preprocess == "authors" else (clip_model.MEAN, clip_model.STD)
+    mean, std = torch.tensor(mean_std).to(images.device, non_blocking=True)[..., None, None]
+    return (images / 255 - mean) / std
+
+
 class Seeded:
     """A dataset whose image i is augmented with seeds[i], whichever process loads it: the number
-    of workers does not change a result."""
+    of workers does not change a result. Targets are those of the seen labels."""
 
     def __init__(self, dataset, seeds):
         self.dataset, self.seeds = dataset, seeds
 
     def __getitem__(self, i):
         torch.manual_seed(self.seeds[i].item())
-        return self.dataset[i]
+        image, targets = self.dataset[i]
+        return image, targets[self.dataset.seen]
 
 
 # ---- losses
@@ -374,9 +389,9 @@ def train(model, stage, dataset, validation, state, args):
                                stage.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            images = images.to(args.device, non_blocking=True)
+            images = normalized(images.to(args.device, non_blocking=True), args.preprocess)
             # the targets stay on the CPU, see ranking_loss
-            terms = stage.losses(model, images, targets[:, dataset.seen], stage.labels, args)
+            terms = stage.losses(model, images, targets, stage.labels, args)
             # means over this process's images -> its part of the means over the whole batch
             share = len(batch[RANK::WORLD]) / len(batch)
             losses = share * torch.stack([sum(terms.values()), *terms.values()])  # total and terms
@@ -430,8 +445,8 @@ def save(model, optimizer, state, folder):
 
 @torch.no_grad()
 def evaluate(score, dataset, args):
-    """All images' scores. score: images [B, 3, h, w] -> {key: tensor [B, ...]}; -> {key: float32
-    [N, ...] on the CPU}, under torchrun {} but on rank 0."""
+    """All images' scores. score: pixels uint8 [B, 3, h, w] -> {key: tensor [B, ...]}; -> {key:
+    float32 [N, ...] on the CPU}, under torchrun {} but on rank 0."""
     rounds = math.ceil(len(dataset) / WORLD)
     # every process takes every WORLD-th image; where they run out, one of the first again
     mine = [i % len(dataset) for i in range(RANK, rounds * WORLD, WORLD)]
@@ -457,10 +472,10 @@ def gather(part):
     return torch.stack(parts, dim=1).flatten(0, 1) if RANK == 0 else None
 
 
-def mkt_scores(model, images, label_embeddings, args):
-    """Images [B, 3, h, w], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
+def mkt_scores(model, pixels, label_embeddings, args):
+    """Pixels uint8 [B, 3, h, w], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
     with autocast(args):
-        global_, local = model(images)
+        global_, local = model(normalized(pixels, args.preprocess))
     return {key: two_stream_scores(local, global_, z, args.topk, args.streams)
             for key, z in label_embeddings.items()}
 
@@ -477,7 +492,7 @@ def validate(model, validation, args):
     """mAP of the seen labels on held-out images; NaN but on rank 0, which chooses the epoch."""
     labels = [validation.labels[i] for i in validation.seen]
     z = {"seen": model.label_embeddings(model.prompts(labels))}
-    scores = evaluate(lambda images: mkt_scores(model, images, z, args), validation, args)
+    scores = evaluate(lambda pixels: mkt_scores(model, pixels, z, args), validation, args)
     if RANK > 0:
         return math.nan
     return metrics.mean_average_precision(scores["seen"], validation.targets[:, validation.seen])
@@ -491,9 +506,10 @@ def table(model, test, clip_preprocess, args):
     ks = (10, 20) if test.name == "openimages" else (3, 5)  # as LESA, BiAM and MKT report
     plain, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
     original = copy.copy(test)
-    original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
-    scores = evaluate(lambda images: metrics.zero_shot_scores(
-        clip_embeddings(clip, images, args), plain, scale, playing), original, args)
+    original.transform = pixels_of(clip_preprocess)  # zero-shot CLIP's own, whatever MKT sees
+    scores = evaluate(lambda pixels: metrics.zero_shot_scores(
+        clip_embeddings(clip, normalized(pixels, "clip"), args), plain, scale, playing),
+        original, args)
     rows = metrics.zero_shot_rows(scores, test, ks) if RANK == 0 else None
 
     contexts, clips_own = {}, clip.token_embedding.weight[model.context_ids]
@@ -503,7 +519,7 @@ def table(model, test, clip_preprocess, args):
     prompts = model.prompts(test.labels)
     z = {name: model.label_embeddings(prompts, context) for name, context in contexts.items()}
     z = {(name, prefix): z[name][index] for name in z for prefix, index in playing.items()}
-    scores = evaluate(lambda images: mkt_scores(model, images, z, args), test, args)
+    scores = evaluate(lambda pixels: mkt_scores(model, pixels, z, args), test, args)
     if RANK > 0:
         return None, None
     for name in contexts:
@@ -654,12 +670,12 @@ def main(argv=None):
     model = load_model(clip, saved, test.labels, args)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
-    train_preprocess, test.transform = transforms_of(clip_preprocess, args)
+    training, test.transform = map(pixels_of, transforms_of(clip_preprocess, args))
 
     if not args.eval:
         state = {**(saved or {"log": []}), "method": "mkt", "args": vars(args),
                  "clip_fingerprint": clip.fingerprint(), "labels": test.labels}
-        dataset.transform = train_preprocess
+        dataset.transform = training
         dataset, validation = dataset.hold_out(args.val_fraction, test.transform)
         if RANK == 0:
             data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))

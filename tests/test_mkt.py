@@ -307,10 +307,12 @@ def test_pixels_are_clips_own_or_the_authors(preprocess, size, scale):
         assert torch.equal(test(photo), expected(photo))
         for seed in range(4):
             pixels = []
-            for transform in (train, of_training):
+            for transform in (train, of_training, mkt.pixels_of(train)):
                 torch.manual_seed(seed)
                 pixels.append(transform(photo))
-            assert torch.equal(*pixels)
+            assert torch.equal(*pixels[:2])
+            assert pixels[2].dtype == torch.uint8  # what the workers pass
+            assert torch.equal(mkt.normalized(pixels[2][None], preprocess)[0], pixels[0])
 
 
 def resampled(pixels, a, b, c, d, e, f):
