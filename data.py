@@ -48,7 +48,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # comments harm 
 with contextlib.suppress(ImportError):
     import pillow_heif  # with it, HEIC is read as any other format
     pillow_heif.register_heif_opener()
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # Open Images' targets
+warnings.filterwarnings("ignore", "Sparse (CSR tensor|invariant checks)")  # Open Images' targets
 
 
 class UserError(ValueError):

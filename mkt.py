@@ -74,6 +74,7 @@ WEIGHT_DECAY = 0.05  # authors' code
 MINIMUM_LR_1, MINIMUM_LR_2 = 1e-6, 1e-8  # at the ends of the stages; authors' code
 CHANGES, MAGNITUDE, DEVIATION = 2, 9.0, 0.5  # of RandAugment; authors' code
 EMPTY = (124, 116, 104)  # colour of empty corners, ImageNet's mean; authors' code
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std; authors' code
 LABELS_AT_ONCE = 1024  # in stage 2, as memory allows: 4 GB of activations for ViT-B/16; ours
 # what the toy world's small CLIP and 10,000 scenes ask for; ours
 TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
@@ -219,31 +220,41 @@ def rand_augment(image):
     return image
 
 
-def transforms_of(preprocess, args):
+def pixels_of(preprocess, args):
     """CLIP's preprocess (resize, crop, to RGB, to tensor, normalise) -> (of training images, of
-    test images)."""
-    size, bicubic = preprocess.transforms[0].size, transforms.InterpolationMode.BICUBIC
-    if args.preprocess == "authors":  # ImageNet's
-        preprocess = transforms.Compose([
-            transforms.Resize(size * 256 // 224, bicubic), *preprocess.transforms[1:-1],
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    test images), a PIL image to its pixels uint8 [3, h, w]: as floats, which normalized makes of
+    them on the device, they would take four times the shared memory."""
+    resize, crop, to_rgb, *_ = preprocess.transforms
+    size, bicubic = resize.size, transforms.InterpolationMode.BICUBIC
+    if args.preprocess == "authors":
+        resize = transforms.Resize(size * 256 // 224, bicubic)
+    test = transforms.Compose([resize, crop, to_rgb, transforms.PILToTensor()])
     if args.augment == "no":
-        return preprocess, preprocess
+        return test, test
     training = [transforms.RandomResizedCrop(size, interpolation=bicubic),
-                transforms.RandomHorizontalFlip(), rand_augment, *preprocess.transforms[-2:]]
-    return transforms.Compose(training), preprocess
+                transforms.RandomHorizontalFlip(), rand_augment, transforms.PILToTensor()]
+    return transforms.Compose(training), test
+
+
+def normalized(pixels, preprocess):
+    """Pixels uint8 [B, 3, h, w] -> float32, less the mean and over the std that --preprocess
+    names."""
+    mean_std = IMAGENET if preprocess == "authors" else (clip_model.MEAN, clip_model.STD)
+    mean, std = torch.tensor(mean_std).to(pixels.device, non_blocking=True)[..., None, None]
+    return (pixels / 255 - mean) / std
 
 
 class Seeded:
     """A dataset whose image i is augmented with seeds[i], whichever process loads it: the number
-    of workers does not change a result."""
+    of workers does not change a result. Targets are those of the seen labels."""
 
     def __init__(self, dataset, seeds):
         self.dataset, self.seeds = dataset, seeds
 
     def __getitem__(self, i):
         torch.manual_seed(self.seeds[i].item())
-        return self.dataset[i]
+        image, targets = self.dataset[i]
+        return image, targets[self.dataset.seen]
 
 
 # ---- losses
@@ -371,9 +382,9 @@ def train(model, stage, dataset, validation, state, args):
                                stage.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            images = images.to(args.device, non_blocking=True)
+            images = normalized(images.to(args.device, non_blocking=True), args.preprocess)
             # the targets stay on the CPU, see ranking_loss
-            terms = stage.losses(model, images, targets[:, dataset.seen], stage.labels, args)
+            terms = stage.losses(model, images, targets, stage.labels, args)
             # means over this process's images -> its part of the means over the whole batch
             share = len(batch[RANK::WORLD]) / len(batch)
             losses = share * torch.stack([sum(terms.values()), *terms.values()])  # total and terms
@@ -425,10 +436,10 @@ def save(model, optimizer, state, folder):
 
 # ---- evaluate
 
-def mkt_scores(model, images, label_embeddings, args):
-    """Images [B, 3, h, w], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
+def mkt_scores(model, pixels, label_embeddings, args):
+    """Pixels uint8 [B, 3, h, w], {key: label embeddings [C, D]} -> {key: scores [B, C]}."""
     with data.autocast(args):
-        global_, local = model(images)
+        global_, local = model(normalized(pixels, args.preprocess))
     return {key: two_stream_scores(local, global_, z, args.topk, args.streams)
             for key, z in label_embeddings.items()}
 
@@ -445,7 +456,7 @@ def validate(model, validation, args):
     """mAP of the seen labels on held-out images; NaN but on rank 0, which chooses the epoch."""
     labels = [validation.labels[i] for i in validation.seen]
     z = {"seen": model.label_embeddings(model.prompts(labels))}
-    scores = data.score_images(lambda images: mkt_scores(model, images, z, args), validation,
+    scores = data.score_images(lambda pixels: mkt_scores(model, pixels, z, args), validation,
                                args.batch_size, args)
     if RANK > 0:
         return math.nan
@@ -460,10 +471,12 @@ def table(model, test, clip_preprocess, args):
     ks = (10, 20) if test.name == "openimages" else (3, 5)  # as LESA, BiAM and MKT report
     plain, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
     original = copy.copy(test)
-    original.transform = clip_preprocess  # zero-shot CLIP sees its own pixels, whatever MKT does
+    # zero-shot CLIP sees its own pixels, whatever MKT does
+    original.transform = transforms.Compose([*clip_preprocess.transforms[:3],
+                                             transforms.PILToTensor()])
 
-    def zero_shot(images):
-        x = clip_embeddings(clip, images, args)
+    def zero_shot(pixels):
+        x = clip_embeddings(clip, normalized(pixels, "clip"), args)
         return metrics.zero_shot_scores(x, plain, scale, playing)
 
     scores = data.score_images(zero_shot, original, args.batch_size, args)
@@ -476,7 +489,7 @@ def table(model, test, clip_preprocess, args):
     prompts = model.prompts(test.labels)
     z = {name: model.label_embeddings(prompts, context) for name, context in contexts.items()}
     z = {(name, prefix): z[name][index] for name in z for prefix, index in playing.items()}
-    scores = data.score_images(lambda images: mkt_scores(model, images, z, args), test,
+    scores = data.score_images(lambda pixels: mkt_scores(model, pixels, z, args), test,
                                args.batch_size, args)
     if RANK > 0:
         return None, None
@@ -496,15 +509,15 @@ def predict(saved, args):
         raise UserError('--labels: at least two, scores are relative: "owl, ice cream" or a file')
     clip, preprocess = clip_model.load(args.clip, args.device)
     clip.check_labels(labels)
+    _, preprocess = pixels_of(preprocess, args)
     z, scale, crop = clip_model.zero_shot_embeddings(clip, labels), clip.logit_scale.exp(), 1.0
     if saved:
         model = load_model(clip, saved, None, args)
-        _, preprocess = transforms_of(preprocess, args)
         z = model.label_embeddings(model.prompts(labels))
         crop = 224 / 256 if args.preprocess == "authors" else 1.0
 
     for paths, photos, images in data.photo_batches(args, preprocess):
-        images = images.to(args.device)
+        images = normalized(images.to(args.device), args.preprocess)
         if saved:
             with data.autocast(args):
                 global_, local = model(images)
@@ -616,12 +629,12 @@ def main(argv=None):
     model = load_model(clip, saved, test.labels, args)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
-    train_preprocess, test.transform = transforms_of(clip_preprocess, args)
+    training_pixels, test.transform = pixels_of(clip_preprocess, args)
 
     if not args.eval:
         state = {**(saved or {"log": []}), "method": "mkt", "args": vars(args),
                  "clip_fingerprint": clip.fingerprint(), "labels": test.labels}
-        dataset.transform = train_preprocess
+        dataset.transform = training_pixels
         dataset, validation = dataset.hold_out(args.val_fraction, test.transform)
         if RANK == 0:
             data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))

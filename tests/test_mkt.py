@@ -302,10 +302,12 @@ def test_pixels_are_clips_own_or_the_authors(preprocess):
         assert torch.equal(test(photo), expected(photo))
         for seed in range(4):
             pixels = []
-            for transform in (train, of_training):
+            for transform in (train, of_training, mkt.pixels_of(train)):
                 torch.manual_seed(seed)
                 pixels.append(transform(photo))
-            assert torch.equal(*pixels)
+            assert torch.equal(*pixels[:2])
+            assert pixels[2].dtype == torch.uint8  # what the workers pass
+            assert torch.equal(mkt.normalized(pixels[2][None], preprocess)[0], pixels[0])
 
 
 TIMMS = {  # the authors' changes, by our names
@@ -418,14 +420,13 @@ def test_validation_is_of_the_seen_labels_of_images_held_out(quick, scenes, toy,
 def test_only_images_that_show_a_seen_label_are_ranked(tmp_path):
     trees.folder(tmp_path)
     (tmp_path / "unseen.txt").write_text("ice cream")
-    args, _ = mkt.arguments(["--data", "folder", "--root", str(tmp_path)])
-    assert trees.numbers(mkt.load_training(args)) == [0, 1]
+    assert trees.numbers(mkt.images_to_rank(data.load_dataset("folder", tmp_path))) == [0, 1]
     alone = '{"image": "1.png", "present": ["dog", "ice cream"]}'
     apart = '{"image": "1.png", "present": ["dog"]}\n{"image": "2.png", "absent": ["dog"]}'
-    for lines, message in ((alone, "nothing to rank"), (apart, "no training image has both")):
+    for lines in alone, apart:
         (tmp_path / "train.jsonl").write_text(lines)
-        with pytest.raises(data.UserError, match=message):
-            mkt.load_training(args)
+        with pytest.raises(data.UserError, match="nothing to rank: a seen label"):
+            mkt.images_to_rank(data.load_dataset("folder", tmp_path))
 
 
 def test_two_processes_end_where_one_does(quick, tmp_path):
