@@ -1262,7 +1262,7 @@ def check_belongs(saved, fingerprint, labels, args):
 
 
 def load_weights(model, saved, labels, args):
-    """A checkpoint's weights into a model with a .clip; UserError where they do not belong there."""
+    """A checkpoint's weights into a model with a .clip; UserError where they don't belong there."""
     check_belongs(saved, model.clip.fingerprint(), labels, args)
     try:
         model.load_state_dict(saved["model"])

@@ -129,10 +129,8 @@ class MKT(nn.Module):
     @torch.no_grad()
     def trunk(self, images):
         """Images [B, 3, h, w] -> tokens [B, 1 + L, W] below the first trained block."""
-        x = self.clip.visual.embed(images)
-        for block in self.clip.visual.transformer.resblocks[:-2]:
-            x = block(x)
-        return x
+        x = self.clip.visual.embed(images.to(self.clip.dtype))
+        return self.clip.visual.transformer.resblocks[:-2](x)
 
     def student(self, x):
         """Trunk tokens -> (global [B, D], local [B, L, D])."""
@@ -590,8 +588,8 @@ def images_to_rank(dataset):
     learned = ((present > 0) & (absent > 0)).any()
     dataset = dataset.subset(dataset.shows())  # unseen labels are unknown in training
     if not (learned and dataset.counts()[1][dataset.seen].any()):
-        raise UserError(f"{dataset.name}: nothing to rank: a seen label must be known to be present "
-                        f"in one training image, absent in another that has a present one")
+        raise UserError(f"{dataset.name}: nothing to rank: a seen label must be known to be present"
+                        f" in one training image, absent in another that has a present one")
     return dataset
 
 
