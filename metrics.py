@@ -91,9 +91,12 @@ def f1_at_threshold(scores, targets, threshold):
     Returns {"CP", "CR", "CF1", "OP", "OR", "OF1"}, floats in [0, 1], 0 where there is nothing.
     """
     scores, targets = _check(scores, targets)
-    predicted, positive = (scores >= threshold) & (targets != 0), targets == 1
-    hits, predictions, positives = (
-        x.sum(dim=0).double() for x in (predicted & positive, predicted, positive))  # [C]
+    counts = 0
+    rows = max(1, CHUNK // max(1, scores.shape[1]))
+    for s, t in zip(scores.split(rows), targets.split(rows)):
+        predicted = (s >= threshold) & (t != 0)
+        counts += torch.stack([predicted & (t == 1), predicted, t == 1]).sum(dim=1)  # [3, C]
+    hits, predictions, positives = counts.double()
     labels = max(1, (positives > 0).sum().item())
     # a label without a hit adds nothing, one without a positive has none
     cp = (hits / predictions.clamp(min=1)).sum().item() / labels

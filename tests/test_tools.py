@@ -1,5 +1,4 @@
 """tools/: answers of language models, a server that misbehaves, the authors' releases."""
-import copy
 import functools
 import json
 import signal
@@ -317,16 +316,6 @@ def test_what_cannot_be_is_refused_before_anything_is_asked(tmp_path, monkeypatc
 
 # ---- the authors' releases
 
-@pytest.fixture(scope="module")
-def toy_vit():
-    return clip_model.load("toy-ViT")
-
-
-@pytest.fixture(scope="module")
-def toy_resnet():
-    return clip_model.load("toy-RN")
-
-
 @pytest.fixture
 def photo(tmp_path):
     data.write_file(tmp_path / "photo.png", world.scene("benchmark", 7, 0))
@@ -342,10 +331,10 @@ def convert(folder, *arguments):
 
 
 @pytest.fixture
-def trained_mkt(toy_vit, tmp_path):
+def trained_mkt(tmp_path):
     """A model whose weights are no longer CLIP's, its files as MKT's authors release theirs."""
     torch.manual_seed(0)
-    model = mkt.MKT(copy.deepcopy(toy_vit[0]), topk=16)
+    model = mkt.MKT(clip_model.load("toy-ViT")[0], topk=16)
     for parameter in (*model.blocks.parameters(), *model.ln_post.parameters(), model.proj,
                       model.context):
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -366,10 +355,11 @@ def trained_mkt(toy_vit, tmp_path):
 
 
 @torch.no_grad()
-def test_mkt_as_released(trained_mkt, toy_vit, tmp_path, photo, capsys):
+def test_mkt_as_released(trained_mkt, tmp_path, photo, capsys):
     both = convert(tmp_path, "mkt", "STAGE1.pth", "STAGE2.pth", "--clip", "toy-ViT")
     first = convert(tmp_path, "mkt", "STAGE1.pth", "--clip", "toy-ViT")
-    clips_own = mkt.MKT(copy.deepcopy(toy_vit[0]), topk=16).context
+    clip, preprocess = clip_model.load("toy-ViT")
+    clips_own = mkt.MKT(clip, topk=16).context
     for path, context in (both, trained_mkt.context), (first, clips_own):
         found, expected = checkpoint(path)["model"], trained_mkt.state_dict() | {"context": context}
         assert found.keys() == expected.keys()
@@ -378,7 +368,7 @@ def test_mkt_as_released(trained_mkt, toy_vit, tmp_path, photo, capsys):
     assert (args["preprocess"], args["data"], args["clip"]) == ("authors", "nuswide", "toy-ViT")
     labels = ["star", "blue boat", "owl"]
     z = trained_mkt.label_embeddings(trained_mkt.prompts(labels))
-    global_, local = trained_mkt(toy_vit[1](data.open_image(photo))[None])
+    global_, local = trained_mkt(preprocess(data.open_image(photo))[None])
     scores = mkt.two_stream_scores(local, global_, z, 16)[0]
     line, = predictions(mkt, capsys, photo, "--checkpoint", both, "--labels", ",".join(labels),
                         "--preprocess", "clip")
@@ -419,8 +409,8 @@ def write_comc(path, weight, weights=None, **more):
 
 
 @torch.no_grad()
-def test_comc_as_released(tmp_path, photo, capsys, toy_resnet):
-    clip, preprocess = toy_resnet
+def test_comc_as_released(tmp_path, photo, capsys):
+    clip, preprocess = clip_model.load("toy-RN")
     torch.manual_seed(0)
     weight, memory = torch.randn(80, 128), F.normalize(torch.randn(80, 128), dim=-1).half()
     with torch.enable_grad():
