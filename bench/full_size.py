@@ -258,8 +258,8 @@ def main():
     parser.add_argument("--until", type=int, help="interrupt whole epochs at this step")
     args = parser.parse_args()
     torch.manual_seed(0)
-    print("| command | start (processor) | in all, of it | peak memory of a process | together | shared memory "
-          "| target |\n|---|---|---|---|---|---|---|", flush=True)
+    print("| command | start (processor) | in all, of it | peak memory of a process | together "
+          "| shared memory | target |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         write_clip(folder / "tiny.pt", 64)

@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import zlib
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -369,6 +370,18 @@ def test_sparse_targets_in_a_spawned_process(files):
     loader = DataLoader(dataset, batch_size=5, num_workers=1, multiprocessing_context="spawn")
     targets = torch.cat([targets for _, targets in loader])
     assert torch.equal(targets, dataset.targets)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr])
+def test_a_process_that_is_not_forked_shares_targets_and_paths(layout, files):
+    targets = random_targets(2000, 200)
+    if layout == torch.sparse_csr:
+        targets = targets.to_sparse_csr()
+    dataset = MultiLabelDataset(map(str, range(200)), targets, 2000 * [str(files[0])])
+    pickled = ForkingPickler.dumps(dataset)  # what every worker is sent
+    assert len(pickled) < 10_000
+    again = ForkingPickler.loads(pickled)
+    assert again[1999][0] == dataset[1999][0] and torch.equal(again[1999][1], dataset[1999][1])
 
 
 # ---- partial labels
