@@ -5,12 +5,11 @@
     python bench/full_size.py --quick        # a thousandth of the images: does everything run?
 
 Label files are made up, in the published form; images are small JPEGs under hard links; CLIP is a
-ViT of 16 patches and three narrow blocks, random. Pixels and activations, the real CLIP's, are the
-part of the memory that is not measured here. Seconds are of these images and this CLIP: only those
-until the first image is seen, "start", say something about real ones.
-Memory is the peak of a process, pages that it shares included; "together" counts each page once, and
-"shared memory" is the part of it in which the workers pass their batches (Docker has 64 MB).
-Linux alone tells this.
+random ViT of 16 patches and three narrow blocks, for images of 64 pixels or (224.pt) of 224. So
+seconds say something of real runs only until the first image is asked for, "start" (in brackets
+the processor's, of all processes); and a real CLIP's weights and activations come to the memory.
+Memory is the peak of a process, with pages that it shares; "together" counts each page once, and
+"shared memory" is the part by which workers pass batches (Docker has 64 MB). Linux alone tells.
 """
 import argparse
 import contextlib
@@ -41,20 +40,22 @@ import data
 from toy import world
 
 SCRIPTS = Path(data.__file__).parent
-COUNTS = {"nuswide": (161_789, 107_859), "coco": (82_783, 40_504), "openimages": (5_655_108, 125_436)}
+COUNTS = {"nuswide": (161_789, 107_859), "coco": (82_783, 40_504),
+          "openimages": (5_655_108, 125_436)}
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
 BARS = "embedding|stage|epoch|scoring"  # of what looks at images, and of texts
 EPOCH = "--epochs 1 --prompt-epochs 1"
-# {data: [(what is run, a step to be interrupted at, 0: none but --until's, targets: seconds of the start, GiB of the first
-# process, GiB of the others)]}
+# {data: [(what is run; a step to be interrupted at, 0: --until's alone; targets: seconds of the
+# start, GiB of the first process, GiB of each other one)]}
 COMMANDS = {
     "nuswide": [
         (f"mkt.py {EPOCH} --output A", 0, 10, 6, 6),
         ("mkt.py --epochs 0 --prompt-epochs 1 --augment no --limit 9000 --clip 224.pt --workers 8 "
          "--output B", None)],
     "coco": [
-        ("lang_cls.py --sources templates --output C", None),
-        ("trm_ml.py --partial 0.1 0.5 0.9 --image-size 64 --augment no --epochs 1 --output D", None)],
+        ("lang_cls.py --output C", None),
+        ("trm_ml.py --partial 0.1 0.5 0.9 --image-size 64 --augment no --epochs 1 --output D",
+         None)],
     "openimages": [
         (f"mkt.py {EPOCH} --output E", 300, None, 16, 2),
         (f"{TORCHRUN} mkt.py {EPOCH} --limit 9000 --output F", None, 15, 16, 2),
@@ -184,8 +185,10 @@ def watch(command, folder, last_step, interval):
     environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": str(SCRIPTS)}
     found, begin, text, due, is_interrupted = Measured(), time.time(), "", 0, False
-    process = subprocess.Popen([sys.executable, *command], stdout=ours, stderr=ours,
-                               stdin=subprocess.DEVNULL, cwd=folder, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=ours, stderr=ours, cwd=folder,
+        env=environment,  # and what is in the background would ignore an interrupt
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     os.close(ours)
     while True:
         new = ""
@@ -209,11 +212,12 @@ def watch(command, folder, last_step, interval):
         due, together, shared = found.seconds + interval, 0, 0
         for depth, pid in tree:
             with contextlib.suppress(OSError):
-                found.peaks[depth, pid] = memory_of(pid, "status", "VmHWM")
+                peak = memory_of(pid, "status", "VmHWM")  # 0 as it ends
+                found.peaks[depth, pid] = max(peak, found.peaks.get((depth, pid), 0))
                 together += memory_of(pid, "smaps_rollup", "Pss")
                 shared += memory_of(pid, "smaps_rollup", "Pss_Shmem")
         found.together, found.shared = max(found.together, together), max(found.shared, shared)
-    if process.wait() != int(is_interrupted):
+    if process.wait() != is_interrupted:
         sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{text}")
     return found
 
@@ -253,10 +257,9 @@ def main():
     parser.add_argument("--folder", help="where the stand-ins stay, for the next call")
     parser.add_argument("--until", type=int, help="interrupt whole epochs at this step")
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     torch.manual_seed(0)
-    print("| command | start (CPU) | in all, of it | peak memory of a process | together | shared memory "
-          "| target |\n|---|---|---|---|---|---|---|", flush=True)
+    print("| command | start (processor) | in all, of it | peak memory of a process | together "
+          "| shared memory | target |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         write_clip(folder / "tiny.pt", 64)

@@ -1,5 +1,7 @@
 import baselines
 import clip_model
+import full_size
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,3 +60,44 @@ def test_scenes_of_the_test_seed_are_the_test_scenes():
     assert not torch.equal(test.targets, expected_targets) and test[4][0] != expected_image
     baselines.use_scenes(test, seed=2)
     assert torch.equal(test.targets, expected_targets) and test[4][0] == expected_image
+
+
+@pytest.mark.parametrize("name", list(full_size.COMMANDS))
+def test_stand_ins_have_as_many_images_and_labels_as_were_asked_for(name, tmp_path):
+    getattr(full_size, f"write_{name}")(tmp_path, np.random.default_rng(0), 40, 20)
+    for split, count in (("train", 40), ("test", 20)):
+        dataset = data.load_dataset(name, tmp_path, split)
+        assert len(dataset) == count and not dataset.missing
+        assert len(dataset.labels) == {"nuswide": 1006, "coco": 80, "openimages": 7586}[name]
+        assert dataset[count - 1][0].size == (64, 64)
+        assert all(known.sum() for known in dataset.counts())
+
+
+HOLDS_MEMORY = """
+import multiprocessing, time, sys
+from tqdm import tqdm
+held = b"x" * {size}
+try:
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
+    worker.start()
+    for _ in tqdm(range(10 ** 9), "stage 1 epoch 1", disable=None):
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    sys.exit(1)
+"""
+
+
+def test_a_command_is_watched_and_interrupted(tmp_path):
+    size = 300 * 2 ** 20
+    found = full_size.watch(["-c", HOLDS_MEMORY.format(size=size)], tmp_path, 20, 0.05)
+    first, last, steps = found.bars["stage 1 epoch 1"]
+    assert 0 < first <= last <= found.seconds and steps >= 20
+    (main, _), (worker, _) = found.peaks
+    assert (main, worker) == (0, 1) and found.cpu > 0
+    assert min(found.peaks.values()) > size  # the worker's too, which shares these pages
+    assert size < found.together < 1.9 * size
+
+
+def test_a_command_that_fails_is_shown(tmp_path):
+    with pytest.raises(SystemExit, match="exit code 3\\n.*broken"):
+        full_size.watch(["-c", "print('broken'); exit(3)"], tmp_path, None, 0.05)

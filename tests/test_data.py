@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import zlib
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -342,6 +343,18 @@ def test_sparse_targets_are_the_dense_ones(rows):
         assert present.tolist() == [int((column == 1).sum()) for column in expected.T]
         assert absent.tolist() == [int((column == -1).sum()) for column in expected.T]
         assert dataset.shows().tolist() == [1 in row for row in expected.tolist()]
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr])
+def test_a_process_that_is_not_forked_shares_targets_and_paths(layout, files):
+    targets = random_targets(2000, 200)
+    if layout == torch.sparse_csr:
+        targets = targets.to_sparse_csr()
+    dataset = MultiLabelDataset(map(str, range(200)), targets, 2000 * [str(files[0])])
+    pickled = ForkingPickler.dumps(dataset)  # what every worker is sent
+    assert len(pickled) < 10_000
+    again = ForkingPickler.loads(pickled)
+    assert again[1999][0] == dataset[1999][0] and torch.equal(again[1999][1], dataset[1999][1])
 
 
 # ---- partial labels
