@@ -295,20 +295,22 @@ def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy, monk
     run, labels = tmp_path / "run", ["star", "moon", "fish", "house"]
     lang_cls.main([*quick, "--labels", ", ".join(labels), "--clip", "toy-RN", "--output", str(run)])
     assert not (run / "results.json").exists()
-    model, best = saved_model(run), ["--checkpoint", run / "last.pt"]
+    model = saved_model(run)
+    best = ["--checkpoint", run / "last.pt", "--streams", "local", "--mapping-weight", "0.6"]
 
     def embeddings(photo):
         return lang_cls.encode(clip, preprocess(photo)[None], ARGS)[1]
 
     trees.check_predictions(lang_cls, capsys, tmp_path, labels,
-                            lambda photo: scores_of(model, embeddings(photo))[0], *best)
+                            lambda photo: scores_of(model, embeddings(photo), 0.6, "local")[0],
+                            *best)
     # a location of a heatmap is as bright as the label is likely there, among all labels
     written = []
     monkeypatch.setattr(metrics, "write_prediction", lambda *prediction: written.append(prediction))
     predictions(lang_cls, capsys, tmp_path / "photos", *best)
     for _, photo, _, maps, names, _ in written:
         local = embeddings(photo)[0, 1:]  # [L, D]
-        expected = scores_of(model, torch.stack([local, local], dim=1), softmax=True)
+        expected = scores_of(model, torch.stack([local, local], dim=1), 0.6, softmax=True)
         torch.testing.assert_close(maps, expected.T.float(), rtol=1e-3, atol=1e-4)
         assert names == labels
     assert len(written) == 2

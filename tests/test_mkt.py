@@ -390,10 +390,10 @@ def trained(tmp_path_factory, quick):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preprocess", ["clip", "authors"])
-def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp_path):
-    rows = mkt.main(["--eval", str(trained / "best.pt"), "--preprocess", preprocess, "--device",
-                     "cpu", "--output", str(tmp_path)])
+@pytest.mark.parametrize("preprocess, streams", [("clip", "both"), ("authors", "local")])
+def test_the_rows_are_what_the_pieces_give(preprocess, streams, trained, scenes, toy, tmp_path):
+    rows = mkt.main(["--eval", str(trained / "best.pt"), "--preprocess", preprocess, "--streams",
+                     streams, "--device", "cpu", "--output", str(tmp_path)])
     assert rows == results(trained)["rows"] or preprocess == "authors"
     visual, learned = student_of(trained / "best.pt", toy[0])
     test = data.load_dataset("folder", scenes, "test", pixels_of(preprocess, 128))
@@ -401,13 +401,12 @@ def test_the_rows_are_what_the_pieces_give(preprocess, trained, scenes, toy, tmp
     for row, context in zip(rows[4:], (None, learned), strict=True):
         z = label_embeddings(toy[0], test.labels, context)
         for metric, columns in (("gzsl_mAP", slice(None)), ("zsl_mAP", test.unseen)):
-            scores = scores_of(local, global_, z[columns], 4)
+            scores = scores_of(local, global_, z[columns], 4, streams)
             mAP = metrics.mean_average_precision(scores, test.targets[:, columns])
             assert row[metric] == pytest.approx(mAP, abs=1e-4)
     assert [row["name"] for row in rows[4:]] == ["MKT without prompt tuning", "MKT"]
 
 
-@torch.no_grad()
 def test_validation_is_of_the_seen_labels_of_images_held_out(quick, scenes, toy, tmp_path):
     mkt.main([*quick, "--epochs", "1", "--prompt-epochs", "0", "--val-fraction", "0.5", "--output",
               str(tmp_path)])
@@ -416,8 +415,8 @@ def test_validation_is_of_the_seen_labels_of_images_held_out(quick, scenes, toy,
     held_out = train.hold_out(0.5, toy[1])[1]
     global_, local = visual.dense(torch.stack([image for image, _ in held_out]))
     z = label_embeddings(toy[0], [train.labels[c] for c in train.seen], context)
-    expected = metrics.mean_average_precision(
-        scores_of(local, global_, z, 4), held_out.targets[:, train.seen])
+    scores = scores_of(local, global_, z, 4).detach()
+    expected = metrics.mean_average_precision(scores, held_out.targets[:, train.seen])
     line, = trees.lines(tmp_path / "log.jsonl")
     assert line["val_mAP"] == pytest.approx(expected, abs=1e-4)
 
@@ -500,18 +499,20 @@ def drawn_predictions(monkeypatch, *arguments):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preprocess, covered", [("clip", 1), ("authors", 224 / 256)])
-def test_predictions_of_labels_never_seen_and_heatmaps(preprocess, covered, trained, scenes, toy,
-                                                       monkeypatch):
+@pytest.mark.parametrize("preprocess, covered, streams", [
+    ("clip", 1, "both"), ("authors", 224 / 256, "global")])
+def test_predictions_of_labels_never_seen_and_heatmaps(preprocess, covered, streams, trained,
+                                                       scenes, toy, monkeypatch):
     """A heatmap shows what a label has beyond the others."""
     photo, labels = scenes / "test/0.png", ["blue star", "submarine", "cactus", "ice cream"]
     (scores, maps, crop), = drawn_predictions(
         monkeypatch, photo, "--labels", ", ".join(labels), "--checkpoint", trained / "best.pt",
-        "--preprocess", preprocess)
+        "--preprocess", preprocess, "--streams", streams)
     visual, context = student_of(trained / "best.pt", toy[0])
     z = label_embeddings(toy[0], labels, context)
     global_, local = visual.dense(pixels_of(preprocess, 128)(data.open_image(photo))[None])
-    torch.testing.assert_close(scores, scores_of(local, global_, z, 4)[0], rtol=0, atol=1e-3)
+    expected = scores_of(local, global_, z, 4, streams)[0]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-3)
     products = local[0] @ z.T  # [L, C]
     expected = torch.stack([(of_patch - of_patch.mean()).clamp(min=0) for of_patch in products])
     torch.testing.assert_close(maps, expected.T / expected.max(), rtol=1e-3, atol=1e-4)
