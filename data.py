@@ -1127,7 +1127,7 @@ def _describe(split, dataset, columns):
               f"{count.min():,}, median {count.median():,}")
         without = [dataset.labels[column] for column in columns[count == 0]]
         if without:
-            print(f"    never, of {len(without):,} labels: {_some(without)}")
+            print(f"    never ({len(without):,} of the labels): {_some(without)}")
     if not ((present > 0) & (absent > 0)).any():
         print("  no label has both, so none can be learned or measured")
     elif split == "test" and (absent == 0).any():

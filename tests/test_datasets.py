@@ -343,11 +343,11 @@ def test_what_the_splits_hold_is_printed(tmp_path, capsys):
     assert printed(capsys, tmp_path).splitlines() == [
         "training: 3 images, 4 labels",
         "  known to be present: 3 entries, of a label at least 0, median 0",
-        "    never, of 2 labels: cat, \u732b",
+        "    never (2 of the labels): cat, \u732b",
         "  known to be absent: 5 entries, of a label at least 1, median 1",
         "test: 2 images, 4 labels",
         "  known to be present: 1 entries, of a label at least 0, median 0",
-        "    never, of 3 labels: cat, dog, ice cream",
+        "    never (3 of the labels): cat, dog, ice cream",
         "  known to be absent: 4 entries, of a label at least 1, median 1",
         f"images in both splits: 2, e.g. {tmp_path}/1.png"]
     write(tmp_path / "test.jsonl", '{"image": "1.png", "present": ["dog", "cat"]}\n'
