@@ -261,7 +261,7 @@ class MultiLabelDataset(Dataset):
         self.full_targets = full = torch.as_tensor(targets)
         self.rows = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
         self.missing = 0
-        is_unseen = torch.zeros(len(labels), dtype=torch.bool)
+        is_unseen = torch.zeros(len(self.labels), dtype=torch.bool)
         is_unseen[list(unseen)] = True
         self.seen, self.unseen = (~is_unseen).nonzero()[:, 0], is_unseen.nonzero()[:, 0]
         # in shared memory, because it is the DataLoader's workers that find out
@@ -270,7 +270,7 @@ class MultiLabelDataset(Dataset):
         if not len(self.rows):
             raise UserError(f"{name}: there are no images")
         _check_unique(self.labels, f"{name}: labels")
-        shape = [len(images), len(labels)]
+        shape = [len(images), len(self.labels)]
         known = full.values() if full.is_sparse_csr else full
         if full.dtype != torch.int8 or list(full.shape) != shape or (known.abs() > 1).any():
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels) of 1, -1, 0, "

@@ -588,8 +588,8 @@ def images_to_rank(dataset):
     learned = ((present > 0) & (absent > 0)).any()
     dataset = dataset.subset(dataset.shows())  # unseen labels are unknown in training
     if not (learned and dataset.counts()[1][dataset.seen].any()):
-        raise UserError(f"{dataset.name}: nothing to rank: a seen label must be known to be present"
-                        f" in one training image, absent in another that has a present one")
+        raise UserError(f"{dataset.name}: nothing to rank: a seen label must be known present "
+                        "in one training image and absent in another that has a present one")
     return dataset
 
 

@@ -91,6 +91,7 @@ def train_mkt(stage, device, steps, output):
     args, _ = mkt.arguments([*DEVICE, "--epochs", "1", "--prompt-batch-size", "2", "--output",
                              output])
     clip = clip_model.load("toy-ViT")[0]
+    device.put(clip.state_dict())
     model, dataset = mkt.MKT(clip, args.topk), images(clip, 2 * steps)
     device.put(model.state_dict())
     stages = mkt.make_stages(model, dataset, args)
