@@ -21,6 +21,7 @@ import pickle
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -275,10 +276,12 @@ def main():
                 if args.quick:
                     step, command = step and 2, command.replace("--limit 9000", "--limit 128")
                 before, script, options = re.split(r"(\w+\.py)", command)
+                if "--output" in options:  # of an earlier call
+                    shutil.rmtree(folder / options.split()[-1], ignore_errors=True)
                 words = [*before.split(), str(SCRIPTS / script), "--data", name, "--device", "cpu",
                          "--clip", "tiny.pt", "--workers", args.workers, *options.split()]
                 measured = watch(words, folder, step, 0.1 if args.quick else 2)
-                row(command, step, targets, measured)
+                row(command, step, [] if args.quick else targets, measured)
 
 
 if __name__ == "__main__":
