@@ -170,9 +170,9 @@ def normalize_scores(scores):
         width = max(1, CHUNK // max(1, scores.shape[dim]))
         for part in scores.split(width, dim=1 - dim):
             # in float64 the mean of equal float32 values is just this value: their difference is 0
-            part -= part.mean(dim, keepdim=True, dtype=torch.float64).float()
-            std = part.std(dim, correction=0, keepdim=True)
-            part /= std.where(std > 0, 1)
+            centred = part - part.mean(dim, keepdim=True, dtype=torch.float64).float()
+            std = centred.std(dim, correction=0, keepdim=True)
+            part.copy_(centred / std.where(std > 0, 1))
     return scores
 
 

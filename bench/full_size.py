@@ -54,7 +54,7 @@ COMMANDS = {
         ("mkt.py --epochs 0 --prompt-epochs 1 --augment no --limit 9000 --clip 224.pt --workers 8 "
          "--output B", None)],
     "coco": [
-        ("lang_cls.py --output C", None),
+        ("lang_cls.py --sources templates --output C", None),
         ("trm_ml.py --partial 0.1 0.5 0.9 --image-size 64 --augment no --epochs 1 --output D",
          None)],
     "openimages": [
