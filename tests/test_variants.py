@@ -79,15 +79,17 @@ def test_every_variant_is_described():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("free_absent", [False, True])
-def test_dualcoops_probability_is_a_loop(patched, free_absent):
+@pytest.mark.parametrize("words", ["a_photo_of_a", ""])
+def test_dualcoops_probability_is_a_loop(patched, words):
     torch.manual_seed(0)
     clip, _ = clip_model.load("toy-RN")
-    model = patched("dualcoop")[0].DualCoOp(clip, ["cup", "key", "hat"], free_absent=free_absent)
+    args = SimpleNamespace(words=words, per_label_context=True, free_absent=words == "")
+    model = patched("dualcoop")[0].DualCoOp(clip, ["cup", "key", "hat"], args)
+    model.context.data += torch.randn_like(model.context)
     x, texts = F.normalize(torch.randn(2, 5, 128), dim=-1), model.texts()
     logits, _, maps = model(x, texts)
-    absent = F.normalize(model.absent, dim=-1) if free_absent else texts[3:]
-    assert (model.absent is None) != free_absent and len(absent) == 3
+    absent = F.normalize(model.absent, dim=-1) if args.free_absent else texts[3:]
+    assert len(absent) == 3 and model.context.shape[1:3] == (3, 4 if words else 16)
     for b in range(2):
         for c in range(3):
             similar = [20 * place @ texts[c] for place in x[b, 1:]]
