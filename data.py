@@ -398,7 +398,12 @@ class MultiLabelDataset(Dataset):
         """Known entries of every label: (present int64 [C], absent int64 [C])."""
         full = self.full_targets
         if not full.is_sparse_csr:
-            return tuple((self.targets == sign).sum(dim=0) for sign in (1, -1))
+            counts = torch.zeros(2, len(self.labels), dtype=torch.int64)
+            for rows in self.rows.split(4096):  # all rows at once would take six times as long
+                targets = self._dense(rows)
+                for count, sign in zip(counts, (1, -1)):
+                    count += (targets == sign).float().sum(dim=0).long()
+            return tuple(counts)
         is_here = torch.zeros(len(full), dtype=torch.bool)
         is_here[self.rows] = True
         is_here = is_here.repeat_interleave(full.crow_indices().diff())  # of every known entry
