@@ -65,6 +65,7 @@ import data
 import metrics
 from data import UserError
 
+NAME = "MKT"  # of the rows in the table
 # settings; the defaults of the command line, in arguments(), are the authors' code's too
 PROMPT = "There is a {} in the scene"  # authors' code
 MARGIN = 1.0  # of the ranking loss; authors' code
@@ -482,8 +483,8 @@ def table(model, test, clip_preprocess, args):
 
     contexts, clips_own = {}, clip.token_embedding.weight[model.context_ids]
     if args.epochs and not torch.equal(model.context, clips_own):  # both stages have trained
-        contexts["MKT without prompt tuning"] = clips_own
-    contexts["MKT"] = model.context
+        contexts[f"{NAME} without prompt tuning"] = clips_own
+    contexts[NAME] = model.context
     prompts = model.prompts(test.labels)
     z = {name: model.label_embeddings(prompts, context) for name, context in contexts.items()}
     z = {(name, prefix): z[name][index] for name in z for prefix, index in playing.items()}
@@ -492,9 +493,9 @@ def table(model, test, clip_preprocess, args):
     if RANK > 0:
         return None, None
     for name in contexts:
-        kind = "method" if name == "MKT" else "ablation"
+        kind = "method" if name == NAME else "ablation"
         rows.append(metrics.table_row(name, kind, scores, test, ks))
-    return rows, scores["MKT", [*playing][-1]]
+    return rows, scores[NAME, [*playing][-1]]
 
 
 # ---- predict

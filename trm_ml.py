@@ -83,6 +83,7 @@ import data
 import metrics
 from data import UserError
 
+NAME = "TRM-ML"  # of the rows in the table
 # settings; the defaults of the command line, in arguments(), have their sources above
 CONTEXT = 16  # learned words of a prompt; DualCoOp
 HEADS = 4  # of the attention; ours
@@ -320,7 +321,7 @@ class Run:
     name: str  # of its row in the table
     index: int  # of its known labels among an image's targets [R + 1, C]
     output: str  # its folder
-    model: TRM
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     best: dict  # the weights of the best epoch
     log: list = field(default_factory=list)  # a dict an epoch
@@ -328,10 +329,10 @@ class Run:
 
 def make_run(index, clip, labels, known, args):
     """A model at its start or, with --resume, where it was left. known: int8 [N, C]."""
-    name, output = "TRM-ML", args.output
+    name, output = NAME, args.output
     if len(args.partial) > 1:
         share = args.partial[index]
-        name, output = f"TRM-ML, {100 * share:g}% known", f"{output}/partial-{share:g}"
+        name, output = f"{NAME}, {100 * share:g}% known", f"{output}/partial-{share:g}"
     count = (known != 0).sum().item()
     if not count:
         raise UserError("none of the training labels is known: raise --partial or --limit")
@@ -490,12 +491,12 @@ def average_of(rows, args):
     """Print the sweep's line as the papers have it, mAP by the share of known labels and the
     average; -> the average as a row."""
     metric = [name for name in rows[0] if name.endswith("mAP")][-1]
-    average = {"name": "TRM-ML, average", "kind": "method"}
+    average = {"name": f"{NAME}, average", "kind": "method"}
     for name in list(rows[0])[2:]:  # the metrics
         average[name] = sum(row[name] for row in rows) / len(rows)
     shares = "".join(f"{100 * share:7g}%" for share in args.partial)
     values = "".join(f"{100 * row[metric]:8.1f}" for row in [*rows, average])
-    print(f"\n{metric + ' (%), known labels':30}{shares} average\n{'TRM-ML':30}{values}")
+    print(f"\n{metric + ' (%), known labels':30}{shares} average\n{NAME:30}{values}")
     return average
 
 
@@ -596,7 +597,7 @@ def main(argv=None):
     train_preprocess, test.transform = transforms_of(preprocess, args)
 
     if args.eval:
-        models, names = [load_model(clip, saved, test.labels, args)], ["TRM-ML"]
+        models, names = [load_model(clip, saved, test.labels, args)], [NAME]
     else:
         state = {"method": "trm_ml", "args": vars(args), "clip_fingerprint": clip.fingerprint(),
                  "labels": test.labels}
