@@ -245,7 +245,10 @@ def pixels_of(preprocess):
 
 
 def normalized(images, preprocess):
-    """Pixels uint8 [B, 3, h, w] -> what ToTensor and Normalize give; --preprocess."""
+    """Pixels uint8 [B, 3, h, w] -> what ToTensor and Normalize give; --preprocess. Floats have been
+    through these two."""
+    if images.is_floating_point():
+        return images
     mean_std = IMAGENET if preprocess == "authors" else (clip_model.MEAN, clip_model.STD)
     mean, std = torch.tensor(mean_std).to(images.device, non_blocking=True)[..., None, None]
     return (images / 255 - mean) / std
