@@ -287,13 +287,17 @@ class MultiLabelDataset(Dataset):
         return names.view(f"S{names.shape[1]}")[:, 0].tolist()
 
     def _leave_out_missing(self):
-        paths, existing = self.paths, set()
-        for folder in {os.path.dirname(path) for path in paths}:
-            with contextlib.suppress(FileNotFoundError):
-                entries = os.scandir(folder or b".")  # to look up every file would take minutes
-                existing.update(entry.path for entry in entries if entry.is_file())
-        self._leave_out({i: f"{os.fsdecode(path)}: no such file" for i, path in enumerate(paths)
-                         if path not in existing and not os.path.isfile(_spelled(path))})
+        names_in, errors = {}, {}
+        for i, path in enumerate(self.paths):
+            folder, _, name = path.rpartition(b"/")
+            if folder not in names_in:  # to look up every file would take minutes
+                names_in[folder] = set()
+                with contextlib.suppress(FileNotFoundError):
+                    entries = os.scandir(folder or b".")
+                    names_in[folder] = {entry.name for entry in entries if entry.is_file()}
+            if name not in names_in[folder] and not os.path.isfile(_spelled(path)):
+                errors[i] = f"{os.fsdecode(path)}: no such file"
+        self._leave_out(errors)
 
     def leave_out_damaged(self):
         """Decode all files, or 1,000 of more than 5,000 and the others only if one of these is
@@ -1116,7 +1120,7 @@ def load_splits(args, with_training=True):
     if training:
         _describe("training", training, training.seen)
     _describe("test", test, torch.arange(len(test.labels)))
-    both = {*test.paths} & {*training.paths} if training else None
+    both = {*test.paths}.intersection(training.paths) if training else None
     if both:
         print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(min(both))}")
     return training, test
