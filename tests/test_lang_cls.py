@@ -31,6 +31,13 @@ def unit(*shape):
 
 # ---- the method's formulas
 
+@pytest.mark.parametrize("streams, merged", [
+    ("global", [3.0, 0.0]), ("local", [2.0, 5.0]), ("both", [2.5, 2.5])])
+def test_merge_takes_the_whole_image_and_the_best_location(streams, merged):
+    scores = torch.tensor([[[3.0, 0.0], [1.0, 5.0], [2.0, 1.0]]])  # the whole image's come first
+    assert lang_cls.merge(scores, streams).tolist() == [merged]
+
+
 def test_map_to_text_is_a_mixture_of_the_labels():
     torch.manual_seed(0)
     embeddings, memory = unit(2, 3, 8), unit(5, 8)
@@ -207,6 +214,8 @@ def test_the_most_frequent_reasons_are_named():
     line = lang_cls.described(reasons)
     assert line.startswith("2,000 of no label: '0', 1,999 of no label: '1'")
     assert line.endswith("'11', ...") and lang_cls.described(Counter()) == "none"
+    del reasons["of no label: '12'"]
+    assert lang_cls.described(reasons).endswith("'11'")
 
 
 # ---- their embeddings
@@ -296,18 +305,20 @@ def test_labels_without_a_dataset_and_predict(quick, tmp_path, capsys, toy, monk
     lang_cls.main([*quick, "--labels", ", ".join(labels), "--clip", "toy-RN", "--output", str(run)])
     assert not (run / "results.json").exists()
     model = saved_model(run)
-    best = ["--checkpoint", run / "last.pt", "--streams", "local", "--mapping-weight", "0.6"]
+    plain = ["--checkpoint", run / "last.pt"]
+    best = [*plain, "--streams", "local", "--mapping-weight", "0.6"]
 
     def embeddings(photo):
         return lang_cls.encode(clip, preprocess(photo)[None], ARGS)[1]
 
-    trees.check_predictions(lang_cls, capsys, tmp_path, labels,
-                            lambda photo: scores_of(model, embeddings(photo), 0.6, "local")[0],
-                            *best)
+    for options, *setting in (plain, 0.3, "both"), (best, 0.6, "local"):
+        trees.check_predictions(lang_cls, capsys, tmp_path / setting[1], labels,
+                                lambda photo: scores_of(model, embeddings(photo), *setting)[0],
+                                *options)
     # a location of a heatmap is as bright as the label is likely there, among all labels
     written = []
     monkeypatch.setattr(metrics, "write_prediction", lambda *prediction: written.append(prediction))
-    predictions(lang_cls, capsys, tmp_path / "photos", *best)
+    predictions(lang_cls, capsys, tmp_path / "local/photos", *best)
     for _, photo, _, maps, names, _ in written:
         local = embeddings(photo)[0, 1:]  # [L, D]
         expected = scores_of(model, torch.stack([local, local], dim=1), 0.6, softmax=True)

@@ -90,6 +90,9 @@ class ChatServer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
+    def handle_error(self, *_):
+        """Clients that are interrupted break connections: no word of it on the terminal."""
+
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
