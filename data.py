@@ -652,7 +652,8 @@ def _nuswide(root, split):
     """-> the names of the 81 concepts, targets int8 [F, 81], paths of the F images, their rows in
     the label files, and the number of rows."""
     def parse(line):  # file names are unique across directories: lists are joined by them
-        return re.split(r"[\\/]", line)[-1], line.replace("\\", "/")
+        path = line.replace("\\", "/")
+        return path.rpartition("/")[2], path
 
     paths = _entries(_find(root, "ImageList/Imagelist.txt"), parse)
     row_of = {name: row for row, name in enumerate(paths)}
