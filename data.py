@@ -27,7 +27,7 @@ import tempfile
 import unicodedata
 import warnings
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
@@ -66,7 +66,8 @@ def _expect(what, where):
         yield
     except UserError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError,
+            RecursionError) as error:
         raise UserError(f"{where}: not {what}: {error}") from None
 
 
@@ -96,13 +97,15 @@ def open_image(path, *, on_truncated=_note_once):
     EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8 bits; of
     an animation the first frame is taken. A truncated photo is used as far as it goes, and named
     once on stderr. UserError names the file and the reason if it is missing, empty, not an image,
-    of over 200 million pixels, or of pixels without a defined range (32-bit integers, floats).
+    of over 200 million pixels, over 100 times longer than wide, or of pixels without a defined range (32-bit integers, floats).
     HEIC needs pillow-heif.
     """
     content = b""
     try:
         content = Path(path).read_bytes()
         image = Image.open(io.BytesIO(content))
+        if max(image.size) > 100 * min(image.size):  # huge when the short side is 224
+            raise ValueError(f"{image.width} x {image.height} is too long for its width")
         try:
             image.load()  # not reduced by Image.draft, which changes the pixels
         except OSError as error:
@@ -123,6 +126,8 @@ def open_image(path, *, on_truncated=_note_once):
         reason = "not an image, or its header is damaged" if content else "the file is empty"
         if re.match(rb"....ftyp(hei|hev|mif|msf)", content, re.DOTALL):
             reason = "HEIC: convert it to JPEG, or install pillow-heif"
+        if content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+            reason = "JPEG XL: convert it to JPEG or PNG"
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise UserError(f"{path}: {reason}")
@@ -171,7 +176,9 @@ def image_files(paths):
     files = []
     for pattern in map(os.path.expanduser, paths):
         name = _spelled(pattern)
-        names = [name] if os.path.lexists(name) else sorted(glob.glob(pattern, recursive=True))
+        literally = pattern.replace("[", "[[]")  # brackets may be of a folder's name
+        names = [name] if os.path.lexists(name) else sorted(
+            glob.glob(pattern, recursive=True) or glob.glob(literally, recursive=True))
         if not names:
             raise UserError(f"--predict: no such file or folder: {pattern}")
         for name in names:
@@ -181,17 +188,30 @@ def image_files(paths):
     return list(dict.fromkeys(map(Path, files)))
 
 
+def _ahead(function, items):
+    """Yield (item, function(item)) in order; threads work ahead, but only by 16 items."""
+    ahead = deque()
+    with ThreadPoolExecutor() as pool:
+        for item in items:
+            ahead.append((item, pool.submit(function, item)))
+            if len(ahead) == 16:
+                item, result = ahead.popleft()
+                yield item, result.result()
+        for item, result in ahead:
+            yield item, result.result()
+
+
 def photo_batches(args, preprocess):
     """What --predict sees: yield (paths, RGB PIL photos, images float [b, 3, H, W]) in order.
 
-    args.predict: what image_files takes. b is at most 16: photos may be large. Those in the lines
+    args.predict: what image_files takes. b is at most 16, less for large photos. Those in the lines
     of the file args.output are left out. What cannot be read is named on stderr; at the end that
     is a UserError if it was named itself, or if there was nothing else.
     """
     def attempt(path):
         try:
             photo = open_image(path)
-            return path, photo, preprocess(photo)
+            return photo, preprocess(photo)
         except UserError as error:
             _note(error)
 
@@ -200,15 +220,17 @@ def photo_batches(args, preprocess):
     todo = [path for path in files if str(path) not in done]
     if len(todo) < len(files):
         _note(f"{len(files) - len(todo):,} of {len(files):,} are in {args.output} already")
-    read = set()
-    with ThreadPoolExecutor() as pool:
-        for first in tqdm(range(0, len(todo), 16), "predicting", disable=args.quiet or None):
-            opened = [photo for photo in pool.map(attempt, todo[first:first + 16]) if photo]
-            if opened:
-                paths, photos, images = zip(*opened)
-                yield paths, photos, torch.stack(images)
-                read.update(paths)
-    unreadable = [path for path in todo if path not in read]
+    batch, unreadable = [], []
+    for path, opened in _ahead(attempt, tqdm(todo, "predicting", disable=args.quiet or None)):
+        if opened:
+            batch.append((path, *opened))
+        else:
+            unreadable.append(path)
+        pixels = sum(photo.width * photo.height for _, photo, _ in batch)
+        if batch and (len(batch) == 16 or pixels > 100e6 or path == todo[-1]):
+            paths, photos, images = zip(*batch)
+            yield paths, photos, torch.stack(images)
+            batch = []
     message = f"{len(unreadable):,} of {len(files):,} files could not be read as images"
     if files == unreadable or {Path(name).expanduser() for name in args.predict} & {*unreadable}:
         raise UserError(message)
@@ -272,7 +294,7 @@ class MultiLabelDataset(Dataset):
         _check_unique(self.labels, f"{name}: labels")
         shape = [len(images), len(self.labels)]
         known = full.values() if full.is_sparse_csr else full
-        if full.dtype != torch.int8 or list(full.shape) != shape or (known.abs() > 1).any():
+        if full.dtype != torch.int8 or list(full.shape) != shape or ((known > 1) | (known < -1)).any():
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels) of 1, -1, 0, "
                             f"not {full.dtype} {list(full.shape)} of {known.unique().tolist()[:9]}")
         if self.are_files:
@@ -348,9 +370,10 @@ class MultiLabelDataset(Dataset):
         if not full.is_sparse_csr:
             return full[rows]
         dense = torch.zeros(len(rows), len(self.labels), dtype=torch.int8)
-        for target, row in zip(dense, rows):
-            known = slice(*full.crow_indices()[row:row + 2])
-            target[full.col_indices()[known]] = full.values()[known]
+        starts, columns, values = full.crow_indices(), full.col_indices(), full.values()
+        for target, row in zip(dense, rows.tolist()):
+            known = slice(starts[row], starts[row + 1])
+            target[columns[known]] = values[known]
         return dense
 
     def __len__(self):
@@ -622,10 +645,11 @@ def cached(name, paths, key, make):
     with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as content:
         return dict(content)
     arrays = make()
-    with contextlib.suppress(UserError):  # or the next start is slow too
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        write_file(file, content.getvalue())
+    with contextlib.suppress(OSError):  # or the next start is slow too
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        unfinished = f"{file}.{os.getpid()}.npz"  # others may be at it too
+        np.savez(unfinished, **arrays)
+        os.replace(unfinished, file)
     return arrays
 
 

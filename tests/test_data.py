@@ -86,8 +86,8 @@ def test_truncated_photos_are_used_as_far_as_they_go(tmp_path, monkeypatch, caps
     assert np.array_equal(images[0], expected) and np.array_equal(images[1], expected)
 
 
-def png_without_pixels(side):
-    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+def png_without_pixels(width, height):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 9) + b"IDAT"
 
@@ -95,8 +95,10 @@ def png_without_pixels(side):
 @pytest.mark.parametrize("content, reason", [
     (b"", "the file is empty"), (b"<html>404 not found</html>", "not an image"),
     (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "HEIC: convert it to JPEG"),
-    (png_without_pixels(8), "truncated before its first pixels"),
-    (png_without_pixels(20000), "exceeds limit of 200000000 pixels"),
+    (b"\xff\x0a" + bytes(40), "JPEG XL"), (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "JPEG XL"),
+    (png_without_pixels(8, 8), "truncated before its first pixels"),
+    (png_without_pixels(20000, 20000), "exceeds limit of 200000000 pixels"),
+    (png_without_pixels(3, 600), "3 x 600 is too long"),
     ("I", "32-bit"), ("F", "32-bit")])  # pixels without a range
 def test_unreadable_files_are_named_with_the_reason(tmp_path, content, reason):
     path = tmp_path / "a.tif"
@@ -112,10 +114,10 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path, content, reason):
 
 def test_image_files(tmp_path):
     accents = {"composed": "\u00e9", "apart": "e\u0301"}
-    links = [f"links/{accents['apart']}/a.png", f"{accents['composed']}/b.png"]
+    links = [f"links [1]/{accents['apart']}/a.png", f"{accents['composed']}/b.png"]
     for name in ("b.JPG", "inner/a.avif", "notes.txt", ".hidden.jpg", ".git/a.jpg", *links):
         write(tmp_path / name, "")
-    folder = tmp_path / "links"
+    folder = tmp_path / "links [1]"
     (folder / "loop").symlink_to(tmp_path / accents["composed"])
     (tmp_path / accents["composed"] / "back").symlink_to(folder)
     (folder / "nowhere.png").symlink_to("nowhere")
@@ -124,7 +126,8 @@ def test_image_files(tmp_path):
     for paths, expected in (
             (["notes.txt", "inner"], ["notes.txt", "inner/a.avif"]),
             (["*.JPG", ".hidden.jpg", "b.JPG"], ["b.JPG", ".hidden.jpg"]),
-            (["links"], ["links/nowhere.png", links[0], "links/loop/b.png"])):
+            (["links [1]/n*.png"], ["links [1]/nowhere.png"]),
+            (["links [1]"], ["links [1]/nowhere.png", links[0], "links [1]/loop/b.png"])):
         found = data.image_files([str(tmp_path / path) for path in paths])
         assert found == [tmp_path / name for name in expected]
     other, = data.image_files([f"{folder}/{accents['composed']}/a.png"])
@@ -139,7 +142,7 @@ def predicted(paths, output=None):
     args = argparse.Namespace(predict=paths, output=output, quiet=True)
     for paths, photos, images in data.photo_batches(args, to_number):
         assert images.tolist() == [photo.getpixel((0, 0))[0] for photo in photos]
-        assert len(paths) == len(photos) <= 32
+        assert len(paths) == len(photos) <= 16
         yield from zip(map(str, paths), images.tolist())
 
 
@@ -153,6 +156,14 @@ def test_photo_batches_in_order_and_what_cannot_be_read_is_named(tmp_path, capsy
     for named in (paths[2:5], [f"{tmp_path}/003*"]):  # by name, and nothing else
         with pytest.raises(UserError, match=f"1 of {len(named)} files could not be read"):
             list(predicted(named))
+
+
+def test_batches_of_large_photos_are_small(monkeypatch, tmp_path):
+    paths = [save(tmp_path / f"{i}.png", i) for i in range(5)]
+    monkeypatch.setattr(data, "open_image", lambda path: SimpleNamespace(width=10_000, height=6_000))
+    args = argparse.Namespace(predict=paths, output=None, quiet=True)
+    batches = data.photo_batches(args, lambda photo: torch.zeros(1))
+    assert [len(photos) for _, photos, _ in batches] == [2, 2, 1]
 
 
 def test_photo_batches_go_on_where_a_killed_run_stopped(tmp_path, capsys):
