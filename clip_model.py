@@ -658,7 +658,11 @@ def load(name, device="cpu", download_root=None):
     if not os.path.isfile(path):
         raise ClipError(f"no CLIP called {name!r}: it is neither a file nor one of "
                         f"{', '.join(available_models())}")
-    model = build_model(read_state_dict(path))
+    state_dict = read_state_dict(path)
+    try:
+        model = build_model(state_dict)
+    except ClipError as error:
+        raise ClipError(f"{path}: {error}") from None
     if model.vocab_size != VOCABULARY_SIZE:
         merges = path.with_name("merges.txt.gz")
         if not merges.is_file():

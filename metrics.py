@@ -278,6 +278,8 @@ def results(method, rows, scores, dataset, args, seconds):
 def add_prediction_options(parser):
     """Add the options of --eval and --predict, which write_prediction reads -> their group."""
     def threshold(text):
+        if text != "best" and math.isnan(float(text)):
+            raise argparse.ArgumentTypeError("a number or best")
         return text if text == "best" else float(text)
 
     def count(text):

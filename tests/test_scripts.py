@@ -318,6 +318,7 @@ def files(tmp_path_factory):
     ("mkt --predict folder/1.png --checkpoint run/best.pt --output no/lines", "no/lines"),
     ("mkt --predict folder/1.png --checkpoint run/best.pt --heatmap text.pt", "text.pt"),
     ("mkt --predict folder/1.png --checkpoint run/best.pt --top 0", "--top"),
+    ("mkt --predict folder/1.png --checkpoint run/best.pt --threshold nan", "a number or best"),
     ("mkt --predict folder/1.png --labels owl,cat --clip toy-ViT --threshold best", "--checkpoint"),
 ])
 def test_bad_input_is_one_clear_error(files, run, monkeypatch, command, message):

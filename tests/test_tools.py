@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,14 +156,22 @@ def test_every_trouble_is_survived(trouble):
 @pytest.mark.parametrize("trouble, words, attempts", [
     (FAILED + b"no\n memory", "HTTP 500 Internal Server Error: no memory", 4),
     (b"HTTP/1.0 404 Not Found\r\n\r\nno model llm", "404 Not Found: no model llm", 1),
-    (OK + b'{"error": {"code": 402, "message": "no credits"}}', "no credits", 4),
-    (OK + b"<html>Welcome</html>", "<html>Welcome", 4), (OK + b'{"choices": []}', '"choices"', 4)])
+    (OK + b'{"error": {"code": 402, "message": "no credits"}}', "no credits", 1),
+    (OK + b"<html>Welcome</html>", "<html>Welcome", 1), (OK + b'{"choices": []}', '"choices"', 1)])
 def test_the_servers_own_words_are_shown(trouble, words, attempts):
     with ChatServer(dict.fromkeys(range(9), trouble)) as server:
         with pytest.raises(UserError) as error:
             ask(server)
     assert f"{server.url}: " in str(error.value) and words in str(error.value)
     assert "\n" not in str(error.value) and len(server.prompts) == attempts
+
+
+def test_retry_after_is_heeded():
+    waits = []
+    stop = SimpleNamespace(wait=waits.append)
+    with ChatServer({0: b"HTTP/1.0 429 Slow\r\nRetry-After: 7\r\n\r\n"}) as server:
+        generate_texts.ask(server.url, "llm", ["red owl"], stop)
+    assert waits == [0, 7]
 
 
 def test_where_no_server_is_none_is_waited_for(monkeypatch):

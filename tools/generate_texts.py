@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import random
+import re
 import socket
 import sys
 import threading
@@ -36,8 +37,8 @@ ANSWERS = 4  # to a request, until one of them is a sentence
 
 def ask(url, model, labels, stop):
     """-> a language model's answer about these labels and why it ended, "stop", "length", ...;
-    ("", None) once stop, an event, is set. What may pass, as time-outs, broken connections and
-    what is no answer, is tried again; then, and for other failures: UserError in their words."""
+    ("", None) once stop, an event, is set. What may pass, as time-outs and broken connections, is
+    tried again; then, and at once for other failures: UserError in the server's words."""
     prompt = (f"Describe, in one sentence of at most 25 words, a photo that shows: "
               f"{', '.join(labels)}. Use each of these names as it is written here and mention no "
               f"other object. Answer with the sentence only.")
@@ -48,31 +49,36 @@ def ask(url, model, labels, stop):
     key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     if key:  # unredirected: another host must not get it
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    words = ""
+    words, retry_after = "", 0
     for wait in WAITS:
-        if stop.wait(wait):
+        if stop.wait(max(wait, retry_after)):
             return "", None
+        status = 200
         try:
             try:
                 response = urllib.request.urlopen(request, timeout=TIMEOUT)
             except urllib.error.HTTPError as error:
                 response = error  # with the server's words as its body
             with response:
-                content = response.read().decode(errors="replace")
-            words = f"HTTP {response.status} {response.reason}: {content}"
-            if response.status < 500 and response.status not in (200, *PASSES):
-                break
-            choice = json.loads(content)["choices"][0]
-            answer = choice["message"].get("content") or ""
-            if isinstance(answer, list):  # of parts, some of which are reasoning
-                answer = "".join(part["text"] for part in answer if part["type"] == "text")
-            return answer, choice.get("finish_reason")
+                status, content = response.status, response.read().decode(errors="replace")
+            words = f"HTTP {status} {response.reason}: {content}"
+            if response.headers.get("Retry-After", "").isdigit():
+                retry_after = min(int(response.headers["Retry-After"]), 600)
+            if status == 200:
+                choice = json.loads(content)["choices"][0]
+                answer = choice["message"].get("content") or ""
+                if isinstance(answer, list):  # of parts, some of which are reasoning
+                    answer = "".join(part["text"] for part in answer if part["type"] == "text")
+                return answer, choice.get("finish_reason")
         except (OSError, http.client.HTTPException) as error:
-            words = f"{type(error).__name__}: {error}"
+            words, status = f"{type(error).__name__}: {error}", 503
             if isinstance(getattr(error, "reason", None), NO_SERVER):
                 break
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # no answer
             words = words or str(error)  # of a key or URL that cannot be sent
+            status = int((re.findall(r'"code": *"?(\d{3})\b', words) or [200])[0])
+        if status < 500 and status not in PASSES:
+            break
     words = " ".join(words.split())
     words = words.replace(key, "***") if key else words
     raise UserError(f"{url}: {words[:300]}; the same command goes on from what has come so far")
