@@ -294,7 +294,8 @@ class MultiLabelDataset(Dataset):
         _check_unique(self.labels, f"{name}: labels")
         shape = [len(images), len(self.labels)]
         known = full.values() if full.is_sparse_csr else full
-        if full.dtype != torch.int8 or list(full.shape) != shape or ((known > 1) | (known < -1)).any():
+        if (full.dtype != torch.int8 or list(full.shape) != shape
+                or known.numel() and (known.min() < -1 or known.max() > 1)):
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels) of 1, -1, 0, "
                             f"not {full.dtype} {list(full.shape)} of {known.unique().tolist()[:9]}")
         if self.are_files:
@@ -425,12 +426,12 @@ class MultiLabelDataset(Dataset):
         """Known entries of every label: (present int64 [C], absent int64 [C])."""
         full = self.full_targets
         if not full.is_sparse_csr:
-            counts = torch.zeros(2, len(self.labels), dtype=torch.int64)
-            for rows in self.rows.split(4096):  # all rows at once would take six times as long
-                targets = self._dense(rows)
+            counts = np.zeros((2, len(self.labels)), np.int64)
+            for rows in self.rows.split(4096):  # all rows at once would take many times as long
+                targets = full[rows].numpy()
                 for count, sign in zip(counts, (1, -1)):
-                    count += (targets == sign).float().sum(dim=0).long()
-            return tuple(counts)
+                    count += (targets == sign).sum(axis=0)
+            return tuple(torch.from_numpy(counts))
         is_here = torch.zeros(len(full), dtype=torch.bool)
         is_here[self.rows] = True
         is_here = is_here.repeat_interleave(full.crow_indices().diff())  # of every known entry
@@ -710,9 +711,15 @@ def nuswide(root, split):
     concepts, concept_targets, images, rows, total = _nuswide(root, split)
     tags = list(_entries(_find(root, "NUS_WID_Tags/TagList1k.txt")))
     columns = [column for column, tag in enumerate(tags) if tag not in concepts]
-    tag_targets = _read_table(_find(root, "NUS_WID_Tags/AllTags1k.txt"), total, len(tags))
     labels = [tags[column] for column in columns] + concepts
-    targets = np.concatenate([tag_targets[np.ix_(rows, columns)], concept_targets], axis=1)
+    path = _find(root, "NUS_WID_Tags/AllTags1k.txt")  # half a gigabyte of text, 31 MB of bits
+    bits = cached("nuswide-tags", [path], [total, columns], lambda: {"": np.packbits(
+        _read_table(path, total, len(tags))[:, columns] > 0, axis=1)})[""]
+    targets = np.empty((len(rows), len(labels)), np.int8)
+    targets[:, :len(columns)] = np.unpackbits(bits[rows], axis=1, count=len(columns))
+    targets[:, :len(columns)] *= 2
+    targets[:, :len(columns)] -= 1
+    targets[:, len(columns):] = concept_targets
     return {"labels": labels, "targets": targets, "images": images,
             "unseen": range(len(columns), len(labels))}
 
