@@ -97,8 +97,8 @@ def open_image(path, *, on_truncated=_note_once):
     EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8 bits; of
     an animation the first frame is taken. A truncated photo is used as far as it goes, and named
     once on stderr. UserError names the file and the reason if it is missing, empty, not an image,
-    of over 200 million pixels, over 100 times longer than wide, or of pixels without a defined range (32-bit integers, floats).
-    HEIC needs pillow-heif.
+    of over 200 million pixels, over 100 times longer than wide, or of pixels without a defined
+    range (32-bit integers, floats). HEIC needs pillow-heif.
     """
     content = b""
     try:
@@ -791,7 +791,7 @@ def cub(root, split, *, not_visible="absent"):
 
 
 def _read_openimages(path, column_of):
-    """The verified labels as the arrays of a CSR matrix, and the images' names S [F]."""
+    """The verified labels as the arrays of a CSR matrix, and the images' file names S [F]."""
     _note(f"{path}: read once, which takes minutes")
     signs = {"1": 1, "1.0": 1, "0": -1, "0.0": -1}
     row_of, rows, columns, values = {}, array("i"), array("i"), array("b")
@@ -801,7 +801,7 @@ def _read_openimages(path, column_of):
             next(reader)
             for image, _, label, confidence in reader:
                 if label in column_of:
-                    rows.append(row_of.setdefault(image.encode(), len(row_of)))
+                    rows.append(row_of.setdefault(f"{image}.jpg".encode(), len(row_of)))
                     columns.append(column_of[label])
                     values.append(signs[confidence])
     except (ValueError, LookupError) as error:
@@ -811,7 +811,7 @@ def _read_openimages(path, column_of):
                                       size=(len(row_of), len(column_of)), check_invariants=True)
     # what was verified twice adds up: with different answers it is unknown
     matrix = entries.coalesce().to_sparse_csr()
-    return {"names": np.array(list(row_of)), "starts": matrix.crow_indices().int().numpy(),
+    return {"files": np.array(list(row_of)), "starts": matrix.crow_indices().int().numpy(),
             "columns": matrix.col_indices().int().numpy(),
             "values": matrix.values().clamp(-1, 1).numpy()}
 
@@ -838,14 +838,14 @@ def openimages(root, split):
     path = _find(root, f"2018_04/{split}-annotations-human-imagelabels.csv")
     vocabulary = seen if split == "train" else seen + unseen
     column_of = {class_id: column for column, class_id in enumerate(vocabulary)}
-    arrays = cached(f"openimages-{split}", [path], vocabulary,
+    arrays = cached(f"openimages-{split}-files", [path], vocabulary,
                     lambda: _read_openimages(path, column_of))
-    names, *csr = [arrays[key] for key in ("names", "starts", "columns", "values")]
+    files, *csr = [arrays[key] for key in ("files", "starts", "columns", "values")]
     folder = os.fsencode(os.path.join(_find(root, split), ""))
     return {"labels": labels, "unseen": range(len(seen), len(labels)),
-            "images": np.char.add(np.char.add(folder, names), b".jpg"),
+            "images": np.char.add(folder, files),
             "targets": torch.sparse_csr_tensor(*map(torch.from_numpy, csr),
-                                               (len(names), len(labels)), check_invariants=True)}
+                                               (len(files), len(labels)), check_invariants=True)}
 
 
 # by category id

@@ -219,20 +219,21 @@ def rand_augment(image):
     return image
 
 
-def pixels_of(preprocess, args):
-    """CLIP's preprocess (resize, crop, to RGB, to tensor, normalise) -> (of training images, of
-    test images), a PIL image to its pixels uint8 [3, h, w]: as floats, which normalized makes of
-    them on the device, they would take four times the shared memory."""
-    resize, crop, to_rgb, *_ = preprocess.transforms
-    size, bicubic = resize.size, transforms.InterpolationMode.BICUBIC
-    if args.preprocess == "authors":
-        resize = transforms.Resize(size * 256 // 224, bicubic)
-    test = transforms.Compose([resize, crop, to_rgb, transforms.PILToTensor()])
+def test_pixels(size, preprocess):
+    """-> a transform of an RGB PIL image to its central square, uint8 [3, size, size]: as floats,
+    which `normalized` makes of it on the device, it would take four times the shared memory."""
+    shorter = size * 256 // 224 if preprocess == "authors" else size
+    resize = transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+
+
+def training_pixels(size, args):
+    """-> the same for training, with --augment of a random crop, flipped and changed."""
     if args.augment == "no":
-        return test, test
-    training = [transforms.RandomResizedCrop(size, interpolation=bicubic),
-                transforms.RandomHorizontalFlip(), rand_augment, transforms.PILToTensor()]
-    return transforms.Compose(training), test
+        return test_pixels(size, args.preprocess)
+    crop = transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), rand_augment,
+                               transforms.PILToTensor()])
 
 
 def normalized(pixels, preprocess):
@@ -463,7 +464,7 @@ def validate(model, validation, args):
 
 
 @torch.no_grad()
-def table(model, test, clip_preprocess, args):
+def table(model, test, args):
     """-> the rows that a run ends with, {"name", "kind", metric: value in [0, 1], ...}, and the
     scores [N, C] of the last, MKT's; under torchrun None but on rank 0."""
     clip, playing = model.clip, metrics.in_play(test)
@@ -471,8 +472,7 @@ def table(model, test, clip_preprocess, args):
     plain, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
     original = copy.copy(test)
     # zero-shot CLIP sees its own pixels, whatever MKT does
-    original.transform = transforms.Compose([*clip_preprocess.transforms[:3],
-                                             transforms.PILToTensor()])
+    original.transform = test_pixels(clip.visual.input_resolution, "clip")
 
     def zero_shot(pixels):
         x = clip_embeddings(clip, normalized(pixels, "clip"), args)
@@ -506,9 +506,9 @@ def predict(saved, args):
     labels = args.labels or saved and saved["labels"]
     if not labels or len(labels) < 2:
         raise UserError('--labels: at least two, scores are relative: "owl, ice cream" or a file')
-    clip, preprocess = clip_model.load(args.clip, args.device)
+    clip, _ = clip_model.load(args.clip, args.device)
     clip.check_labels(labels)
-    _, preprocess = pixels_of(preprocess, args)
+    preprocess = test_pixels(clip.visual.input_resolution, args.preprocess)
     z, scale, crop = clip_model.zero_shot_embeddings(clip, labels), clip.logit_scale.exp(), 1.0
     if saved:
         model = load_model(clip, saved, None, args)
@@ -621,19 +621,20 @@ def main(argv=None):
     dataset, test = data.load_splits(args, with_training=not args.eval)
     if dataset:
         dataset = images_to_rank(dataset)
-    clip, clip_preprocess = clip_model.load(args.clip, args.device)
+    clip, _ = clip_model.load(args.clip, args.device)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     clip.check_labels(test.labels)
     model = load_model(clip, saved, test.labels, args)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
-    training_pixels, test.transform = pixels_of(clip_preprocess, args)
+    size = clip.visual.input_resolution
+    test.transform = test_pixels(size, args.preprocess)
 
     if not args.eval:
         state = {**(saved or {"log": []}), "method": "mkt", "args": vars(args),
                  "clip_fingerprint": clip.fingerprint(), "labels": test.labels}
-        dataset.transform = training_pixels
+        dataset.transform = training_pixels(size, args)
         dataset, validation = dataset.hold_out(args.val_fraction, test.transform)
         if RANK == 0:
             data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
@@ -641,7 +642,7 @@ def main(argv=None):
             for stage in make_stages(model, dataset, args):
                 train(model, stage, dataset, validation, state, args)
 
-    rows, scores = table(model, test, clip_preprocess, args)
+    rows, scores = table(model, test, args)
     if RANK == 0:
         metrics.print_table(rows, test)
     if RANK == 0 and args.output:

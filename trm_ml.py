@@ -207,18 +207,19 @@ class TRM(nn.Module):
 
 # ---- images
 
-def transforms_of(preprocess, args):
-    """CLIP's preprocess -> (of training images, of test images): squeezed to a square, not cropped.
-    In training a flip, RandAugment, and a quarter of the image cut out every other time."""
-    _, _, to_rgb, to_tensor, normalize = preprocess.transforms
-    size, bicubic = (args.image_size, args.image_size), transforms.InterpolationMode.BICUBIC
-    resize = transforms.Resize(size, bicubic)
-    preprocess = transforms.Compose([resize, to_rgb, to_tensor, normalize])
+def transforms_of(args):
+    """-> transforms of training and of test images, RGB PIL images to float32 [3, h, w]: squeezed
+    to a square, not cropped. In training a flip, RandAugment, and a quarter of the image cut out
+    every other time."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    resize = transforms.Resize((args.image_size, args.image_size), bicubic)
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(clip_model.MEAN, clip_model.STD)]
+    plain = transforms.Compose([resize, *to_tensor])
     if args.augment == "no":
-        return preprocess, preprocess
-    training = [resize, transforms.RandomHorizontalFlip(), to_rgb, transforms.RandAugment(),
-                to_tensor, normalize, transforms.RandomErasing(0.5, (0.25, 0.25), (1, 1))]
-    return transforms.Compose(training), preprocess
+        return plain, plain
+    training = [resize, transforms.RandomHorizontalFlip(), transforms.RandAugment(), *to_tensor,
+                transforms.RandomErasing(0.5, (0.25, 0.25), (1, 1))]
+    return transforms.Compose(training), plain
 
 
 def make_loader(dataset, args, shuffle=False):
@@ -505,9 +506,9 @@ def average_of(rows, args):
 @torch.no_grad()
 def predict(saved, args):
     """--predict: a JSON line per image; with --heatmap where each label looked."""
-    clip, preprocess = clip_model.load(args.clip, args.device)
+    clip, _ = clip_model.load(args.clip, args.device)
     labels, model = saved["labels"], load_model(clip, saved, saved["labels"], args)
-    _, preprocess = transforms_of(preprocess, args)
+    _, preprocess = transforms_of(args)
     texts = model.texts()
     for paths, photos, images in data.photo_batches(args, preprocess):
         x = encode(clip, images.to(args.device), args)
@@ -590,11 +591,11 @@ def main(argv=None):
 
     # data first: files may be missing
     dataset, test = data.load_splits(args, with_training=not args.eval)
-    clip, preprocess = clip_model.load(args.clip, args.device)
+    clip, _ = clip_model.load(args.clip, args.device)
     clip.check_labels(test.labels)
     if args.compile:
         clip.encode_image_dense = torch.compile(clip.encode_image_dense)
-    train_preprocess, test.transform = transforms_of(preprocess, args)
+    training_transform, test.transform = transforms_of(args)
 
     if args.eval:
         models, names = [load_model(clip, saved, test.labels, args)], [NAME]
@@ -612,7 +613,7 @@ def main(argv=None):
                 for i, targets in enumerate(known)]
         # from here on an image's targets are what every run knows of it, then the truth
         dataset.full_targets = torch.stack([*known, truth], dim=1)  # [F, R + 1, C]
-        dataset.transform = train_preprocess
+        dataset.transform = training_transform
         dataset, validation = dataset.hold_out(args.val_fraction, test.transform)
         data.write_file(f"{args.output}/args.json", json.dumps(vars(args), indent=1))
         with data.way_back(args.output):

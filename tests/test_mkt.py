@@ -305,8 +305,8 @@ def test_pixels_are_clips_own_or_the_authors(preprocess):
     photo = world.scene("benchmark", 2, 7).resize((96, 80))
     for augment, of_training in (("no", expected), ("yes", augmented)):
         args, _ = mkt.arguments(["--preprocess", preprocess, "--augment", augment])
-        train, test = mkt.pixels_of(clip_model.preprocess_transform(224), args)
-        for transform, plain in (train, of_training), (test, expected):
+        test = mkt.test_pixels(224, preprocess)
+        for transform, plain in (mkt.training_pixels(224, args), of_training), (test, expected):
             for seed in range(4):
                 torch.manual_seed(seed)
                 pixels = transform(photo)

@@ -269,14 +269,14 @@ def test_pseudo_labels_are_judged_by_the_hidden_truth():
 
 
 def test_images_are_squeezed_and_in_training_flipped_changed_and_cut():
-    preprocess, args = clip_model.preprocess_transform(64), copy.copy(ARGS)
+    args = copy.copy(ARGS)
     args.image_size, args.augment = 48, "yes"
-    training, test = trm_ml.transforms_of(preprocess, args)
+    training, test = trm_ml.transforms_of(args)
     resize = transforms.Resize((48, 48), transforms.InterpolationMode.BICUBIC)
-    to_rgb, *to_tensor = preprocess.transforms[2:]
+    to_tensor = clip_model.preprocess_transform(64).transforms[3:]
     augmented = transforms.Compose([
-        resize, transforms.RandomHorizontalFlip(0.5), to_rgb, transforms.RandAugment(2, 9),
-        *to_tensor, transforms.RandomErasing(0.5, (0.25, 0.25), (1, 1), 0)])
+        resize, transforms.RandomHorizontalFlip(0.5), transforms.RandAugment(2, 9), *to_tensor,
+        transforms.RandomErasing(0.5, (0.25, 0.25), (1, 1), 0)])
     photo = world.scene("benchmark", 7, 0).resize((160, 100))
     assert torch.equal(test(photo), transforms.Compose([resize, *to_tensor])(photo))
     for seed in range(40):
@@ -286,7 +286,7 @@ def test_images_are_squeezed_and_in_training_flipped_changed_and_cut():
             pixels.append(transform(photo))
         assert torch.equal(*pixels)
     args.augment = "no"
-    assert len(set(trm_ml.transforms_of(preprocess, args))) == 1
+    assert len(set(trm_ml.transforms_of(args))) == 1
 
 
 # ---- the program, on images of one's own
