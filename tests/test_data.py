@@ -327,7 +327,9 @@ def test_damaged_images_in_training_are_named_once(files, workers, capfd):
     dataset = dataset_of(files, on_error="replace")
     shown = [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
     for _ in range(2):
-        batches = list(DataLoader(dataset, batch_size=5, num_workers=workers))
+        # forked: other workers may write where pytest's earlier tests did
+        batches = list(DataLoader(dataset, batch_size=5, num_workers=workers,
+                                  multiprocessing_context="fork" if workers else None))
         assert torch.cat([images for images, _ in batches]).tolist() == shown
         targets = torch.cat([targets for _, targets in batches])
         assert torch.equal(targets, dataset.targets[shown])

@@ -284,13 +284,14 @@ def test_a_model_that_writes_no_sentence_is_not_asked_forever(tmp_path):
 def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path):
     path, end = tmp_path / "out.jsonl", threading.Event()
     with ChatServer(dict.fromkeys(range(2, 99), lambda _: end.wait())) as server:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # pytest itself may run where Ctrl-C is ignored
             [sys.executable, "tools/generate_texts.py", path, "--labels", "owl,cat", "--url",
-             server.url, "--model", "llm"], cwd=trees.ROOT, stderr=subprocess.PIPE, text=True)
+             server.url, "--model", "llm"], cwd=trees.ROOT, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while len(server.prompts) < 10:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, shown = process.communicate()  # though no answer comes
+        _, shown = process.communicate(timeout=60)  # though no answer comes
         end.set()
     assert process.returncode == 1 and len(lines(path)) == 2
     assert shown.splitlines()[-1] == "interrupted; the same command goes on"

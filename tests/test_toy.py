@@ -1,4 +1,5 @@
 """The toy world, its captions, and the two tiny CLIPs with the script that trained them."""
+import gzip
 import re
 import shutil
 
@@ -70,7 +71,9 @@ def test_pretraining_resumes_exactly_and_later_stages_train_what_they_say(tmp_pa
     run("ViT", "halves", "--steps", "4", "--stop-at", "2")
     halves = run("ViT", "halves", "--steps", "4")
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
-    assert (tmp_path / "whole" / merges).read_bytes() == (TOY / merges).read_bytes()
+    whole, published = (gzip.decompress((folder / merges).read_bytes())
+                        for folder in (tmp_path / "whole", TOY))
+    assert whole == published  # other Pythons pack it another way
 
     resnet = run("RN", "whole", "--steps", "1")
     before = run("ViT-distilled", "whole", "--steps", "2")
