@@ -39,6 +39,7 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -500,6 +501,16 @@ def zero_shot_embeddings(model, labels):
     prompts = [f"a photo of {'an' if AN.match(label) else 'a'} {label}." for label in labels]
     parts = model.tokenize(prompts).to(model.text_projection.device).split(256)
     return F.normalize(torch.cat([model.encode_text(part).float() for part in parts]), dim=-1)
+
+
+def in_chunks(encode, tensors, chunk=1024):
+    """encode(*tensors) -> [C, D] of tensors [C, ...]. Of more than a chunk the backward pass
+    recomputes chunks: 7,000 labels would keep the activations of 7,000 texts, of which ViT-B/16's
+    tower takes 4 GB a chunk."""
+    if len(tensors[0]) <= chunk:
+        return encode(*tensors)
+    pieces = zip(*(x.split(chunk) for x in tensors))
+    return torch.cat([recompute(encode, *piece, use_reentrant=False) for piece in pieces])
 
 
 # ---- weights

@@ -66,8 +66,8 @@ def _expect(what, where):
         yield
     except UserError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError,
-            RecursionError) as error:
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, SyntaxError,
+            RecursionError, csv.Error) as error:
         raise UserError(f"{where}: not {what}: {error}") from None
 
 
@@ -100,7 +100,6 @@ def open_image(path, *, on_truncated=_note_once):
     of over 200 million pixels, over 100 times longer than wide, or of pixels without a defined
     range (32-bit integers, floats). HEIC needs pillow-heif.
     """
-    content = b""
     try:
         content = Path(path).read_bytes()
         image = Image.open(io.BytesIO(content))
@@ -151,7 +150,7 @@ def _spelled(path):
     """The path as the disk has it: macOS writes accents in another Unicode form."""
     path = os.fsdecode(path)
     folder, name = os.path.split(path)
-    if path.isascii() or os.path.lexists(path) or not name:
+    if path.isascii() or os.path.lexists(path):
         return path
     forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
     paths = [os.path.join(_spelled(folder), form) for form in forms]
@@ -202,7 +201,8 @@ def _ahead(function, items):
 
 
 def photo_batches(args, preprocess):
-    """What --predict sees: yield (paths, RGB PIL photos, images float [b, 3, H, W]) in order.
+    """What --predict sees: yield (paths, RGB PIL photos, images [b, 3, h, w] as preprocess makes
+    them of photos) in order.
 
     args.predict: what image_files takes. b is at most 16, less for large photos. Those in the lines
     of the file args.output are left out. What cannot be read is named on stderr; at the end that
@@ -232,7 +232,8 @@ def photo_batches(args, preprocess):
             yield paths, photos, torch.stack(images)
             batch = []
     message = f"{len(unreadable):,} of {len(files):,} files could not be read as images"
-    if files == unreadable or {Path(name).expanduser() for name in args.predict} & {*unreadable}:
+    named = {Path(_spelled(os.path.expanduser(name))) for name in args.predict}
+    if files == unreadable or named & {*unreadable}:
         raise UserError(message)
     if unreadable:
         _note(message)
@@ -245,7 +246,7 @@ def _predicted(path):
     text = read_text(path)
     lines = text[:text.rfind("\n") + 1]
     with _expect("a file of predictions", path):
-        done = {json.loads(line)["path"] for line in lines.splitlines()}
+        done = {json.loads(line)["path"] for line in lines.split("\n")[:-1]}
     if lines != text:
         write_file(path, lines)
     return done
@@ -298,20 +299,17 @@ class MultiLabelDataset(Dataset):
                 or known.numel() and (known.min() < -1 or known.max() > 1)):
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels) of 1, -1, 0, "
                             f"not {full.dtype} {list(full.shape)} of {known.unique().tolist()[:9]}")
-        if self.are_files:
-            self._leave_out_missing()
+        self._leave_out_missing()
 
-    @property
     def paths(self):
-        """The N files as bytes, [] where images are no files."""
-        if not self.are_files:
-            return []
-        names = self.images[self.rows].numpy()  # [N, longest]
-        return names.view(f"S{names.shape[1]}")[:, 0].tolist()
+        """Yield the N files as bytes, none where images are no files."""
+        for rows in self.rows.split(4096) if self.are_files else ():
+            names = self.images[rows].numpy()  # [4096, longest]
+            yield from names.view(f"S{names.shape[1]}")[:, 0].tolist()
 
     def _leave_out_missing(self):
         names_in, errors = {}, {}
-        for i, path in enumerate(self.paths):
+        for i, path in enumerate(self.paths()):
             folder, _, name = path.rpartition(b"/")
             if folder not in names_in:  # to look up every file would take minutes
                 names_in[folder] = set()
@@ -356,9 +354,7 @@ class MultiLabelDataset(Dataset):
             raise UserError(f"{message}; --allow-missing goes on without them")
         _note(f"{message}; going on without them")
         self.missing += len(errors)
-        is_kept = torch.ones(len(self), dtype=torch.bool)
-        is_kept[list(errors)] = False
-        self.rows = self.rows[is_kept]
+        self.rows = self.rows[torch.tensor([i not in errors for i in range(len(self))])]
 
     @property
     def targets(self):
@@ -390,9 +386,11 @@ class MultiLabelDataset(Dataset):
                 image = self._open(int(row))
                 break
             except UserError as error:
-                if step == tries - 1:
+                if self.on_error == "raise":
                     message = f"{error}; remove the file, then --eval the checkpoint"
                     raise UserError(message) from None
+                if step == tries - 1:
+                    raise
                 self._note_first(self.unreadable, row, f"{error} (another takes its place)")
         image = image if self.transform is None else self.transform(image)
         return image, self._dense(row[None])[0]
@@ -432,15 +430,14 @@ class MultiLabelDataset(Dataset):
                 for count, sign in zip(counts, (1, -1)):
                     count += (targets == sign).sum(axis=0)
             return tuple(torch.from_numpy(counts))
-        is_here = torch.zeros(len(full), dtype=torch.bool)
-        is_here[self.rows] = True
+        is_here = self.rows.bincount(minlength=len(full)).bool()
         is_here = is_here.repeat_interleave(full.crow_indices().diff())  # of every known entry
         return tuple(full.col_indices()[is_here & (full.values() == sign)].bincount(
             minlength=len(self.labels)) for sign in (1, -1))
 
     def subset(self, indices):
         """The dataset of these images only; indices: integers, or a bool mask [N]."""
-        rows = self.rows[torch.arange(len(self))[torch.as_tensor(indices)]]
+        rows = self.rows[torch.as_tensor(indices)]
         if not len(rows):
             raise UserError(f"{self.name}: there are no images in the subset")
         subset = copy.copy(self)  # its transform, for example, can be set without changing ours
@@ -466,26 +463,26 @@ def score_images(score, dataset, batch_size, args):
     """Of all images, in batches: score(images [B, 3, H, W] on the device) -> {key: [B, ...]}.
 
     Returns {key: float32 [N, ...] on the CPU}; under torchrun rank 0 has the scores, others {}."""
-    rank, world = 0, 1
+    rank, processes = 0, 1
     if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    # every process takes every world-th image; where they run out, one of the first again
-    mine = DistributedSampler(dataset, world, rank, shuffle=False)
+        rank, processes = dist.get_rank(), dist.get_world_size()
+    # they take turns with the images; where these run out, one of the first again
+    mine = DistributedSampler(dataset, processes, rank, shuffle=False)
     loader = DataLoader(dataset, batch_size, sampler=mine, num_workers=args.workers,
                         pin_memory="cuda" in args.device)
     scores, first = {}, 0
     for images, _ in tqdm(loader, "scoring", leave=False, disable=args.quiet or None):
         for key, part in score(images.to(args.device, non_blocking=True)).items():
             part = part.float().cpu()
-            if world > 1:
-                parts = [torch.empty_like(part) for _ in range(world)]
+            if processes > 1:
+                parts = [torch.empty_like(part) for _ in range(processes)]
                 dist.gather(part.contiguous(), parts if rank == 0 else None)
                 part = torch.stack(parts, dim=1).flatten(0, 1)  # on rank 0 the images in order
             if key not in scores and rank == 0:
                 scores[key] = torch.empty(len(dataset), *part.shape[1:])
             if rank == 0:
                 scores[key][first:first + len(part)] = part[:len(dataset) - first]
-        first += world * len(images)
+        first += processes * len(images)
     return scores
 
 
@@ -537,21 +534,16 @@ def read_text(path):
         return Path(path).read_text("utf-8-sig")
 
 
-def _entries(path, parse=lambda line: (line, None)):
-    """{key: value} of the pairs that parse makes of a text file's lines; UserError names a line
-    that is empty, has a key again, or of which parse raises a ValueError."""
-    entries = {}
+def _lines(path):
+    """The lines of a text file; UserError names one that is empty or listed twice."""
+    lines = {}
     for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
-        try:
-            if not line.strip():
-                raise ValueError("the line is empty")
-            key, value = parse(line.strip())
-            if key in entries:
-                raise ValueError(f"{key} is listed twice")
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        entries[key] = value
-    return entries
+        line = line.strip()
+        if not line or line in lines:
+            problem = f"{line} is listed twice" if line else "the line is empty"
+            raise UserError(f"{path}, line {number}: {problem}")
+        lines[line] = number
+    return list(lines)
 
 
 def _parse_json(text, where, **options):
@@ -659,7 +651,7 @@ def read_checkpoint(path, method=None):
     file of anything else. Without method: any dict of weights."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        writer = state["method"] if method else state.keys()
+        writer = state["method"] if method else state.keys()  # which fails if it is no dict
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
@@ -676,18 +668,20 @@ def read_checkpoint(path, method=None):
 def _nuswide(root, split):
     """-> the names of the 81 concepts, targets int8 [F, 81], paths of the F images, their rows in
     the label files, and the number of rows."""
-    def parse(line):  # file names are unique across directories: lists are joined by them
-        path = line.replace("\\", "/")
-        return path.rpartition("/")[2], path
-
-    paths = _entries(_find(root, "ImageList/Imagelist.txt"), parse)
-    row_of = {name: row for row, name in enumerate(paths)}
-    part = _find(root, f"ImageList/{split.title()}Imagelist.txt")
-    with _expect("a part of Imagelist.txt", part):
-        rows = [row_of[name] for name in _entries(part, parse)]
-    folder, names = _find(root, "Flickr"), list(paths.values())
-    images = [os.path.join(folder, names[row]) for row in rows]
-    concepts = list(_entries(_find(root, "ConceptsList/Concepts81.txt", "Concepts81.txt")))
+    lists, names_of = [], []
+    for name in ("Imagelist", f"{split.title()}Imagelist"):
+        path = _find(root, f"ImageList/{name}.txt")
+        lists.append([line.replace("\\", "/") for line in _lines(path)])
+        # file names are unique across directories: lists are joined by them
+        names_of.append([line.rpartition("/")[2] for line in lists[-1]])
+        _check_unique(names_of[-1], f"{path}: files")
+    paths, names, part = lists[0], *names_of
+    row_of = {name: row for row, name in enumerate(names)}
+    with _expect("a part of Imagelist.txt", path):
+        rows = [row_of[name] for name in part]
+    folder = _find(root, "Flickr")
+    images = [os.path.join(folder, paths[row]) for row in rows]
+    concepts = _lines(_find(root, "ConceptsList/Concepts81.txt", "Concepts81.txt"))
     folder = _find(root, "Groundtruth/AllLabels", "AllLabels")
     targets = [_read_table(_find(folder, f"Labels_{concept}.txt"), len(paths), 1)[rows]
                for concept in concepts]
@@ -696,7 +690,8 @@ def _nuswide(root, split):
 
 def _read_table(path, rows, columns):
     """A text file of 0 and 1 separated by white space -> int8 [rows, columns], -1 and +1."""
-    signs = bytes({ord("0"): 255, ord("1"): 1}.get(byte, 2) for byte in range(256))  # 255: -1
+    # 255 is -1 as int8, and 2 marks what is neither
+    signs = bytes({ord("0"): 255, ord("1"): 1}.get(byte, 2) for byte in range(256))
     entries = np.frombuffer(Path(path).read_bytes().translate(signs, b" \t\r\n"), np.int8)
     if entries.max(initial=0) == 2:
         raise UserError(f"{path}, row {entries.argmax() // columns + 1}: an entry is not 0 or 1")
@@ -709,17 +704,14 @@ def nuswide(root, split):
     """NUS-WIDE zero-shot: seen are the 1,000 Flickr tags but those among the concepts, unseen the
     81 concepts, annotated by people. -1 means not tagged, for the tags."""
     concepts, concept_targets, images, rows, total = _nuswide(root, split)
-    tags = list(_entries(_find(root, "NUS_WID_Tags/TagList1k.txt")))
+    tags = _lines(_find(root, "NUS_WID_Tags/TagList1k.txt"))
     columns = [column for column, tag in enumerate(tags) if tag not in concepts]
     labels = [tags[column] for column in columns] + concepts
     path = _find(root, "NUS_WID_Tags/AllTags1k.txt")  # half a gigabyte of text, 31 MB of bits
-    bits = cached("nuswide-tags", [path], [total, columns], lambda: {"": np.packbits(
-        _read_table(path, total, len(tags))[:, columns] > 0, axis=1)})[""]
-    targets = np.empty((len(rows), len(labels)), np.int8)
-    targets[:, :len(columns)] = np.unpackbits(bits[rows], axis=1, count=len(columns))
-    targets[:, :len(columns)] *= 2
-    targets[:, :len(columns)] -= 1
-    targets[:, len(columns):] = concept_targets
+    bits = cached("nuswide-tags", [path], [total, columns], lambda: {"bits": np.packbits(
+        _read_table(path, total, len(tags))[:, columns] > 0, axis=1)})["bits"]
+    is_tagged = np.unpackbits(bits[rows], axis=1, count=len(columns)).view(np.int8)
+    targets = np.concatenate([2 * is_tagged - 1, concept_targets], axis=1)
     return {"labels": labels, "targets": targets, "images": images,
             "unseen": range(len(columns), len(labels))}
 
@@ -733,7 +725,7 @@ def nuswide81(root, split, *, annotated_only=False):
 
 def _note_placeholders(dataset):
     """Say how many images are Flickr's "photo no longer available", which comes as one file."""
-    paths = dataset.paths
+    paths = list(dataset.paths())
     sizes = [os.path.getsize(path) for path in paths]
     times = Counter(sizes)  # photos seldom have the same size by chance: few files are read
     contents = Counter(hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).digest()
@@ -755,11 +747,9 @@ def cub_label(name):
         return f"mostly {value} bird"
     if kind == "length":  # longer than head
         return f"bird with a {part} {value.replace(' head', ' its head')}"
+    value = re.sub(f"[ -]({part}|{kind})s?$", "", value)  # forked_tail, unique_pattern
     if kind == "pattern":
-        value = value.removesuffix(" pattern")
         part = f"{part} pattern"
-    else:
-        value = re.sub(f"[ -]{part}s?$", "", value)  # forked_tail
     if part in ("wing", "eye", "leg"):
         part += "s"
     article = "" if part.endswith("s") else "an " if value[0] in "aeio" else "a "
@@ -771,7 +761,7 @@ def cub(root, split, *, not_visible="absent"):
     not_visible: "absent" or "unknown", what an attribute is where the annotator could not see the
     part (certainty 1)."""
     def numbered(name):  # the texts of lines "number text"
-        return [line.partition(" ")[2] for line in _entries(_find(root, name))]
+        return [line.partition(" ")[2] for line in _lines(_find(root, name))]
 
     images = numbered("CUB_200_2011/images.txt")
     attributes = numbered("attributes.txt")
@@ -798,15 +788,17 @@ def _read_openimages(path, column_of):
     try:
         with open(path, newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)
-            next(reader)
+            next(reader, None)
             for image, _, label, confidence in reader:
                 if label in column_of:
                     rows.append(row_of.setdefault(f"{image}.jpg".encode(), len(row_of)))
                     columns.append(column_of[label])
                     values.append(signs[confidence])
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, csv.Error) as error:
         raise UserError(f"{path}, line {reader.line_num}: not `ImageID,Source,LabelName,"
                         f"Confidence` with confidence 0 or 1: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: no label of the vocabulary is in it")
     entries = torch.sparse_coo_tensor(np.stack([rows, columns]), values, dtype=torch.int8,
                                       size=(len(row_of), len(column_of)), check_invariants=True)
     # what was verified twice adds up: with different answers it is unknown
@@ -821,17 +813,19 @@ def openimages(root, split):
     What was not verified is unknown (0); images without a verified label are left out. The targets
     are sparse: dense ones would take 43 GB."""
     classes = _find(root, "2018_04/class-descriptions.csv")
-    name_of = _entries(classes, lambda line: next(csv.reader([line])))
-    seen = list(_entries(_find(root, "2018_04/classes-trainable.txt")))
+    seen = _lines(_find(root, "2018_04/classes-trainable.txt"))
     # a pickled array: its strings are taken, nothing that it says is executed
     listed = _find(root, "2018_04/unseen_labels.pkl")
     chosen = _find(root, "2018_04/top_400_unseen.csv")  # numbers in that list, from 0
     with _expect(f"numbers of class ids in {listed}", chosen):
         operations = pickletools.genops(Path(listed).read_bytes())
         ids = [value for _, value, _ in operations if str(value).startswith("/m/")]
-        unseen = [ids[int(number)] for number in _entries(chosen)]
+        unseen = [ids[int(number)] for number in _lines(chosen)]
     times, labels = Counter(), []
     with _expect("a list of all classes", classes):
+        rows = list(csv.reader(_lines(classes)))
+        _check_unique([class_id for class_id, _ in rows], f"{classes}: ids")
+        name_of = dict(rows)
         for name in [name_of[class_id].strip() for class_id in seen + unseen]:
             times[name] += 1
             labels.append(name if times[name] == 1 else f"{name} ({times[name]})")  # Bat, Bat (2)
@@ -857,12 +851,10 @@ bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, oran
 carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
 laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
 clock, vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
-# zero-shot split of Bansal et al., "Zero-Shot Object Detection", ECCV 2018: 48 others are seen
+# zero-shot split of Bansal et al., "Zero-Shot Object Detection", ECCV 2018: seen are 48 others,
+# neither are the 15 of two words
 COCO_UNSEEN = """airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup,
 knife, cake, couch, keyboard, sink, scissors""".replace("\n", " ").split(", ")
-COCO_NEITHER = """traffic light, fire hydrant, stop sign, parking meter, sports ball, baseball bat,
-baseball glove, tennis racket, wine glass, hot dog, potted plant, dining table, cell phone,
-teddy bear, hair drier""".replace("\n", " ").split(", ")
 
 
 def _coco_instances(path):
@@ -918,8 +910,8 @@ def coco(root, split, *, annotated_only=False, drop_crowd=False, zero_shot=False
     if zero_shot:
         if labels != COCO_LABELS:
             raise UserError(f"{path}: --zero-shot needs COCO's 80 categories")
-        boxes = boxes[:, [label not in COCO_NEITHER for label in labels]]
-        labels = [label for label in labels if label not in COCO_NEITHER]
+        boxes = boxes[:, [" " not in label for label in labels]]
+        labels = [label for label in labels if " " not in label]
         unseen = [labels.index(label) for label in COCO_UNSEEN]
     targets = np.where(boxes > (1 if drop_crowd else 0), 1, -1).astype(np.int8)
     is_used = (targets > 0).any(axis=1) if annotated_only else np.ones(len(targets), bool)
@@ -943,18 +935,18 @@ dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""".r
 def _voc(root, year, part, difficult):
     root = os.path.dirname(_find(root, f"VOCdevkit/VOC{year}/ImageSets", f"VOC{year}/ImageSets",
                                  "ImageSets"))
-    images = list(_entries(_find(root, f"ImageSets/Main/{part}.txt")))
+    images = _lines(_find(root, f"ImageSets/Main/{part}.txt"))
     column_of = {label.replace(" ", ""): column for column, label in enumerate(VOC_LABELS)}
+    value = {"absent": -1, "unknown": 0, "present": 1}[difficult]
     targets = np.full((len(images), len(VOC_LABELS)), -1, np.int8)
     for target, image in zip(targets, images):
         path = _find(root, f"Annotations/{image}.xml")
         with _expect("an annotation of VOC's 20 classes", path):
-            objects = ElementTree.parse(path).getroot().findall("object")
-            # names of the objects themselves: parts of a person have names too
-            columns = [column_of[thing.findtext("name", "").strip()] for thing in objects]
-        easy = [thing.findtext("difficult", "").strip() != "1" for thing in objects]
-        target[columns] = {"absent": -1, "unknown": 0, "present": 1}[difficult]
-        target[np.array(columns, int)[easy]] = 1
+            # of the objects themselves: parts of a person have names too
+            for thing in ElementTree.parse(path).getroot().findall("object"):
+                column = column_of[thing.findtext("name", "").strip()]
+                is_difficult = thing.findtext("difficult", "").strip() == "1"
+                target[column] = max(target[column], value if is_difficult else 1)
     folder = _find(root, "JPEGImages")
     return {"labels": VOC_LABELS, "targets": targets,
             "images": [os.path.join(folder, f"{image}.jpg") for image in images]}
@@ -975,14 +967,17 @@ def voc2012(root, split, *, difficult="absent"):
 
 def vg200(root, split):
     """Visual Genome with 200 labels (SSGRL, ICCV 2019); all that is not annotated is absent."""
-    names = list(_entries(_find(root, "vg_category_200.txt")))
-    images = [os.path.basename(image) for image in _entries(_find(root, f"{split}_list_500.txt"))]
+    names = _lines(_find(root, "vg_category_200.txt"))
+    images = [os.path.basename(image) for image in _lines(_find(root, f"{split}_list_500.txt"))]
     path = _find(root, "vg_category_200_labels_index.json")
     indices_of = _parse_json(read_text(path), path)  # {file name: label indices}
     targets = np.full((len(images), len(names)), -1, np.int8)
     for target, image in zip(targets, images):
         with _expect(f"a list of numbers below {len(names)}", f"{path}, {image}"):
-            target[np.array(indices_of[image], np.int64)] = 1
+            for index in indices_of[image]:
+                if index not in range(len(names)):
+                    raise ValueError(index)
+                target[index] = 1
     folder = _find(root, "VG_100K")
     return {"labels": names, "targets": targets,
             "images": [os.path.join(folder, image) for image in images]}
@@ -993,7 +988,10 @@ def _folder_entries(path):
     def stripped(names):
         if not isinstance(names, list):
             raise TypeError(f"{names!r} is no list")
-        return [name.strip() for name in names]
+        names = [name.strip() for name in names]
+        if "" in names:
+            raise ValueError("an empty name")
+        return names
 
     entries = {}
     for where, entry in read_json(path):
@@ -1005,9 +1003,9 @@ def _folder_entries(path):
             absent = absent if absent == "rest" else stripped(absent)
         if image in entries:
             raise UserError(f"{where}: {image} is listed twice, also at {entries[image][0]}")
-        if absent != "rest" and {*present} & {*absent}:
-            both = min({*present} & {*absent})
-            raise UserError(f"{where}: '{both}' is both present and absent")
+        both = {*present}.intersection(absent if absent != "rest" else ())
+        if both:
+            raise UserError(f"{where}: '{min(both)}' is both present and absent")
         entries[image] = where, present, absent
     return entries
 
@@ -1018,7 +1016,7 @@ def folder(root, split):
     paths = {name: os.path.join(root, f"{name}.jsonl") for name in ("train", "test")}
     lists = {name: _folder_entries(path) for name, path in paths.items() if os.path.exists(path)}
     source = split if "test" in lists else "train"
-    _find(root, f"{source}.jsonl")
+    _find(root, f"{source}.jsonl")  # or an error
     entries, rows = lists[source], None
     if "test" not in lists:
         count = max(1, len(entries) // 5)
@@ -1027,20 +1025,24 @@ def folder(root, split):
         _note_once(f"{root}: there is no test.jsonl: {count:,} of the {len(entries):,} images of "
                    f"train.jsonl, the same in every run, are the test split")
     label_file, unseen_file = os.path.join(root, "labels.txt"), os.path.join(root, "unseen.txt")
-    unseen = list(_entries(unseen_file)) if os.path.exists(unseen_file) else []
+    unseen = _lines(unseen_file) if os.path.exists(unseen_file) else []
     if os.path.exists(label_file):
-        labels = list(_entries(label_file))
+        labels = _lines(label_file)
     else:
-        labels = sorted({label for entries in lists.values() for _, *both in entries.values()
-                         for names in both if names != "rest" for label in names})
-    for label in {*unseen} - {*labels}:
-        near = difflib.get_close_matches(label, labels, 1)
+        named = [names for listed in lists.values() for _, *both in listed.values()
+                 for names in both if names != "rest"]
+        labels = sorted({label for names in named for label in names})
+    known = labels
+    for label in sorted({*unseen} - {*known}):
+        near = difflib.get_close_matches(label, known, 1)
         hint = f", but '{near[0]}' is" if near else ""
         message = f"{unseen_file}: '{label}' is no label{hint}"
         if os.path.exists(label_file):
             raise UserError(message)
         _note_once(f"{message}; taken as a new one, which no image is annotated with")
         labels = sorted([*labels, label])
+    if not labels:
+        raise UserError(f"{root}: no image is annotated with a label")
     if len(unseen) == len(labels):
         raise UserError(f"{unseen_file}: must not name all of the {len(labels)} labels")
     column_of = {label: column for column, label in enumerate(labels)}
@@ -1152,7 +1154,7 @@ def load_splits(args, with_training=True):
     if training:
         _describe("training", training, training.seen)
     _describe("test", test, torch.arange(len(test.labels)))
-    both = {*test.paths}.intersection(training.paths) if training else None
+    both = {*test.paths()}.intersection(training.paths()) if training else None
     if both:
         print(f"images in both splits: {len(both):,}, e.g. {os.fsdecode(min(both))}")
     return training, test
@@ -1192,7 +1194,7 @@ def add_options(parser):
     add("--allow-missing", **flag, help="go on if over 5%% of the images are missing")
     add("--annotated-only", **flag, help="coco, nuswide81: drop images without a label")
     add("--drop-crowd", **flag, help="coco: boxes of crowds do not count")
-    add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels")
+    add("--zero-shot", **flag, help="coco: 48 seen and 17 unseen labels; toy: 42 and 14")
     add("--difficult", choices=["absent", "unknown", "present"], help="of VOC (absent)")
     add("--not-visible", choices=["absent", "unknown"], help="cub: parts out of sight (absent)")
     add = parser.add_argument_group("run").add_argument
@@ -1229,11 +1231,11 @@ def read_labels(text):
     return labels
 
 
-def parse(parser, argv, method, toy, evaluated=()):
+def parse(parser, argv, method, toy_options, evaluated=()):
     """A script's command line -> (args, the state of the checkpoint to start from or None, the
     names of what is typed).
 
-    What is typed wins over the checkpoint's own options, or over `toy`, those of the toy world.
+    What is typed wins over the checkpoint's own options, or over those of the toy world.
     An option without effect is refused, by the titles of the parser's groups; evaluated: those of
     training that --eval uses. --labels that are typed become a list, --threshold best a number."""
     args = parser.parse_args(argv)
@@ -1248,7 +1250,7 @@ def parse(parser, argv, method, toy, evaluated=()):
     elif args.eval:
         used = always | group["model"] | group["data"] | {"eval", "workers", *evaluated}
         mode = "with --eval"
-    elif "labels" in typed - trained:  # they stand for a dataset
+    elif "labels" in typed - trained:  # lang_cls.py's, which stand for a dataset
         mode, used = "with --labels", typed - trained - group["data"]
     else:
         mode, used = "in training", typed - trained
@@ -1265,11 +1267,14 @@ def parse(parser, argv, method, toy, evaluated=()):
         start = max(checkpoints, key=os.path.getmtime, default=f"{output}/last.pt")
     if start:
         saved = read_checkpoint(start, method)
-        here = ("output", "device", "resume", "predict", "eval", "checkpoint", "workers", "quiet")
+        # of this command, not of the run that was saved
+        here = {"output", "device", "resume", "predict", "eval", "checkpoint", "workers", "quiet"}
+        if "data" in typed and args.data != saved["args"]["data"]:
+            here |= group["data"]
         saved["args"] |= {name: getattr(args, name, None) for name in here}
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))
     elif args.data == "toy" and not args.predict and "labels" not in typed:
-        args = parser.parse_args(argv, parser.parse_args(toy.split()))
+        args = parser.parse_args(argv, parser.parse_args(toy_options.split()))
     if not (args.predict or args.eval):
         args.output = output
     if "labels" in typed:
@@ -1327,15 +1332,13 @@ def run(main, *errors):
     """main() of a script; what is the user's to mend is one line on stderr and exit code 2."""
     try:
         main()
-    except (UserError, *errors) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         sys.exit(f"\ninterrupted{interrupt}")
     except BrokenPipeError:  # | head: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # a folder that is not there or not ours, a full disk
-        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}",
-              file=sys.stderr)
+    except (UserError, OSError, *errors) as error:
+        if isinstance(error, OSError) and error.filename:  # not there or not ours, a full disk
+            error = f"{error.filename}: {error.strerror}"
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

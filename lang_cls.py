@@ -27,6 +27,7 @@ Implementation details
  1. The text tower is frozen: every distinct text is embedded once and kept on disk. What trains
     is a matrix, for seconds; several GPUs would have nothing to do.
  2. A ranking pair needs a present label: [present labels, C] margins, never [B, C, C].
+
 What we follow is the authors' released code. Where this differs from it
  1. Sentences come from a built-in grammar unless --texts names a file. Theirs are published as
     pickled token ids, which are not read. The 36 prompt templates are our own.
@@ -50,7 +51,7 @@ import clip_model
 import data
 import metrics
 from data import UserError
-from toy.grammar import fill_template, plural, sentences_about
+from toy.grammar import fill_template, plural, sentences_about  # for labels of any kind
 
 # settings; the defaults of the command line, in arguments(), are the authors' code's too
 MARGIN = 1.0  # of the ranking loss; authors' code
@@ -71,12 +72,14 @@ TEMPLATES = [  # in the spirit of OpenAI's 80 for ImageNet, which the authors us
     "a photo of a {} in the foreground.", "a photo of a {} among other things.",
     "a photo of a {} seen from above.", "a photo of a {} seen from afar.",
     "a photo of a {} at the edge.", "a photo of a {} half hidden."]
-SYNONYMS = [group.split(", ") for group in (  # names that texts use for the same label
-    "person, man, woman, boy, girl, child, player, rider, human; airplane, aeroplane, air plane, "
-    "plane, jet; boat, ship; bicycle, bike; motorcycle, motorbike, motor bike, motor cycle; "
-    "car, automobile; couch, sofa; refrigerator, fridge; ocean, sea; tv, television, tv monitor, "
-    "tvmonitor; cell phone, mobile phone, smartphone, phone; dining table, diningtable, table; "
-    "potted plant, pottedplant; donut, doughnut; hair drier, hair dryer, blow dryer").split("; ")]
+# names that texts use for the same label
+SYNONYMS = [group.split(", ") for group in (
+    "person, man, woman, boy, girl, child, player, rider, human",
+    "airplane, aeroplane, air plane, plane, jet", "boat, ship", "bicycle, bike",
+    "motorcycle, motorbike, motor bike, motor cycle", "car, automobile", "couch, sofa",
+    "refrigerator, fridge", "ocean, sea", "tv, television, tv monitor, tvmonitor",
+    "cell phone, mobile phone, smartphone, phone", "dining table, diningtable, table",
+    "potted plant, pottedplant", "donut, doughnut", "hair drier, hair dryer, blow dryer")]
 # what the toy world's small CLIP asks for (the learning rate was chosen on scenes of their own,
 # not on the test scenes); ours
 TOY = "--clip toy-RN --lr 5e-3 --workers 0 --no-zero-shot"
@@ -120,8 +123,8 @@ def merge(scores, streams="both"):
 
 
 def encode(clip, images, args):
-    """Images [B, 3, H, W] -> two tensors of unit-length embeddings [B, 1 + L, D], of the whole and
-    of L locations: CLIP's own, and CoMC's, which a ResNet pools without positional embeddings."""
+    """Images [B, 3, H, W] -> [CLIP's own, CoMC's], unit-length embeddings [B, 1 + L, D] of the
+    whole and of L locations. For CoMC a ResNet pools the whole without positional embeddings."""
     with data.autocast(args):
         if isinstance(clip.visual, clip_model.VisionTransformer):
             clips_own, local = clip.encode_image_dense(images)
@@ -144,7 +147,7 @@ def ranking_loss(logits, targets):
     present = (targets == 1).nonzero().to(logits.device, non_blocking=True)  # [P, 2]
     is_absent = (targets == -1).to(logits.device, non_blocking=True)
     rows, columns = present.T
-    absent = logits.masked_fill(~is_absent, -torch.inf)  # others are below every margin
+    absent = logits.masked_fill(~is_absent, -torch.inf)  # others fall below every margin
     margins = (MARGIN - logits[rows, columns, None] + absent[rows]).relu()  # [P, C]
     return margins.sum() / len(logits)
 
@@ -152,8 +155,8 @@ def ranking_loss(logits, targets):
 # ---- texts and their embeddings
 
 def names_of(labels):
-    """{a name that texts may use, in lower case: column of the label}: its own, its synonyms, but
-    where two labels share them, and their plurals."""
+    """{a name that texts may use, in lower case: column of the label}: its own, its synonyms unless
+    two labels share them, and the plurals of all."""
     column_of = {label.lower(): column for column, label in enumerate(labels)}
     for group in SYNONYMS:
         columns = [column_of[name] for name in group if name in column_of]
@@ -172,7 +175,7 @@ def load_texts(path, labels):
     sentences, targets, dropped = {}, [], Counter()  # sentences by their lower case
     for where, entry in data.read_json(path):
         try:
-            if isinstance(entry["labels"], str):
+            if isinstance(entry["labels"], str):  # it would be read letter by letter
                 raise TypeError
             names = [" ".join(name.split()).lower() for name in entry["labels"]]
             sentence = data.clean_sentence(entry["description"] or "")
@@ -203,8 +206,8 @@ def described(dropped):
 
 
 def training_texts(labels, templates, args):
-    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}. Templates: for each
-    label "a photo of a {}." nine times, and every template once."""
+    """-> sentences list[str] of --sources, targets int8 [N, C] in {+1, -1}. Of templates: for each
+    label "a photo of a {}." PLAIN_COPIES times, then every template once."""
     sentences, targets = [], torch.empty(0, len(labels), dtype=torch.int8)
     if args.texts:
         sentences, targets, dropped = load_texts(args.texts, labels)
@@ -212,10 +215,10 @@ def training_texts(labels, templates, args):
     elif args.sources != "templates":
         sentences, targets = sentences_about(labels, args.sentences, args.seed)
     if args.sources != "sentences":
-        templates = PLAIN_COPIES * TEMPLATES[:1] + templates
-        sentences += [fill_template(template, label) for label in labels for template in templates]
+        prompts = PLAIN_COPIES * TEMPLATES[:1] + templates
+        sentences += [fill_template(prompt, label) for label in labels for prompt in prompts]
         one_present = 2 * torch.eye(len(labels), dtype=torch.int8) - 1
-        targets = torch.cat([targets, one_present.repeat_interleave(len(templates), dim=0)])
+        targets = torch.cat([targets, one_present.repeat_interleave(len(prompts), dim=0)])
     return sentences, targets
 
 
@@ -227,7 +230,7 @@ def embed_texts(clip, texts, args):
     def embed():
         tokens = clip.tokenize(unique, truncate=True)
         embeddings = torch.empty(len(unique), clip.text_projection.shape[1])
-        # by length, which the end of text says, the highest id: texts are cut behind the longest
+        # shortest first: a batch is cut behind its longest text (end of text: the highest id)
         by_length = tokens.argmax(dim=1).argsort(stable=True).split(256)
         for rows in tqdm(by_length, "embedding texts", leave=False, disable=args.quiet or None):
             embedded = clip.encode_text(tokens[rows].to(args.device)).float()
@@ -292,10 +295,10 @@ def table(clip, model, test, args):
 
     def score(images):
         clips_own, x = encode(clip, images, args)
-        of_all, mapped_of_all = model(x, 0), model(x, args.mapping_weight)  # [B, 1 + L, C]
+        plain_logits, mapped_logits = model(x, 0), model(x, args.mapping_weight)  # [B, 1 + L, C]
         scores = metrics.zero_shot_scores(clips_own, prompts, scale, playing)
         for prefix, index in playing.items():
-            plain, mapped = of_all[..., index], mapped_of_all[..., index]
+            plain, mapped = plain_logits[..., index], mapped_logits[..., index]
             of_name = {
                 "CoMC without mapping": merge(plain, args.streams),
                 "CoMC, global alone": merge(mapped, "global"),
@@ -307,9 +310,9 @@ def table(clip, model, test, args):
             scores |= {(name, prefix): value for name, value in of_name.items()}
         return scores
 
-    scores = data.score_images(score, test, 64, args)
+    scores = data.score_images(score, test, 64, args)  # --batch-size is of sentences
     rows = metrics.zero_shot_rows(scores, test, ks)
-    for name in dict.fromkeys(name for name, _ in scores if name.startswith("CoMC")):
+    for name in dict.fromkeys(name for name, _ in scores):  # zero_shot_rows took the others
         kind = "method" if name == "CoMC" else "ablation"
         rows.append(metrics.table_row(name, kind, scores, test, ks))
     return rows, scores["CoMC", [*playing][-1]]
@@ -390,7 +393,9 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
     if args.predict:
         return predict(saved, args)
-    templates = read_templates(args.templates) if args.templates else TEMPLATES
+    templates = TEMPLATES
+    if args.templates and not args.eval:
+        templates = read_templates(args.templates)
 
     # data first: files may be missing
     _, test = data.load_splits(args, with_training=False)

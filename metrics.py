@@ -260,15 +260,17 @@ def print_table(rows, dataset):
 
 def results(method, rows, scores, dataset, args, seconds):
     """The text of a run's results.json. scores: float [N, C] of the last row, the method's, of
-    which every label's AP and the best threshold are kept. What cannot be said is null."""
-    threshold, of1 = best_threshold(scores, dataset.targets)
-    values = average_precision(scores, dataset.targets), *dataset.counts()
-    labels = [{"label": label, "AP": ap, "present": present, "absent": absent}
-              for label, ap, present, absent in zip(dataset.labels, *(x.tolist() for x in values))]
+    which every label's AP and the best threshold are kept; None where it has none, a sweep's
+    average. What cannot be said is null."""
     found = {"method": method, "data": args.data, "clip": args.clip, "seed": args.seed,
              "seconds": round(seconds), "images": len(dataset), "missing": dataset.missing,
-             "limit": args.limit, "rows": rows, "threshold": threshold, "threshold_OF1": of1,
-             "labels": labels}
+             "limit": args.limit, "rows": rows}
+    if scores is not None:
+        found["threshold"], found["threshold_OF1"] = best_threshold(scores, dataset.targets)
+        values = average_precision(scores, dataset.targets), *dataset.counts()
+        columns = dataset.labels, *(x.tolist() for x in values)
+        found["labels"] = [dict(zip(("label", "AP", "present", "absent"), row))
+                           for row in zip(*columns)]
     without_nan = json.loads(json.dumps(found), parse_constant=lambda _: None)
     return json.dumps(without_nan, indent=1)
 

@@ -24,19 +24,15 @@ In the code o_cls is global_, o_i a row of local, z_c of label_embeddings; none 
     python mkt.py --predict photos/ --labels "owl, ice cream"  # CLIP as it is; MKT: --checkpoint
 
 B images, L patches, C labels, T tokens, W width of a tower, D joint embedding. Targets: +1 present,
--1 absent, 0 unknown.
-
-Exact savings: teacher and student share the frozen blocks, which run once and without gradients;
-a ranking pair needs a present label, [present labels, C] margins instead of [B, C, C]; label
-embeddings are computed once in stage 1, and prompts are cut behind the longest. Under torchrun
-every process takes its part of each batch: the same sums but for rounding.
+-1 absent, 0 unknown. Under torchrun every process takes its part of each batch: the same sums but
+for rounding.
 
 What we follow, formulas included, is the authors' released code. Where this differs from it
  1. CLIP's own mean, std and crop, on which it was trained; --preprocess authors for ImageNet's.
     Photos are turned as EXIF says.
  2. They train the whole token embedding; we only the eight rows of the context.
- 3. They drop images without a seen label inside each batch, of which NUS-WIDE has 2,527 an epoch,
-    and the last, smaller batch; we drop these images first, so batches are full and fewer.
+ 3. They drop images without a seen label inside each batch, and an epoch's last, smaller batch;
+    we drop these images first, so batches are full and fewer than NUS-WIDE's 2,527.
  4. Their teacher and their stage 2 run in half precision, and stage 2 repeats one order of images.
  5. We report the last epoch, or with --val-fraction each stage's best on held-out images.
  6. Seed 0, theirs is 42; AP of a label without a positive is left out, theirs is 0.
@@ -55,7 +51,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
@@ -69,19 +64,18 @@ NAME = "MKT"  # of the rows in the table
 # settings; the defaults of the command line, in arguments(), are the authors' code's too
 PROMPT = "There is a {} in the scene"  # authors' code
 MARGIN = 1.0  # of the ranking loss; authors' code
-TINY = 1e-8  # beside the number of pairs that violate it; authors' code
+TINY = 1e-8  # added to the number of pairs that violate it; authors' code
 LAYER_DECAY = 0.65  # of the learning rate, a layer down; authors' code
 WEIGHT_DECAY = 0.05  # authors' code
 MINIMUM_LR_1, MINIMUM_LR_2 = 1e-6, 1e-8  # at the ends of the stages; authors' code
 CHANGES, MAGNITUDE, DEVIATION = 2, 9.0, 0.5  # of RandAugment; authors' code
 EMPTY = (124, 116, 104)  # colour of empty corners, ImageNet's mean; authors' code
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std; authors' code
-LABELS_AT_ONCE = 1024  # in stage 2, as memory allows: 4 GB of activations for ViT-B/16; ours
 # what the toy world's small CLIP and 10,000 scenes ask for; ours
 TOY = ("--clip toy-ViT --epochs 4 --prompt-epochs 1 --warmup-epochs 1 --distillation 0.1 --topk 4 "
        "--augment no --workers 0")
 
-# torchrun's; start_processes refuses what is not
+# set by torchrun; 0 for what is no number, which start_processes refuses
 RANK, WORLD = (int(text) if text.isdigit() else 0
                for text in (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
@@ -112,7 +106,8 @@ class MKT(nn.Module):
         super().__init__()
         visual = clip.visual
         if not isinstance(visual, clip_model.VisionTransformer):
-            raise UserError("MKT trains a ViT's blocks, this CLIP is a ResNet: use --clip ViT-B/16")
+            raise UserError(f"{NAME} trains a ViT's blocks, and this CLIP is a ResNet: use --clip "
+                            "ViT-B/16")
         patches = (visual.input_resolution // visual.patch_size) ** 2
         if not 1 <= topk <= patches:
             raise UserError(f"--topk {topk} is not within 1..{patches}, the number of patches")
@@ -156,9 +151,9 @@ class MKT(nn.Module):
         ends = tokens.argmax(dim=1)
         return tokens[:, :ends.max() + 1].to(self.context.device), ends
 
-    def label_embeddings(self, prompts, context=None, chunk=LABELS_AT_ONCE):
-        """prompts(labels) -> [C, D], differentiable in the context, by default the learned one.
-        The backward pass recomputes chunks: 7,000 labels would keep 7,000 texts' activations."""
+    def label_embeddings(self, prompts, context=None):
+        """As self.prompts(labels) gives them -> [C, D], differentiable in the context, by default
+        the learned one."""
         context = self.context if context is None else context
         after = len(context) - self.before
 
@@ -169,22 +164,20 @@ class MKT(nn.Module):
             rows = torch.arange(len(x), device=x.device)[:, None]
             x[:, :self.before] = context[:self.before]
             x[rows, last.to(x.device, non_blocking=True)] = context[self.before:]
-            return self.clip.encode_prompts(x, ends)  # [c, D]
+            return self.clip.encode_prompts(x, ends).float()  # [c, D]
 
-        if len(prompts[0]) <= chunk:
-            return encode(*prompts).float()
-        pieces = zip(*(x.split(chunk) for x in prompts))
-        labels = [recompute(encode, *piece, use_reentrant=False) for piece in pieces]
-        return torch.cat(labels).float()
+        return clip_model.in_chunks(encode, prompts)
 
 
 # ---- augmentation: RandAugment (Cubuk et al., 2020) as timm, which the authors use, has
 # "rand-m9-mstd0.5-inc1". torchvision's is another policy: it always makes two changes, at 9 of 30.
 
+BICUBIC = Image.Resampling.BICUBIC
+
+
 def affine(image, *matrix):
     """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)."""
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
-                           fillcolor=EMPTY)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, BICUBIC, fillcolor=EMPTY)
 
 
 # changes of (image, amount), amount in [-1, 1]; what knows no direction takes its absolute value
@@ -197,8 +190,7 @@ AUGMENTATIONS = {
     "solarize": lambda image, amount: ImageOps.solarize(image, 256 - int(256 * abs(amount))),
     "solarize-add": lambda image, amount: image.point(
         lambda value: value + int(110 * abs(amount)) if value < 128 else value),
-    "rotate": lambda image, amount: image.rotate(30 * amount, Image.Resampling.BICUBIC,
-                                                 fillcolor=EMPTY),
+    "rotate": lambda image, amount: image.rotate(30 * amount, BICUBIC, fillcolor=EMPTY),
     "color": lambda image, amount: ImageEnhance.Color(image).enhance(1 + 0.9 * amount),
     "contrast": lambda image, amount: ImageEnhance.Contrast(image).enhance(1 + 0.9 * amount),
     "brightness": lambda image, amount: ImageEnhance.Brightness(image).enhance(1 + 0.9 * amount),
@@ -220,19 +212,19 @@ def rand_augment(image):
 
 
 def test_pixels(size, preprocess):
-    """-> a transform of an RGB PIL image to its central square, uint8 [3, size, size]: as floats,
-    which `normalized` makes of it on the device, it would take four times the shared memory."""
+    """-> a transform of an RGB PIL image to its central square, uint8 [3, size, size]: a quarter of
+    the memory of floats, which `normalized` makes of it on the device."""
     shorter = size * 256 // 224 if preprocess == "authors" else size
-    resize = transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+    return transforms.Compose([transforms.Resize(shorter, BICUBIC), transforms.CenterCrop(size),
+                               transforms.PILToTensor()])
 
 
 def training_pixels(size, args):
-    """-> the same for training, with --augment of a random crop, flipped and changed."""
+    """-> the same for training: a random crop, flipped and changed, but with --augment no."""
     if args.augment == "no":
         return test_pixels(size, args.preprocess)
-    crop = transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), rand_augment,
+    return transforms.Compose([transforms.RandomResizedCrop(size, interpolation=BICUBIC),
+                               transforms.RandomHorizontalFlip(), rand_augment,
                                transforms.PILToTensor()])
 
 
@@ -282,12 +274,10 @@ def losses_of_stage_1(model, images, targets, label_embeddings, args):
     with data.autocast(args):
         tokens = model.trunk(images)
         global_, local = model.student(tokens)
+        teacher = model.teacher(tokens) if args.distillation else None
     scores = two_stream_scores(local, global_, label_embeddings, args.topk, args.streams)
     terms = {"ranking": ranking_loss(scores, targets)}
     if args.distillation:
-        with data.autocast(args):
-            teacher = model.teacher(tokens)
-        # at the first step they are equal, and the gradient's sign is that of rounding
         terms["distillation"] = args.distillation * F.l1_loss(global_, teacher)
     return terms
 
@@ -304,8 +294,8 @@ def losses_of_stage_2(model, images, targets, prompts, args):
 
 # ---- train
 
-# What sets the two stages apart. losses: a function as above, labels: what it takes as its fourth;
-# layers: lists of parameters, the topmost first.
+# What sets the two stages apart. losses: a function as above; labels: its fourth argument, in stage
+# 1 the labels' embeddings, in stage 2 their prompts; layers: lists of parameters, topmost first.
 Stage = namedtuple("Stage", "number losses labels layers epochs batch_size warmup minimum_lr")
 
 
@@ -354,9 +344,9 @@ def add_up(tensors):
 def train(model, stage, dataset, validation, state, args):
     """One stage, from where state["log"] ends; a checkpoint an epoch. Every epoch seeds its
     own shuffling and augmentation, so a resumed run repeats the epoch it was killed in exactly."""
-    log = state["log"]
+    log = state["log"]  # of all epochs so far, those before --resume too
     done = sum(line["stage"] == stage.number for line in log)
-    if done < stage.epochs and log and log[-1]["stage"] > stage.number:  # a later, higher --epochs
+    if done < stage.epochs and log and log[-1]["stage"] > stage.number:  # --epochs was raised
         raise UserError("--resume: stage 2 has begun, so stage 1 cannot go on: start another run")
     model.requires_grad_(False)
     parameters = [parameter.requires_grad_() for layer in stage.layers for parameter in layer]
@@ -406,13 +396,14 @@ def train(model, stage, dataset, validation, state, args):
             dist.all_reduce(dataset.unreadable.view(torch.uint8), dist.ReduceOp.MAX)
         if dataset.replaced:
             line["unreadable_images"] = dataset.replaced
-        if validation is not None:
-            line["val_mAP"] = validate(model, validation, args)
+        val_mAP = math.nan if validation is None else validate(model, validation, args)
+        if not math.isnan(val_mAP):
+            line["val_mAP"] = val_mAP
         log.append(line)
         if RANK == 0:
             print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
             save(model, optimizer, state, args.output)
-    if log and log[-1]["stage"] == stage.number:  # go on from the best epoch
+    if log and log[-1]["stage"] == stage.number:  # go on from its best epoch
         if RANK == 0:
             model.load_state_dict(state["best"])
         if WORLD > 1:
@@ -423,9 +414,10 @@ def train(model, stage, dataset, validation, state, args):
 def save(model, optimizer, state, folder):
     """The run so far: best.pt, of the stage's best epoch; log.jsonl, curves.png, last.pt."""
     log, weights = state["log"], model.state_dict()
-    earlier = [line.get("val_mAP", 0) for line in log[:-1] if line["stage"] == log[-1]["stage"]]
-    # without --val-fraction, or where it is NaN, the last is the best
-    if not any(value > log[-1].get("val_mAP", 0) for value in earlier):
+    earlier = [line for line in log[:-1] if line["stage"] == log[-1]["stage"]]
+    # without a score, nothing is above NaN: the last is the best
+    last_mAP = log[-1].get("val_mAP", math.nan)
+    if not any(line.get("val_mAP", math.nan) > last_mAP for line in earlier):
         state["best"] = {name: value.clone() for name, value in weights.items()}
     data.write_file(f"{folder}/best.pt", {**state, "model": state["best"], "optimizer": None})
     data.write_file(f"{folder}/log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
@@ -453,7 +445,7 @@ def clip_embeddings(clip, images, args):
 
 @torch.no_grad()
 def validate(model, validation, args):
-    """mAP of the seen labels on held-out images; NaN but on rank 0, which chooses the epoch."""
+    """mAP of the seen labels on held-out images; NaN except on rank 0, which chooses the epoch."""
     labels = [validation.labels[i] for i in validation.seen]
     z = {"seen": model.label_embeddings(model.prompts(labels))}
     scores = data.score_images(lambda pixels: mkt_scores(model, pixels, z, args), validation,
@@ -466,7 +458,7 @@ def validate(model, validation, args):
 @torch.no_grad()
 def table(model, test, args):
     """-> the rows that a run ends with, {"name", "kind", metric: value in [0, 1], ...}, and the
-    scores [N, C] of the last, MKT's; under torchrun None but on rank 0."""
+    scores [N, C] of the last, MKT's; under torchrun None except on rank 0."""
     clip, playing = model.clip, metrics.in_play(test)
     ks = (10, 20) if test.name == "openimages" else (3, 5)  # as LESA, BiAM and MKT report
     plain, scale = clip_model.zero_shot_embeddings(clip, test.labels), clip.logit_scale.exp()
@@ -486,8 +478,10 @@ def table(model, test, args):
         contexts[f"{NAME} without prompt tuning"] = clips_own
     contexts[NAME] = model.context
     prompts = model.prompts(test.labels)
-    z = {name: model.label_embeddings(prompts, context) for name, context in contexts.items()}
-    z = {(name, prefix): z[name][index] for name in z for prefix, index in playing.items()}
+    z = {}
+    for name, context in contexts.items():
+        embeddings = model.label_embeddings(prompts, context)
+        z |= {(name, prefix): embeddings[index] for prefix, index in playing.items()}
     scores = data.score_images(lambda pixels: mkt_scores(model, pixels, z, args), test,
                                args.batch_size, args)
     if RANK > 0:
@@ -508,15 +502,16 @@ def predict(saved, args):
         raise UserError('--labels: at least two, scores are relative: "owl, ice cream" or a file')
     clip, _ = clip_model.load(args.clip, args.device)
     clip.check_labels(labels)
-    preprocess = test_pixels(clip.visual.input_resolution, args.preprocess)
+    pixels_of = test_pixels(clip.visual.input_resolution, args.preprocess)
     z, scale, crop = clip_model.zero_shot_embeddings(clip, labels), clip.logit_scale.exp(), 1.0
     if saved:
-        model = load_model(clip, saved, None, args)
+        model = MKT(clip, args.topk)
+        data.load_weights(model, saved, None, args)  # made for any labels
         z = model.label_embeddings(model.prompts(labels))
         crop = 224 / 256 if args.preprocess == "authors" else 1.0
 
-    for paths, photos, images in data.photo_batches(args, preprocess):
-        images = normalized(images.to(args.device), args.preprocess)
+    for paths, photos, pixels in data.photo_batches(args, pixels_of):
+        images = normalized(pixels.to(args.device), args.preprocess)
         if saved:
             with data.autocast(args):
                 global_, local = model(images)
@@ -527,7 +522,7 @@ def predict(saved, args):
             maps = maps / maps.amax(dim=(1, 2), keepdim=True)  # relative, as the scores are
         else:
             x = clip_embeddings(clip, images, args)
-            scores = metrics.zero_shot_scores(x, z, scale, {"": slice(None)})
+            scores = metrics.zero_shot_scores(x, z, scale, {"": slice(None)})  # all labels compete
             scores = scores["zero-shot, as probabilities", ""]
             maps = (scale * x[:, 1:] @ z.T).softmax(dim=2)
         for prediction in zip(paths, photos, scores.cpu(), maps.transpose(1, 2).cpu()):
@@ -563,7 +558,8 @@ def arguments(argv=None):
     data.add_options(parser)  # --data, --root, --limit, ..., --output, --device, --seed, ...
     add = metrics.add_prediction_options(parser).add_argument
     add("--labels", help='for --predict, any labels: "owl, ice cream", or a file, a label a line')
-    args, saved, typed = data.parse(parser, argv, "mkt", TOY, {"batch_size", "compile"})
+    args, saved, typed = data.parse(parser, argv, "mkt", TOY,
+                                    evaluated={"batch_size", "compile"})
     if args.predict and not saved and {"topk", "streams", "preprocess"} & typed:
         parser.error("--topk, --streams, --preprocess are MKT's: give its --checkpoint")
     if args.epochs + args.prompt_epochs == 0:
@@ -575,29 +571,22 @@ def arguments(argv=None):
 
 # ---- main
 
-def load_model(clip, saved, labels, args):
-    """CLIP -> MKT on the device, with the weights of a checkpoint, if there is one."""
-    model = MKT(clip, args.topk).eval()
-    if saved:
-        data.load_weights(model, saved, labels, args)
-    return model
-
-
 def images_to_rank(dataset):
     """The training images that show a seen label; UserError where there is nothing to rank."""
-    present, absent = (count[dataset.seen] for count in dataset.counts())
-    learned = ((present > 0) & (absent > 0)).any()
-    dataset = dataset.subset(dataset.shows())  # unseen labels are unknown in training
-    if not (learned and dataset.counts()[1][dataset.seen].any()):
+    is_used = dataset.shows()  # unseen labels are unknown in training
+    used = dataset.subset(is_used) if is_used.any() else dataset
+    present, absent = (count[used.seen] for count in used.counts())
+    if not ((present > 0) & (absent > 0)).any():
         raise UserError(f"{dataset.name}: nothing to rank: a seen label must be known present "
                         "in one training image and absent in another that has a present one")
-    return dataset
+    return used
 
 
 def start_processes(args):
     """Under torchrun: rank 0 alone prints and writes."""
-    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys() or WORLD < 1 or args.predict:
-        raise UserError("WORLD_SIZE is set, but this is no training by torchrun: unset it")
+    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys() or WORLD < 1 or args.predict:
+        raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this, or --predict "
+                        "is asked for, which is for one process: unset them")
     dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
     if "cuda" in args.device:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -610,7 +599,7 @@ def main(argv=None):
     begin = time.time()
     args, saved = arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: faster, 10 bits of mantissa
-    if WORLD != 1:
+    if WORLD != 1 or RANK > 0:
         start_processes(args)
     if args.predict:
         return predict(saved, args)
@@ -622,10 +611,12 @@ def main(argv=None):
     if dataset:
         dataset = images_to_rank(dataset)
     clip, _ = clip_model.load(args.clip, args.device)
+    clip.check_labels(test.labels)  # the vocabulary may have to be downloaded
     if WORLD > 1 and RANK == 0:
         dist.barrier()
-    clip.check_labels(test.labels)
-    model = load_model(clip, saved, test.labels, args)
+    model = MKT(clip, args.topk)
+    if saved:
+        data.load_weights(model, saved, test.labels, args)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
     size = clip.visual.input_resolution

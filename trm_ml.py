@@ -15,8 +15,8 @@ absent; nobody looked for the others. Both encoders of CLIP stay as they are.
     and by zero-shot CLIP's probability p_c of the label,
         e_c = log(p_c / (1 - p_c))
               + mean over P in {V, T} of  <Q_c, P_c> / t + log softmax_c'(<Q_c, P_c'> / t)[c].
-    The unknown entries of a label are ranked by e_c: those above half the number of positives that
-    must hide among them become pseudo present, those below twice that number pseudo absent;
+    If h positives must hide among a label's unknown entries, sorted by e_c, the first h / 2 become
+    pseudo present, all after the first 2 h pseudo absent, by thresholds of the last epoch;
  5. contrast: among the prototypes of either modality, Q_c of a present label, pseudo ones too,
     must find its own, -log softmax_c'(<Q_c, P_c'> / t)[c], mean over P in {V, T};
  6. distillation of G_c = normalise(S_c x), which the saliency map pools: |Q_c - G_c|_1.
@@ -41,17 +41,17 @@ application of the same title, CN119399505A, 2025 [P]:
     distillation       of region- into query-level [P]          L1, over all labels, its weight
 
     python trm_ml.py --partial 0.3                 # toy world, nothing to download
+    python trm_ml.py --predict photos/ --checkpoint runs/trm_ml-toy/best.pt --heatmap maps/
     python trm_ml.py --data coco --partial 0.1 0.3 0.5 0.7 0.9
-    python trm_ml.py --predict photos/ --checkpoint runs/trm_ml-coco/best.pt --heatmap maps/
 
-B images, L locations, C labels, T tokens, W text width, D joint embedding, H heads, R runs, N
-images of a dataset, F of its full list. Targets: +1 present, -1 absent, 0 unknown.
+In shapes: B images, L locations, C labels, T tokens, W text width, D joint embedding, H heads, R
+runs, N images of a dataset, F of its full list. Targets: +1 present, -1 absent, 0 unknown.
 
 Implementation details
  1. Attention starts as CLIP's own matching, in each head's share of the dimensions: its weights
-    are the identity, the queries and V the labels' embeddings, the MLP's last layer 0. In a
-    prototype on the toy world, the known labels' loss alone ended at 36 mAP from a random start,
-    at 94 from this.
+    are the identity, the queries and V the labels' embeddings, the MLP's last layer 0. On the
+    toy world an early version without the other losses ended at 36 mAP from a random start, at
+    94 from this.
  2. Which entries are known is drawn over the full official list with the seeds of this line of
     work: every method and every --seed gets the same.
  3. Shares train side by side on images that are encoded once, and without augmentation once for
@@ -73,7 +73,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from tqdm import tqdm
@@ -92,7 +91,6 @@ MOMENTUM = 0.9  # of the visual prototypes; ours
 SURE_PRESENT, SURE_ABSENT = 0.5, 2.0  # ranks of the thresholds, times the hidden positives; ours
 ESTIMATED = 20_000  # images of an epoch whose estimates set the thresholds, as memory allows; ours
 WEIGHT_DECAY = 0.01  # ours
-LABELS_AT_ONCE = 1024  # whose texts' activations are kept; ours
 # labels that an image shows, on average; the benchmarks' as Cole et al. (CVPR 2021) have them
 EXPECTED_POSITIVES = {"voc2007": 1.5, "voc2012": 1.5, "coco": 2.9, "nuswide81": 1.9, "cub": 31.4,
                       "toy": 2.7}
@@ -137,31 +135,25 @@ class TRM(nn.Module):
         self.register_buffer("sure_absent", torch.full((len(labels),), -torch.inf))
         self.to(clip.text_projection.device)
 
-    def texts(self, chunk=LABELS_AT_ONCE):
-        """T, the labels' embeddings with the learned context: unit length, [C, D].
-
-        Chunks of many labels are recomputed in the backward pass, which bounds the memory."""
+    def texts(self):
+        """T, the labels' embeddings with the learned context: unit length, [C, D]."""
         def encode_texts(tokens, context, ends):
             words = self.clip.token_embedding(tokens)  # [c, T, W]
             words = torch.cat([words[:, :1], context, words[:, 1 + CONTEXT:]], dim=1)
             return F.normalize(self.clip.encode_prompts(words, ends).float(), dim=-1)
 
         context = self.context.expand(len(self.tokens), -1, -1)  # [C, 16, W]
-        if len(context) <= chunk:
-            return encode_texts(self.tokens, context, self.ends)
-        pieces = zip(*(x.split(chunk) for x in (self.tokens, context, self.ends)))
-        texts = [recompute(encode_texts, *piece, use_reentrant=False) for piece in pieces]
-        return torch.cat(texts)
+        return clip_model.in_chunks(encode_texts, (self.tokens, context, self.ends))
 
     def forward(self, x, texts):
         """Embeddings [B, 1 + L, D], texts [C, D] -> logits [B, C]; query-level features [B, C, D],
         of unit length; saliency maps [B, C, 1 + L], which sum to 1 and say where a label looked."""
-        query = self.query(self.queries).unflatten(-1, (HEADS, -1))  # [C, H, d]
-        key = self.key(x).unflatten(-1, (HEADS, -1))  # [B, 1 + L, H, d]
-        value = self.value(x).unflatten(-1, (HEADS, -1))
-        saliency = torch.einsum("chd,blhd->bhcl", query, key)  # [B, H, C, 1 + L]
+        q = self.query(self.queries).unflatten(-1, (HEADS, -1))  # [C, H, d]
+        k = self.key(x).unflatten(-1, (HEADS, -1))  # [B, 1 + L, H, d]
+        v = self.value(x).unflatten(-1, (HEADS, -1))
+        saliency = torch.einsum("chd,blhd->bhcl", q, k)  # [B, H, C, 1 + L]
         saliency = (self.clip.logit_scale.exp() * saliency.float()).softmax(dim=-1)
-        attended = torch.einsum("bhcl,blhd->bchd", saliency.to(value.dtype), value)
+        attended = torch.einsum("bhcl,blhd->bchd", saliency.to(v.dtype), v)
         attended = self.out(attended.flatten(2))  # [B, C, D]
         query_level = F.normalize((attended + self.mlp(attended)).float(), dim=-1)
         logits = self.log_scale.exp() * (query_level * texts).sum(dim=-1) + self.bias
@@ -184,20 +176,18 @@ class TRM(nn.Module):
         known absent than present, it was not at random: then an image shows expected_positives, and
         the hidden ones are spread over labels as the known ones are, one more each."""
         estimates, known = estimates.cpu(), known.cpu()
-        present, absent = (known == 1).sum(dim=0), (known == -1).sum(dim=0)
-        at_random = present.sum() < absent.sum()
-        share = present.sum() / (present + absent).sum().clamp(min=1)
-        all_hidden = (expected_positives * len(known) - present.sum()).clamp(min=0)
-        for c in range(known.shape[1]):
-            unknown = estimates[known[:, c] == 0, c].sort(descending=True).values
-            if at_random:
-                hidden = len(unknown) * (present[c] + 1) / (present[c] + absent[c] + 1 / share)
-            else:
-                hidden = all_hidden * (present[c] + 1) / (present + 1).sum()
-            if len(unknown):
-                last = len(unknown) - 1
-                self.sure_present[c] = unknown[min(int(SURE_PRESENT * hidden), last)]
-                self.sure_absent[c] = unknown[min(int(SURE_ABSENT * hidden), last)]
+        present, absent, unknown = ((known == sign).sum(dim=0) for sign in (1, -1, 0))
+        if present.sum() < absent.sum():  # known at random
+            share = present.sum() / (present + absent).sum()
+            hidden = unknown * (present + 1) / (present + absent + 1 / share)
+        else:
+            all_hidden = (expected_positives * len(known) - present.sum()).clamp(min=0)
+            hidden = all_hidden * (present + 1) / (present + 1).sum()
+        for c in unknown.nonzero()[:, 0].tolist():
+            ranked = estimates[known[:, c] == 0, c].sort(descending=True).values
+            last = len(ranked) - 1
+            self.sure_present[c] = ranked[min(int(SURE_PRESENT * hidden[c]), last)]
+            self.sure_absent[c] = ranked[min(int(SURE_ABSENT * hidden[c]), last)]
 
     def pseudo_labels(self, estimates, known):
         """-> int8 [B, C]: +1 surely present, -1 surely absent; 0 in doubt, and where known."""
@@ -259,7 +249,7 @@ def embed(clip, dataset, args):
 @torch.no_grad()
 def clip_log_odds(x, prompts, scale):
     """Of zero-shot CLIP's probabilities: embeddings [B, 1 + L, D], labels [C, D] -> [B, C]."""
-    scores = metrics.zero_shot_scores(x, prompts, scale, {"": slice(None)})
+    scores = metrics.zero_shot_scores(x, prompts, scale, {"": slice(None)})  # all labels compete
     return scores["zero-shot, as probabilities", ""].logit(eps=1e-6)
 
 
@@ -289,11 +279,12 @@ def relations(query_level, prototypes):
 
 def losses_of(model, x, known, log_odds, args):
     """Embeddings x [B, 1 + L, D], known targets [B, C], clip_log_odds [B, C] -> {term: weighted
-    value}, "loss", their sum, first; and the estimates [B, C], None without prototypes."""
+    value}, "loss", their sum, first; and the estimates [B, C], None with --pseudo 0."""
     with data.autocast(args):
         texts = model.texts()
         logits, query_level, saliency = model(x, texts)
-    terms, estimates, present = {"known": asymmetric_loss(logits, known)}, None, known == 1
+    terms, estimates = {"known": asymmetric_loss(logits, known)}, None
+    present = known == 1
     own, contrast = relations(query_level, texts)
     if args.pseudo:
         model.update_prototypes(query_level, present)
@@ -321,6 +312,7 @@ class Run:
     """One of the models that train side by side, with their own share of known labels."""
     name: str  # of its row in the table
     index: int  # of its known labels among an image's targets [R + 1, C]
+    share: float  # of the labels that are known, 0 for a single positive
     output: str  # its folder
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -330,9 +322,10 @@ class Run:
 
 def make_run(index, clip, labels, known, args):
     """A model at its start or, with --resume, where it was left. known: int8 [N, C]."""
-    name, output = NAME, args.output
+    name, output, share = NAME, args.output, args.partial[index]
+    if args.single_positive:
+        share = 0
     if len(args.partial) > 1:
-        share = args.partial[index]
         name, output = f"{NAME}, {100 * share:g}% known", f"{output}/partial-{share:g}"
     count = (known != 0).sum().item()
     if not count:
@@ -340,16 +333,18 @@ def make_run(index, clip, labels, known, args):
     print(f"{name}: {count:,} training entries are known, {100 * count / known.numel():.3g}%")
     torch.manual_seed(args.seed)  # as if it were trained alone
     model = TRM(clip, labels, args.per_label_context)
-    if not (known == -1).any():  # until there are estimates, all that is unknown counts as absent
+    if not (known == -1).any():  # until there are thresholds, all that is unknown counts as absent
         model.sure_absent.fill_(torch.inf)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW([
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0}], lr=args.lr, fused=True)
-    run = Run(name, index, output, model, optimizer, best={})
+    run = Run(name, index, share, output, model, optimizer, best={})
     if args.resume and os.path.exists(f"{output}/last.pt"):
         saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
+        if saved.get("share") != share:
+            raise UserError(f"--resume: {output} is of another share of known labels: start anew")
         data.load_weights(model, saved, labels, args)
         optimizer.load_state_dict(saved["optimizer"])
         run.best, run.log = saved["best"], saved["log"]
@@ -366,12 +361,13 @@ def train(runs, clip, dataset, validation, state, args):
     every run knows of it and, for the log alone, the truth. Every epoch seeds its own shuffling
     and augmentation, so a resumed run repeats the epoch it was killed in exactly."""
     first = min(len(run.log) for run in runs)  # they differ in a resumed sweep
-    held_out = None
     if first < args.epochs:
         prompts = clip_model.zero_shot_embeddings(clip, dataset.labels)
-        loader = make_loader(dataset, args, shuffle=True)
         if args.augment == "no":
-            loader = DataLoader(TensorDataset(*embed(clip, dataset, args)), args.batch_size, True)
+            embedded = TensorDataset(*embed(clip, dataset, args))
+            loader = DataLoader(embedded, args.batch_size, shuffle=True)
+        else:
+            loader = make_loader(dataset, args, shuffle=True)
         if validation is not None:  # once: they are not augmented
             held_out = embed(clip, validation, args)
     for epoch in range(first, args.epochs):
@@ -379,7 +375,7 @@ def train(runs, clip, dataset, validation, state, args):
         begin = time.time()
         here = [run for run in runs if len(run.log) == epoch]  # runs ahead wait
         totals = [0] * len(here)  # of the losses
-        estimated = [[] for _ in here]  # estimates, known targets, hidden ones of every batch
+        estimated = [[] for _ in here]  # of every batch estimates, known targets, the truth
         bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=args.quiet or None)
         for step, (x, targets) in enumerate(bar):
             lr = learning_rate(epoch + step / len(loader), args.lr, args.epochs)
@@ -397,8 +393,8 @@ def train(runs, clip, dataset, validation, state, args):
                 run.optimizer.step()
                 totals[i] = totals[i] + torch.stack([*terms.values()]).detach()
                 if estimates is not None and step * args.batch_size < ESTIMATED:
-                    hidden = targets[:, -1].masked_fill(known != 0, 0)
-                    estimated[i].append((estimates, known, hidden))
+                    truth = targets[:, -1].masked_fill(known != 0, 0)
+                    estimated[i].append((estimates, known, truth))
             if step % 50 == 49 or step == len(loader) - 1:  # the only wait for the GPU
                 means = [dict(zip(terms, (total / (step + 1)).tolist())) for total in totals]
                 for run, mean in zip(here, means):
@@ -409,14 +405,15 @@ def train(runs, clip, dataset, validation, state, args):
         for run, mean, parts in zip(here, means, estimated):
             line = {"epoch": epoch + 1, **mean}
             if parts:
-                estimates, known, hidden = (torch.cat(part) for part in zip(*parts))
-                line |= quality_of(run.model.pseudo_labels(estimates, known), hidden)
+                estimates, known, truth = (torch.cat(part) for part in zip(*parts))
+                line |= quality_of(run.model.pseudo_labels(estimates, known), truth)
                 run.model.calibrate(estimates, known, args.expected_positives)
             line["seconds"] = time.time() - begin
             if dataset.replaced:
                 line["unreadable_images"] = dataset.replaced
-            if held_out is not None:
-                line["val_mAP"] = validate(run, *held_out, args)
+            val_mAP = math.nan if validation is None else validate(run, *held_out, args)
+            if not math.isnan(val_mAP):
+                line["val_mAP"] = val_mAP
             run.log.append(line)
             text = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
             print(f"{run.name}  {text}", flush=True)
@@ -425,12 +422,12 @@ def train(runs, clip, dataset, validation, state, args):
         run.model.load_state_dict(run.best)
 
 
-def quality_of(pseudo, hidden):
+def quality_of(pseudo, truth):
     """Precision and recall of pseudo labels that are present, {} where that is not known. Both int8
-    [N, C]; hidden: the true targets of unknown entries."""
-    if not ((pseudo == 1) & (hidden != 0)).any() or not (hidden == 1).any():
+    [N, C]; truth: the true targets of unknown entries."""
+    if not ((pseudo == 1) & (truth != 0)).any() or not (truth == 1).any():
         return {}
-    quality = metrics.f1_at_threshold(pseudo.float(), hidden, threshold=1)
+    quality = metrics.f1_at_threshold(pseudo.float(), truth, threshold=1)
     return {"pseudo_precision": quality["OP"], "pseudo_recall": quality["OR"]}
 
 
@@ -438,33 +435,28 @@ def quality_of(pseudo, hidden):
 def validate(run, embeddings, targets, args):
     """mAP of the run's known labels on held-out images, by which the best epoch is chosen."""
     texts = run.model.texts()
-    scores = [logits_of(run.model, x.to(args.device).float(), texts, args).cpu()
-              for x in embeddings.split(args.batch_size)]
+    with data.autocast(args):
+        scores = [run.model(x.to(args.device).float(), texts)[0].cpu()
+                  for x in embeddings.split(args.batch_size)]
     return metrics.mean_average_precision(torch.cat(scores), targets[:, run.index])
 
 
 def save(run, state):
     """The run so far: best.pt, of its best epoch; log.jsonl, curves.png, last.pt."""
     log, weights = run.log, run.model.state_dict()
-    # without --val-fraction, or where it is NaN, the last is the best
-    if not any(line.get("val_mAP", 0) > log[-1].get("val_mAP", 0) for line in log[:-1]):
+    # without a score, nothing is above NaN: the last is the best
+    last_mAP = log[-1].get("val_mAP", math.nan)
+    if not any(line.get("val_mAP", math.nan) > last_mAP for line in log[:-1]):
         run.best = {name: value.clone() for name, value in weights.items()}
-    data.write_file(f"{run.output}/best.pt", {**state, "model": run.best, "log": log})
-    lines = "".join(json.dumps(line) + "\n" for line in log)
-    data.write_file(f"{run.output}/log.jsonl", lines)
+    state = {**state, "share": run.share, "log": log}
+    data.write_file(f"{run.output}/best.pt", {**state, "model": run.best})
+    data.write_file(f"{run.output}/log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
     data.write_file(f"{run.output}/curves.png", metrics.draw_curves(log))
-    data.write_file(f"{run.output}/last.pt", {  # at the end, as --resume goes by it
-        **state, "model": weights, "log": log, "best": run.best,
-        "optimizer": run.optimizer.state_dict()})
+    state |= {"model": weights, "best": run.best, "optimizer": run.optimizer.state_dict()}
+    data.write_file(f"{run.output}/last.pt", state)  # at the end, as --resume goes by it
 
 
 # ---- evaluate
-
-def logits_of(model, x, texts, args):
-    """Embeddings [B, 1 + L, D], texts [C, D] -> logits float32 [B, C]."""
-    with data.autocast(args):
-        return model(x, texts)[0]
-
 
 @torch.no_grad()
 def table(models, names, clip, test, args):
@@ -478,14 +470,15 @@ def table(models, names, clip, test, args):
         x = encode(clip, images, args)
         scores = metrics.zero_shot_scores(x, prompts, scale, playing)
         for name, model, text in zip(names, models, texts):
-            logits = logits_of(model, x, text, args)
+            with data.autocast(args):
+                logits, _, _ = model(x, text)
             scores |= {(name, prefix): logits[:, index] for prefix, index in playing.items()}
         return scores
 
     scores = data.score_images(score, test, args.batch_size, args)
     rows = metrics.zero_shot_rows(scores, test, ks)
     rows += [metrics.table_row(name, "method", scores, test, ks) for name in names]
-    return rows, [scores[name, [*playing][-1]].sigmoid() for name in names]
+    return rows, [scores[name, [*playing][-1]].sigmoid() for name in names]  # of all labels
 
 
 def average_of(rows, args):
@@ -507,7 +500,8 @@ def average_of(rows, args):
 def predict(saved, args):
     """--predict: a JSON line per image; with --heatmap where each label looked."""
     clip, _ = clip_model.load(args.clip, args.device)
-    labels, model = saved["labels"], load_model(clip, saved, saved["labels"], args)
+    labels = saved["labels"]
+    model = load_model(clip, saved, labels, args)
     _, preprocess = transforms_of(args)
     texts = model.texts()
     for paths, photos, images in data.photo_batches(args, preprocess):
@@ -544,7 +538,7 @@ def arguments(argv=None):
     add("--epochs", type=data.at_least(1), default=20, help="passes over the images (20)")
     add("--batch-size", type=data.at_least(1), default=32, help="images (32)")
     add("--lr", type=real, default=1e-4, help="peak learning rate (1e-4)")
-    add("--pseudo", type=real, default=0.1, help="weight of pseudo labels; 0: no prototypes (0.1)")
+    add("--pseudo", type=real, default=0.1, help="weight; 0: none, no visual prototypes (0.1)")
     add("--contrastive", type=real, default=0.2, help="its weight; 0 leaves it out (0.2)")
     add("--distillation", type=real, default=0.01, help="its weight; 0 leaves it out (0.01)")
     add("--augment", default="yes", choices=["yes", "no"], help="cutout, flip and RandAugment")
@@ -558,18 +552,19 @@ def arguments(argv=None):
         parser.error("--predict needs a --checkpoint")
     if args.data == "openimages":
         parser.error("--data openimages: 43 GB of known labels a share are too many")
-    if args.resume and saved:  # other known labels are another run
-        was_single = saved["args"]["single_positive"]
-        if ("partial" if was_single else "single_positive") in typed:
-            parser.error("--resume: the run has other known labels: start another one")
+    if args.single_positive and "partial" in typed:
+        parser.error("--partial: the run to resume knows a single positive of every image")
     if args.single_positive:
         args.partial = [1.0]
     if not 0 < min(args.partial) <= max(args.partial) <= 1:
         parser.error("--partial: shares above 0 and up to 1")
+    if len(set(args.partial)) < len(args.partial):
+        parser.error("--partial: every share once")
     if args.val_fraction >= 1 or (args.single_positive and args.val_fraction):
         parser.error("--val-fraction: below 1, and not with --single-positive, which knows no "
                      "absent label")
-    args.expected_positives = args.expected_positives or EXPECTED_POSITIVES.get(args.data, 3.0)
+    if args.expected_positives is None:
+        args.expected_positives = EXPECTED_POSITIVES.get(args.data, 3.0)
     return args, saved
 
 
@@ -577,7 +572,7 @@ def arguments(argv=None):
 
 def load_model(clip, saved, labels, args):
     """The model of a checkpoint."""
-    model = TRM(clip, saved["labels"], args.per_label_context)
+    model = TRM(clip, labels, args.per_label_context)
     data.load_weights(model, saved, labels, args)
     return model
 
@@ -624,10 +619,12 @@ def main(argv=None):
     metrics.print_table(rows, test)
     if len(names) > 1:  # a sweep: every share's results beside its checkpoint, then the average
         zero_shot, swept = rows[:-len(runs)], rows[-len(runs):]
-        for run, row, logits in zip(runs, swept, scores):
-            of_run = [*zero_shot, row], logits, test, args, time.time() - begin
-            data.write_file(f"{run.output}/results.json", metrics.results("trm_ml", *of_run))
+        for run, row, of_run in zip(runs, swept, scores):
+            results = metrics.results("trm_ml", [*zero_shot, row], of_run, test, args,
+                                      time.time() - begin)
+            data.write_file(f"{run.output}/results.json", results)
         rows = [*rows, average_of(swept, args)]
+        scores = [None]  # of the average there are none
     if args.output:
         results = metrics.results("trm_ml", rows, scores[-1], test, args, time.time() - begin)
         data.write_file(f"{args.output}/results.json", results)

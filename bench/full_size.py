@@ -237,17 +237,15 @@ def row(command, step, targets, found):
     start = min(begun for begun, *_ in found.bars.values())
     spans = [f"{name} {last - begun:.0f} s, {count:,} steps"
              for name, (begun, last, count) in found.bars.items()]
-    target = ""
-    if targets:
-        values = start, first / 2 ** 30, max([*others, *workers], default=0) / 2 ** 30
-        target = f"start <= {targets[0]} s; " if targets[0] else ""
-        target += f"<= {targets[1]} GiB, others <= {targets[2]} GiB"
-        if any(limit and value > limit for value, limit in zip(values, targets)):
-            target += ", **missed**"
+    values = start, first / 2 ** 30, max([*others, *workers], default=0) / 2 ** 30
+    names = ("start <=", "s"), ("memory <=", "GiB"), ("the others' <=", "GiB")
+    target = [f"{what} {limit} {unit}{', **missed**' if value > limit else ''}"
+              for (what, unit), value, limit in zip(names, values, targets) if limit]
     name = command.replace(TORCHRUN, "torchrun --nproc-per-node 2")
     print(f"| `{name}`{f', until step {step}' if step else ''} | {start:.0f} s ({found.cpu:.0f} s) "
           f"| {found.seconds:.0f} s: {'; '.join(spans)} | {', '.join(peaks)} "
-          f"| {memory(found.together)} | {memory(found.shared)} | {target} |", flush=True)
+          f"| {memory(found.together)} | {memory(found.shared)} | {'; '.join(target)} |",
+          flush=True)
 
 
 def main():

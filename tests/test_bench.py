@@ -92,9 +92,9 @@ def test_a_command_is_watched_and_interrupted(tmp_path):
     found = full_size.watch(["-c", HOLDS_MEMORY.format(size=size)], tmp_path, 20, 0.05)
     first, last, steps = found.bars["stage 1 epoch 1"]
     assert 0 < first <= last <= found.seconds and steps >= 20
-    (main, _), (worker, _) = found.peaks
-    assert (main, worker) == (0, 1) and found.cpu > 0
-    assert min(found.peaks.values()) > size  # the worker's too, which shares these pages
+    # the worker's too, which shares these pages; multiprocessing may have a process of its own
+    assert {depth for (depth, _), peak in found.peaks.items() if peak > size} == {0, 1}
+    assert found.cpu > 0
     assert size < found.together < 1.9 * size
 
 

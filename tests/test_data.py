@@ -167,9 +167,9 @@ def test_batches_of_large_photos_are_small(monkeypatch, tmp_path):
 
 
 def test_photo_batches_go_on_where_a_killed_run_stopped(tmp_path, capsys):
-    paths = [save(tmp_path / "photos" / f"{i}.png", i) for i in range(5)]
+    paths = [save(tmp_path / "photos" / f"{i}\u2028.png", i) for i in range(5)]
     output = tmp_path / "out.jsonl"
-    lines = [json.dumps({"path": path}) + "\n" for path in paths]
+    lines = [json.dumps({"path": path}, ensure_ascii=False) + "\n" for path in paths]
     write(output, lines[0] + lines[3] + lines[4][:-5])
     assert list(predicted([tmp_path / "photos"], output)) == [(paths[i], i) for i in (1, 2, 4)]
     assert output.read_text() == lines[0] + lines[3]
@@ -286,11 +286,17 @@ def test_missing_and_damaged_files_are_left_out_and_counted(tmp_path, capsys):
 
 
 def test_names_in_the_other_unicode_form_are_found(tmp_path):
-    composed, apart = "\u00e9", "e\u0301"
-    for there, listed in ((composed, apart), (apart, composed)):
-        save(tmp_path / f"in {there}" / f"{there}.png", 1)
-        dataset = dataset_of([str(tmp_path / f"in {listed}" / f"{listed}.png")])
+    for there, listed in (("\u00e9", "e\u0301"), ("e\u0301", "\u00e9")):
+        root = tmp_path / str(len(there))
+        root.mkdir()
+        save(root / f"in {there}" / f"{there}.png", 1)
+        dataset = dataset_of([str(root / f"in {listed}" / f"{listed}.png")])
         assert dataset.missing == 0 and dataset[0][0] == 1
+        assert len(data.image_files([f"{root}/in {listed}/"])) == 1
+        write(root / f"in {there}" / f"{there}.png", "")
+        named = [root / f"in {listed}" / f"{listed}.png", save(root / "a.png", 2)]
+        with pytest.raises(UserError, match="1 of 2 files"):
+            list(predicted(named))
 
 
 @pytest.mark.parametrize("damaged, found", [([], 0), ([1], 0), ([1, 6, 5999], 3)])
@@ -336,6 +342,10 @@ def test_damaged_images_in_training_are_named_once(files, workers, capfd):
         assert dataset.replaced == 3
     messages = capfd.readouterr().err
     assert all(messages.count(files[i]) == 1 for i in (2, 3, 5, 9)), messages
+    for file in files:
+        Path(file).write_bytes(b"")
+    with pytest.raises(UserError, match="empty$"):  # of ten in a row, which is a damaged disk
+        dataset[0]
 
 
 @pytest.mark.parametrize("rows", [None, [4, 0, 7, 2]])
@@ -457,6 +467,12 @@ def test_parse_says_what_is_typed_and_load_splits_heeds_it(tmp_path, capsys):
     assert len(test) == 3 and not len(test.unseen) and training.on_error == "replace"
     assert data.load_splits(args, with_training=False)[0] is None
     assert data.parse(parser, [], "mkt", "")[0].output == "runs/mkt-toy"
+    saved = {"method": "mkt", "args": {**vars(args), "data": "coco", "root": "x", "seed": 7}}
+    torch.save(saved, tmp_path / "run.pt")
+    parser.set_defaults(eval=tmp_path / "run.pt")
+    for name, root in ("coco", "x"), ("folder", None):  # options of coco's are not of another
+        args, _, _ = data.parse(parser, ["--data", name], "mkt", "")
+        assert (args.data, args.root, args.limit, args.seed) == (name, root, 3 if root else None, 7)
     with pytest.raises(SystemExit):
         parser.parse_args(["--workers", "-1"])
 

@@ -289,6 +289,14 @@ def test_unseen_labels_that_nothing_is_annotated_with(tmp_path, capsys):
     assert message_of("folder", tmp_path) == f"{tmp_path}/unseen.txt: {message}"
     write(tmp_path / "unseen.txt", "cat\ndog\nice cream\n\u732b")
     assert "must not name all of the 4 labels" in message_of("folder", tmp_path)
+    (tmp_path / "labels.txt").unlink()
+    write(tmp_path / "unseen.txt", "owl\nowls")  # a hint is a label, not another new one
+    both_splits("folder", tmp_path)
+    assert "'owls' is no label; taken as a new one" in capsys.readouterr().err
+    for file in ("train.jsonl", "test.jsonl"):
+        write(tmp_path / file, '{"image": "1.png", "absent": "rest"}')
+    (tmp_path / "unseen.txt").unlink()
+    assert "no image is annotated with a label" in message_of("folder", tmp_path)
 
 
 def test_folder_with_one_list(tmp_path, capsys):
@@ -400,15 +408,23 @@ def test_a_missing_file_is_named_with_the_layout_and_the_source(tmp_path, name, 
     ("coco", "annotations/instances_val2014.json", {"images": []}, "not a file of COCO instances"),
     ("voc2007", "VOCdevkit/VOC2007/Annotations/000017.xml",
      trees.voc_xml("000017", [("lamp", 0)]), "000017.xml: not .* VOC's 20 classes: 'lamp'"),
+    ("nuswide", "ImageList/TestImagelist.txt", "a\\8.jpg\nb\\8.jpg", "than once: 8.jpg"),
     ("vg200", "vg_category_200.txt", "man\nsky\n", "2386621.jpg: not a list .* below 2"),
+    ("vg200", "vg_category_200_labels_index.json", dict.fromkeys(trees.VG_FILES, [0, -1]),
+     "not a list .* below 3: -1"),
     ("cub", "CUB_200_2011/attributes/image_attribute_labels.txt",
      "1 1 0 3 2.0\n1 2 yes 1 1.0\n", "'yes'"),
     ("openimages", "2018_04/test-annotations-human-imagelabels.csv",
      "ImageID\n1a,verification,/m/09,0.7\n", "line 2: .*'0.7'"),
+    ("openimages", "2018_04/test-annotations-human-imagelabels.csv",
+     f"ImageID\n1a,verification,/m/09,{'1' * 200_000}\n", "line 2: "),
+    ("openimages", "2018_04/test-annotations-human-imagelabels.csv", "", "no label of the voc"),
+    ("openimages", "2018_04/class-descriptions.csv", "/m/02,Bat\n/m/02,Cat", "once: /m/02"),
     ("openimages", "2018_04/classes-trainable.txt", "/m/02\n/m/x", "descriptions.csv: .*'/m/x'"),
     ("openimages", "2018_04/top_400_unseen.csv", "3\n99", "unseen.csv: not numbers of class ids"),
     ("folder", "test.jsonl", '{"image": "2.png", "presnt": ["dog"]}', "line 1: not {\"image\""),
     ("folder", "test.jsonl", '{"image": "2.png", "present": "dog"}', "line 1: not .*'dog' is no"),
+    ("folder", "test.jsonl", '{"image": "2.png", "present": [" "]}', "line 1: .*an empty name"),
     ("folder", "test.jsonl", '{"image": "2.png", "present": ["dog "], "absent": [" dog"]}',
      "'dog' is both present and absent"),
     ("folder", "test.jsonl", '{"image": "2.png", "absent": "rest"}\n' * 2, "line 2: .* twice"),

@@ -257,9 +257,13 @@ def quick(tmp_path_factory):
 def trained(tmp_path_factory, quick):
     """The folder of a quick run on the toy world."""
     folder = tmp_path_factory.mktemp("lang_cls")
+    templates = folder / "templates.txt"
+    templates.write_text("a photo of a {}.\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        lang_cls.main([*quick, "--limit", "32", "--output", str(folder / "run")])
+        lang_cls.main([*quick, "--templates", str(templates), "--limit", "32", "--output",
+                       str(folder / "run")])
+    templates.unlink()  # what is trained needs them no more
     return folder / "run"
 
 

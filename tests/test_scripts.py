@@ -243,6 +243,10 @@ def test_the_best_epoch_is_kept_and_evaluated(name, scores, best, small, tmp_pat
         assert torch.equal(third["proj"], first["proj"])
     again = SCRIPTS[name].main(["--eval", str(tmp_path / "run/best.pt"), "--device", "cpu"])
     assert again == rows
+    assert "NaN" not in (tmp_path / "run/log.jsonl").read_text()  # which is no JSON
+    SCRIPTS[name].main(["--resume", "--output", str(tmp_path / "run"), "--device", "cpu", epochs[-2],
+                        str(int(epochs[-1]) + 1), "--val-fraction", "0"])
+    torch.testing.assert_close(kept["best.pt"][-1], kept["last.pt"][-1], rtol=0, atol=0)
 
 
 # ---- bad input
@@ -287,6 +291,7 @@ def files(tmp_path_factory):
     ("trm_ml --single-positive --partial 0.5", "not allowed with"),
     ("trm_ml --partial 0 0.5", "shares above 0"),
     ("trm_ml --partial 0.5 1.1", "up to 1"),
+    ("trm_ml --partial 0.5 0.50", "every share once"),
     ("lang_cls --mapping-weight 1.1", "from 0 to 1"),
     ("mkt {folder} --clip toy-ViT --topk 4 --workers 0 --lr 1e30 --batch-size 1 --output out",
      "the loss is not finite"),
@@ -392,8 +397,9 @@ def test_a_closed_pipe_ends_a_run_quietly(files, run, monkeypatch, command):
     assert code in (0, 1) and "rror" not in printed
 
 
-def test_several_processes_take_torchrun(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_several_processes_take_torchrun(name, run, monkeypatch):
+    monkeypatch.setenv(name, "2")
     code, printed = run("mkt --limit 4")
     assert code == 2 and "torchrun" in printed and printed.count("\n") == 1
 

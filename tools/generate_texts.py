@@ -177,4 +177,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run(main, OSError)
+    data.run(main)
