@@ -566,6 +566,8 @@ def build_model(state_dict):
             model = CLIP(embed_dim, resolution, layers, vision_width, patch_size, context_length,
                          vocab_size, width, width // 64, text_layers)
         model.load_state_dict(weights, assign=True)
+        if not patch_size:  # a tenth faster for a ResNet's convolutions
+            model.visual.to(memory_format=torch.channels_last)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # there may be a line for each key
         raise ClipError(f"not a CLIP state dict in OpenAI's format: {reason}") from None

@@ -288,6 +288,8 @@ def test_resnet_dense_equals_a_loop_over_locations(resnet):
     without, same = resnet.encode_image_dense(images, global_position=False)
     assert (without - global_).abs().max() > 1e-2 and torch.equal(same, local)
     other = clip_model.build_model(resnet.state_dict())
+    features = other.visual.features(images)
+    assert features.is_contiguous(memory_format=torch.channels_last)  # faster
     other.visual.attnpool.positional_embedding.data.zero_()
     assert_equal(without, other.encode_image(images))
 
