@@ -299,7 +299,8 @@ class MultiLabelDataset(Dataset):
                 or known.numel() and (known.min() < -1 or known.max() > 1)):
             raise UserError(f"{name}: targets must be int8 {shape} (images, labels) of 1, -1, 0, "
                             f"not {full.dtype} {list(full.shape)} of {known.unique().tolist()[:9]}")
-        self._leave_out_missing()
+        if self.are_files:
+            self._leave_out_missing()
 
     def paths(self):
         """Yield the N files as bytes, none where images are no files."""
@@ -308,17 +309,30 @@ class MultiLabelDataset(Dataset):
             yield from names.view(f"S{names.shape[1]}")[:, 0].tolist()
 
     def _leave_out_missing(self):
-        names_in, errors = {}, {}
-        for i, path in enumerate(self.paths()):
-            folder, _, name = path.rpartition(b"/")
-            if folder not in names_in:  # to look up every file would take minutes
-                names_in[folder] = set()
-                with contextlib.suppress(FileNotFoundError):
-                    entries = os.scandir(folder or b".")
-                    names_in[folder] = {entry.name for entry in entries if entry.is_file()}
-            if name not in names_in[folder] and not os.path.isfile(_spelled(path)):
-                errors[i] = f"{os.fsdecode(path)}: no such file"
-        self._leave_out(errors)
+        def find():
+            names_in, missing = {}, []
+            for i, path in enumerate(self.paths()):
+                folder, _, name = path.rpartition(b"/")
+                if folder not in names_in:  # to look up every file would take minutes
+                    names_in[folder] = set()
+                    with contextlib.suppress(FileNotFoundError):
+                        entries = os.scandir(folder or b".")
+                        names_in[folder] = {entry.name for entry in entries if entry.is_file()}
+                if name not in names_in[folder] and not os.path.isfile(_spelled(path)):
+                    missing.append(i)
+            return {"missing": np.array(missing, np.int64)}
+
+        if len(self) < 100_000:
+            missing = find()["missing"].tolist()
+        else:  # a folder's time is that of the last file that came or went
+            folders = {path.rpartition(b"/")[0] or b"." for path in self.paths()}
+            folders = sorted(os.fsdecode(folder) for folder in folders if os.path.isdir(folder))
+            digest = hashlib.sha256(self.images[self.rows].numpy()).hexdigest()
+            missing = cached(f"{self.name}-files", folders, digest, find)["missing"].tolist()
+        self._leave_out({i: f"{self._path(self.rows[i])}: no such file" for i in missing})
+
+    def _path(self, row):
+        return os.fsdecode(bytes(self.images[row].numpy()).rstrip(b"\0"))
 
     def leave_out_damaged(self):
         """Decode all files, or 1,000 of more than 5,000 and the others only if one of these is
@@ -399,8 +413,7 @@ class MultiLabelDataset(Dataset):
         if not self.are_files:
             return self.images[row]
         note = functools.partial(self._note_first, self.truncated, row)
-        path = bytes(self.images[row].numpy()).rstrip(b"\0")
-        return open_image(_spelled(path), on_truncated=note)
+        return open_image(_spelled(self._path(row)), on_truncated=note)
 
     def _note_first(self, noted, row, message):
         if not noted[row]:

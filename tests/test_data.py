@@ -299,6 +299,17 @@ def test_names_in_the_other_unicode_form_are_found(tmp_path):
             list(predicted(named))
 
 
+def test_folders_of_many_files_are_looked_through_when_they_change(tmp_path, cache, monkeypatch):
+    files = 99_999 * [save(tmp_path / "a.png", 0)] + [save(tmp_path / "b.png", 0)]
+    targets, scanned, scandir = torch.zeros(len(files), 1, dtype=torch.int8), [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: scanned.append(folder) or scandir(folder))
+    assert [MultiLabelDataset(["0"], targets, files).missing for _ in range(2)] == [0, 0]
+    assert len(scanned) == 1
+    os.unlink(files[-1])
+    dataset = MultiLabelDataset(["0"], targets, files)
+    assert dataset.missing == 1 and dataset.rows[-1] == 99_998 and len(scanned) == 2
+
+
 @pytest.mark.parametrize("damaged, found", [([], 0), ([1], 0), ([1, 6, 5999], 3)])
 def test_damage_in_a_sample_of_many_files_is_searched_in_all(tmp_path, damaged, found):
     files = [save(tmp_path / "a.png", 0)] * 6000
