@@ -470,7 +470,16 @@ class CLIP(nn.Module):
     def encode_prompts(self, embeddings, eot):
         """Token embeddings [N, T, W] without positions, indices of their ends [N] -> [N, D].
 
-        What follows the last end is cut off. eot may be on the CPU: a GPU is not waited for."""
+        What follows the last end is cut off; many texts are encoded in parts, from the shortest to
+        the longest. eot may be on the CPU: a GPU is not waited for."""
+        if len(eot) <= 256:
+            return self._encode_prompts(embeddings, eot)
+        order = eot.argsort()
+        parts = [self._encode_prompts(embeddings[rows.to(embeddings.device, non_blocking=True)],
+                                      eot[rows]) for rows in order.split(256)]
+        return torch.cat(parts)[order.argsort().to(embeddings.device, non_blocking=True)]
+
+    def _encode_prompts(self, embeddings, eot):
         length = int(eot.max()) + 1 if len(eot) else 0
         x = embeddings[:, :length].to(self.dtype) + self.positional_embedding[:length]
         eot = eot.to(x.device, non_blocking=True)  # a GPU need not be done first

@@ -274,6 +274,13 @@ def test_what_follows_the_end_of_a_text_changes_nothing(vit, longest):
     assert_equal(vit.encode_prompts(vit.token_embedding(tokens), eot), expected)
 
 
+def test_many_texts_equal_a_loop_over_texts(vit):
+    tokens = torch.cat([random_tokens(longest=longest) for longest in (12, 77, 30) * 10])
+    assert len(tokens) > 256
+    expected = torch.cat([vit.encode_text(text[None]) for text in tokens])
+    assert_equal(vit.encode_text(tokens), expected)
+
+
 def test_resnet_dense_equals_a_loop_over_locations(resnet):
     images = random_images(resnet, size=(64, 96))
     pool = resnet.visual.attnpool
