@@ -31,6 +31,7 @@ import pickle
 import shutil
 import sys
 import urllib.request
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -107,13 +108,12 @@ class Tokenizer:
 
     def __init__(self, merges_path):
         with gzip.open(merges_path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")[1:VOCABULARY_SIZE - 512 - 2 + 1]
+            lines = file.read().split("\n")[1:][:VOCABULARY_SIZE - 512 - 2]  # behind the header
         merges = [tuple(line.split()) for line in lines if line.strip()]
         symbols = list(byte_symbols().values())
-        vocabulary = symbols + [symbol + "</w>" for symbol in symbols]
-        vocabulary += ["".join(merge) for merge in merges] + [self.start, self.end]
-        self.ids = {token: i for i, token in enumerate(vocabulary)}
-        self.tokens = vocabulary
+        self.tokens = symbols + [symbol + "</w>" for symbol in symbols]
+        self.tokens += ["".join(merge) for merge in merges] + [self.start, self.end]
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.bytes = {symbol: byte for byte, symbol in byte_symbols().items()}
         self.words = {self.start: [self.ids[self.start]], self.end: [self.ids[self.end]]}  # cache
@@ -235,9 +235,8 @@ class ResidualAttentionBlock(nn.Module):
     def one_token(self, x, index, mask=None):
         """What forward gives for a token of every row: x [B, T, W], index [B] or int -> [B, W]."""
         rows = torch.arange(len(x), device=x.device)
-        normed = self.ln_1(x)
         token = x[rows, index][:, None]  # [B, 1, W]
-        token = token + self.attn.query(normed[rows, index][:, None], normed, mask)
+        token = token + self.attn.query(self.ln_1(token), self.ln_1(x), mask)
         return (token + self.mlp(self.ln_2(token)))[:, 0]
 
 
@@ -499,8 +498,9 @@ class CLIP(nn.Module):
 
 
 # "an" stands before letters that are spelled (an MRI, an X-ray) and before vowels that are heard
-AN = regex.compile(r"[AEFHILMNORSX](?![a-z])|(?!U[A-Z])(?i:[fhlmnrsx8](?![a-z])|hour|heir|hono|"
-                   r"honest|(?!eu|ew|one\b|u\b|u[krst][aeiou]|uni(?!n))[aeiou])")
+AN = regex.compile(
+    r"[AEFHILMNORSX](?![a-z]|[A-Z]{3})|(?!U[A-Z]{1,2}\b)(?i:[fhlmnrsx8](?![a-z])|hour|heir|hono|"
+    r"honest|(?!eu|ew|one\b|u\b|usb\b|u[krst][aeiou]|uni(?![dn]))[aeiou])")
 
 
 @torch.no_grad()
@@ -513,9 +513,9 @@ def zero_shot_embeddings(model, labels):
 
 
 def in_chunks(encode, tensors, chunk=1024):
-    """encode(*tensors) -> [C, D] of tensors [C, ...]. Of more than a chunk the backward pass
-    recomputes chunks: 7,000 labels would keep the activations of 7,000 texts, of which ViT-B/16's
-    tower takes 4 GB a chunk."""
+    """encode(*tensors) -> [C, D] of tensors [C, ...]. More than a chunk is recomputed in the
+    backward pass, chunk by chunk: 7,000 labels would keep the activations of 7,000 texts, of which
+    ViT-B/16's tower takes 4 GB a chunk."""
     if len(tensors[0]) <= chunk:
         return encode(*tensors)
     pieces = zip(*(x.split(chunk) for x in tensors))
@@ -550,10 +550,11 @@ def build_model(state_dict):
     The architecture is inferred from the shapes. Raises ClipError where they are not OpenAI's.
     LAION's and others' weights have the same keys but were trained with GELU, where OpenAI's have
     QuickGELU. Nothing in them tells: they load, and their embeddings are wrong."""
-    integers = "input_resolution", "context_length", "vocab_size"  # beside OpenAI's weights
+    # what archives have beside the weights
+    others = "input_resolution", "context_length", "vocab_size", "attn_mask"
     try:
         weights = {key: value.detach().clone() for key, value in state_dict.items()
-                   if key not in integers}
+                   if key not in others}
         embed_dim = weights["text_projection"].shape[1]
         context_length, width = weights["positional_embedding"].shape
         vocab_size = len(weights["token_embedding.weight"])
@@ -585,7 +586,8 @@ def build_model(state_dict):
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: a length, a JSON header, the tensors' bytes."""
-    dtypes = {"F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16, "I64": torch.long}
+    dtypes = {"F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16, "I64": torch.long,
+              "BOOL": torch.bool}
     content = memoryview(bytearray(Path(path).read_bytes()))
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8:start]))
@@ -615,6 +617,7 @@ class TorchScriptReader(pickle.Unpickler):
     known = {
         "torch.FloatStorage": torch.float, "torch.HalfStorage": torch.half,
         "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.long,
+        "torch.BoolStorage": torch.bool,
         "torch._utils._rebuild_tensor_v2":
             lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset),
         "collections.OrderedDict": dict,
@@ -629,6 +632,8 @@ class TorchScriptReader(pickle.Unpickler):
         """What the pickle gets for a class or function that it names."""
         if module.split(".")[0] == "__torch__":
             return Module
+        if module == "torch.jit._pickle":  # marks lists and dicts, which hold no weights
+            return lambda value, *_: value
         return self.known[f"{module}.{name}"]  # all that is part of weights
 
     def persistent_load(self, storage):
@@ -653,10 +658,12 @@ def read_state_dict(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
         content = content.get("state_dict", content)  # open_clip's, with module. where it was DDP
         state_dict = {key.removeprefix("module."): value for key, value in content.items()}
+    except OSError as error:
+        raise ClipError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a broken file can make a reader raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
-        raise ClipError(f"{path} is damaged or holds no weights, it starts with {start} "
-                        f"({reason})") from None
+        raise ClipError(f"{path} is damaged or holds other things than weights, it starts with "
+                        f"{start} ({reason})") from None
     if "text_projection" not in state_dict:
         keys = ", ".join(state_dict)[:200] or "nothing"
         raise ClipError(f"{path} is no CLIP in OpenAI's format: no text_projection, but {keys}")
@@ -671,12 +678,9 @@ def load(name, device="cpu", download_root=None):
     download_root: for weights, by default ~/.cache/clip. ClipError: no such CLIP or device, or
     weights that cannot be had or are not CLIP's."""
     name = "toy-ViT" if name == "toy" else os.fspath(name)
+    path = TOY / f"{name}.pt" if name in ("toy-RN", "toy-ViT") else Path(name)
     if name in WEIGHTS:
         path = find_weights(name, cache_folder(download_root))
-    elif name in available_models():
-        path = TOY / f"{name}.pt"
-    else:
-        path = Path(name)
     if not os.path.isfile(path):
         raise ClipError(f"no CLIP called {name!r}: it is neither a file nor one of "
                         f"{', '.join(available_models())}")
@@ -691,6 +695,9 @@ def load(name, device="cpu", download_root=None):
             raise ClipError(f"{path} has a vocabulary of its own ({model.vocab_size} entries), "
                             f"whose BPE merges were looked for in {merges}")
         model.tokenizer = Tokenizer(merges)
+        if len(model.tokenizer) != model.vocab_size:
+            raise ClipError(f"{merges} has {len(model.tokenizer)} entries, {path} needs those of "
+                            f"{model.vocab_size}")
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # no such device, or not with this torch
@@ -715,7 +722,7 @@ def find_weights(name, folder):
         model = build_model(read_state_dict(path))
         count = sum(parameter.numel() for parameter in model.parameters())
         if count != parameters:
-            raise ClipError(f"it has {count:,} parameters instead of {parameters:,}")
+            raise ClipError(f"{path.name} has {count:,} parameters instead of {parameters:,}")
 
     sources = [(f"{WEIGHTS_URL}/{sha256}/{file}.pt", folder / f"{file}.pt", sha256),
                (f"{HUB_URL}/{repository}/resolve/main/open_clip_model.safetensors",
@@ -727,7 +734,7 @@ def find_weights(name, folder):
             return download(*source)
         except ClipError as error:
             problems.append(str(error))
-    raise ClipError(" Or: ".join(problems))
+    raise ClipError(f"{' Or: '.join(problems)} Or name a file: --clip FILE.")
 
 
 def download(url, path, sha256=None, check=None):
@@ -737,11 +744,13 @@ def download(url, path, sha256=None, check=None):
     first right one is kept beside it: no other is taken later. A file gets its name when it is
     complete. Raises ClipError, which says what to put where by hand."""
     record = path.with_name(path.name + ".sha256")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # others may be at it too
     try:
         if sha256 is None and record.exists():
-            sha256 = record.read_text().strip()
+            sha256 = record.read_text().strip() or None  # of a full disk
         if path.exists():
+            if sha256 is None:
+                check(path)  # put there by hand
             if sha256 in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
                 return path
             print(f"{path} is corrupt, it is fetched again", file=sys.stderr)
@@ -752,7 +761,8 @@ def download(url, path, sha256=None, check=None):
                 shutil.copyfileobj(reader, target)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
         if sha256 not in (None, digest):
-            raise OSError(f"what came is corrupt, its SHA-256 is {digest}")
+            hint = f"; if there is a new version, remove {record}" if record.exists() else ""
+            raise OSError(f"what came is corrupt, its SHA-256 is {digest}{hint}")
         if check:
             check(temporary)
             record.write_text(f"{digest}\n")

@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import pickletools
 import re
@@ -1153,7 +1154,8 @@ def load_splits(args, with_training=True):
     if args.output and not getattr(args, "resume", False):
         found = [*Path(args.output).rglob("last.pt"), *Path(args.output).glob("results.json")]
         if found:
-            raise UserError(f"{found[0]} is another run's: --resume it or name another --output")
+            how = "--resume it or name" if hasattr(args, "resume") and not args.eval else "name"
+            raise UserError(f"{found[0]} is another run's: {how} another --output")
     if getattr(args, "labels", None):
         return None, None
     options = {name: getattr(args, name) for name in (
@@ -1197,8 +1199,13 @@ def _describe(split, dataset, columns):
 # ---- the command line
 
 def add_options(parser):
-    """Add the options that every script has, beside those of its method, in two groups: --data and
-    what load_dataset takes, and those of a run."""
+    """Add the options that every script has, beside those of its method: --data and what
+    load_dataset takes, those of a run, and those of a trained model, whose group it returns."""
+    def threshold(text):
+        if text != "best" and math.isnan(float(text)):
+            raise argparse.ArgumentTypeError("a number or best")
+        return text if text == "best" else float(text)
+
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", choices=list(DATASETS), help="folder: images of your own")
     add("--root", metavar="DIR", help="its folder, laid out as DATASETS.md shows (data/NAME)")
@@ -1218,6 +1225,16 @@ def add_options(parser):
     add("--seed", type=at_least(0), default=0)
     add("--output", metavar="PATH", help="the run's folder (runs/METHOD-DATA); of --predict a file")
     add("--quiet", action="store_true", help="no progress bars")
+    group = parser.add_argument_group("a trained model")
+    add = group.add_argument
+    add("--eval", metavar="FILE", help="evaluate this checkpoint instead of training")
+    add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
+    add("--checkpoint", metavar="FILE", help="the trained model for --predict")
+    add("--top", type=at_least(1), help="labels to predict (5; with --threshold all above it)")
+    add("--threshold", metavar="T", type=threshold,
+        help="the least score of a label to predict, or best: of the highest OF1 in results.json")
+    add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
+    return group
 
 
 def at_least(minimum, kind=int):
@@ -1306,23 +1323,19 @@ def autocast(args):
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def check_belongs(saved, fingerprint, labels, args):
-    """UserError where a checkpoint is of another CLIP than --clip, or for other labels. Labels of
-    None, in the checkpoint or here, are any."""
-    if saved["clip_fingerprint"] != fingerprint:
+def load_weights(model, clip, saved, labels, args):
+    """A checkpoint's weights into a model; UserError where they are of another CLIP than --clip,
+    for other labels (None, in the checkpoint or here, are any), or of another kind of model."""
+    if saved["clip_fingerprint"] != clip.fingerprint():
         raise UserError(f"the checkpoint belongs to another CLIP than --clip {args.clip}")
-    if labels is None or saved["labels"] in (None, labels):
-        return
-    new = _some([label for label in labels if label not in saved["labels"]])
-    gone = _some([label for label in saved["labels"] if label not in labels])
-    changes = f"new: {new or 'none'}; gone: {gone or 'none'}" if new or gone else "another order"
-    raise UserError(f"the checkpoint was trained for other labels than {args.data} has: {changes}; "
-                    f"labels.txt pins them")
-
-
-def load_weights(model, saved, labels, args):
-    """A checkpoint's weights into a model with a .clip; UserError where they don't belong there."""
-    check_belongs(saved, model.clip.fingerprint(), labels, args)
+    if labels is not None and saved["labels"] not in (None, labels):
+        new = _some([label for label in labels if label not in saved["labels"]])
+        gone = _some([label for label in saved["labels"] if label not in labels])
+        changes = "another order"
+        if new or gone:
+            changes = f"new: {new or 'none'}; gone: {gone or 'none'}"
+        raise UserError(f"the checkpoint was trained for other labels than {args.data} has: "
+                        f"{changes}; labels.txt pins them")
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
@@ -1343,6 +1356,8 @@ def way_back(folder):
 
 def run(main, *errors):
     """main() of a script; what is the user's to mend is one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a label or a file's name may be in any script
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt as interrupt:

@@ -157,7 +157,7 @@ def ranking_loss(logits, targets):
 def names_of(labels):
     """{a name that texts may use, in lower case: column of the label}: its own, its synonyms unless
     two labels share them, and the plurals of all."""
-    column_of = {label.lower(): column for column, label in enumerate(labels)}
+    column_of = {" ".join(label.split()).lower(): column for column, label in enumerate(labels)}
     for group in SYNONYMS:
         columns = [column_of[name] for name in group if name in column_of]
         if len(columns) == 1:
@@ -357,8 +357,7 @@ def arguments(argv=None):
     add("--lr", type=data.at_least(0, float), default=1e-3, help="peak learning rate (1e-3)")
     add("--noise", type=data.at_least(0, float), default=0.1,
         help="standard deviation, on embeddings (0.1)")
-    data.add_options(parser)  # --data, --root, --limit, ..., --output, --device, --seed, ...
-    metrics.add_prediction_options(parser)
+    data.add_options(parser)  # --data, --limit, ..., --output, --seed, ..., --eval, --predict, ...
     args, saved, typed = data.parse(parser, argv, "lang_cls", TOY)
     if args.predict and not saved:
         parser.error("--predict needs a --checkpoint")
@@ -375,8 +374,10 @@ def arguments(argv=None):
 
 def load_model(clip, saved, labels, args):
     """The classifier of a checkpoint."""
-    data.check_belongs(saved, clip.fingerprint(), labels, args)
-    return CoMC(**saved["model"]).to(args.device)
+    shape = len(saved["labels"]), clip.text_projection.shape[1]
+    model = CoMC(torch.empty(shape), torch.empty(shape)).to(args.device)
+    data.load_weights(model, clip, saved, labels, args)
+    return model
 
 
 def read_templates(path):

@@ -7,7 +7,6 @@ table, results.json, predictions with heatmaps, curves.
 Tensors on any device, or what torch.as_tensor takes; all is computed on the CPU. Other shapes,
 dtypes and values, and NaN scores, raise ValueError. A 0/1 matrix t becomes 2 * t - 1.
 """
-import argparse
 import json
 import math
 import os
@@ -68,7 +67,7 @@ def precision_recall_f1_at_k(scores, targets, k):
     scores, targets = _check(scores, targets)
     if k != int(k) or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must be an integer from 1 to {scores.shape[1]}, labels; it is {k}")
-    hits, positives = 0, int((targets == 1).sum())
+    hits, positives = 0, 0
     rows = max(1, CHUNK // scores.shape[1])
     for s, t in zip(scores.split(rows), targets.split(rows)):
         # which of equal scores topk takes is not defined, so only its k-th value is used
@@ -77,6 +76,7 @@ def precision_recall_f1_at_k(scores, targets, k):
         places = k - above.sum(dim=1, keepdim=True)
         predicted = above | (equal & (equal.cumsum(dim=1) <= places))
         hits += int((predicted & (t == 1)).sum())
+        positives += int((t == 1).sum())
     predictions = max(1, len(scores) * k)
     return hits / predictions, hits / max(1, positives), 2 * hits / (predictions + positives)
 
@@ -98,10 +98,10 @@ def f1_at_threshold(scores, targets, threshold):
         counts += torch.stack([predicted & (t == 1), predicted, t == 1]).sum(dim=1)  # [3, C]
     hits, predictions, positives = counts.double()
     labels = max(1, (positives > 0).sum().item())
-    # a label without a hit adds nothing, one without a positive has none
+    # where a denominator is raised to 1 there is no hit: sums over labels with a positive
     cp = (hits / predictions.clamp(min=1)).sum().item() / labels
     cr = (hits / positives.clamp(min=1)).sum().item() / labels
-    hits, predictions, positives = (x.sum().item() for x in (hits, predictions, positives))
+    hits, predictions, positives = counts.sum(dim=1).tolist()
     return {"CP": cp, "CR": cr, "CF1": 2 * cp * cr / (cp + cr or 1),
             "OP": hits / max(1, predictions), "OR": hits / max(1, positives),
             "OF1": 2 * hits / max(1, predictions + positives)}
@@ -168,7 +168,7 @@ def normalize_scores(scores):
     scores = torch.as_tensor(scores).to(torch.float32, copy=True)
     for dim in (0, 1):
         width = max(1, CHUNK // max(1, scores.shape[dim]))
-        for part in scores.split(width, dim=1 - dim):
+        for part in scores.split(width, dim=1 - dim):  # views: scores is normalised in place
             # in float64 the mean of equal float32 values is just this value: their difference is 0
             centred = part - part.mean(dim, keepdim=True, dtype=torch.float64).float()
             std = centred.std(dim, correction=0, keepdim=True)
@@ -182,8 +182,9 @@ def zero_shot_rows(scores, dataset, ks):
     rows = [table_row(name, "zero-shot", scores, dataset, ks) for name in ZERO_SHOT]
     playing = in_play(dataset)
     best = _strongest(rows, [*playing][-1]) or rows[0]  # by the mAP of all labels
-    for key in [key for key in scores if key[0] in ZERO_SHOT and key[0] != best["name"]]:
-        del scores[key]
+    for key in [*scores]:
+        if key[0] in ZERO_SHOT and key[0] != best["name"]:
+            del scores[key]
     name = "zero-shot, the best of these normalised"
     normalised = {(name, prefix): normalize_scores(scores.pop((best["name"], prefix)))
                   for prefix in playing}
@@ -207,9 +208,9 @@ def table_row(name, kind, scores, dataset, ks):
     NaN is what cannot be said: mAP where no label is known to be present in one image and absent
     in another, all metrics where no label is known to be present at all."""
     row = {"name": name, "kind": kind}
-    present, absent = dataset.counts()
+    (present, absent), all_targets = dataset.counts(), dataset.targets
     for prefix, index in in_play(dataset).items():
-        ranked, targets = scores[name, prefix], dataset.targets[:, index]
+        ranked, targets = scores[name, prefix], all_targets[:, index]
         can_rank = ((present > 0) & (absent > 0))[index].any()
         row[f"{prefix}mAP"] = mean_average_precision(ranked, targets) if can_rank else math.nan
         for k in ks:
@@ -266,8 +267,9 @@ def results(method, rows, scores, dataset, args, seconds):
              "seconds": round(seconds), "images": len(dataset), "missing": dataset.missing,
              "limit": args.limit, "rows": rows}
     if scores is not None:
-        found["threshold"], found["threshold_OF1"] = best_threshold(scores, dataset.targets)
-        values = average_precision(scores, dataset.targets), *dataset.counts()
+        targets = dataset.targets
+        found["threshold"], found["threshold_OF1"] = best_threshold(scores, targets)
+        values = average_precision(scores, targets), *dataset.counts()
         columns = dataset.labels, *(x.tolist() for x in values)
         found["labels"] = [dict(zip(("label", "AP", "present", "absent"), row))
                            for row in zip(*columns)]
@@ -276,30 +278,6 @@ def results(method, rows, scores, dataset, args, seconds):
 
 
 # ---- predictions
-
-def add_prediction_options(parser):
-    """Add the options of --eval and --predict, which write_prediction reads -> their group."""
-    def threshold(text):
-        if text != "best" and math.isnan(float(text)):
-            raise argparse.ArgumentTypeError("a number or best")
-        return text if text == "best" else float(text)
-
-    def count(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError("at least 1")
-        return int(text)
-
-    group = parser.add_argument_group("a trained model")
-    add = group.add_argument
-    add("--eval", metavar="FILE", help="evaluate this checkpoint instead of training")
-    add("--predict", nargs="+", metavar="IMAGE", help="images, folders or quoted patterns")
-    add("--checkpoint", metavar="FILE", help="the trained model for --predict")
-    add("--top", type=count, help="labels to predict (the 5 best; with --threshold all above it)")
-    add("--threshold", type=threshold, metavar="T",
-        help="the least score of a label to predict, or best: of the highest OF1 in results.json")
-    add("--heatmap", metavar="DIR", help="a picture per image of where its best labels were seen")
-    return group
-
 
 def write_prediction(path, photo, scores, maps, labels, args, crop=1.0):
     """Print an image's JSON line, {"path", "labels": [{"label", "score"}, ...]}, best label first,

@@ -506,7 +506,7 @@ def predict(saved, args):
     z, scale, crop = clip_model.zero_shot_embeddings(clip, labels), clip.logit_scale.exp(), 1.0
     if saved:
         model = MKT(clip, args.topk)
-        data.load_weights(model, saved, None, args)  # made for any labels
+        data.load_weights(model, clip, saved, None, args)  # made for any labels
         z = model.label_embeddings(model.prompts(labels))
         crop = 224 / 256 if args.preprocess == "authors" else 1.0
 
@@ -555,8 +555,8 @@ def arguments(argv=None):
     add("--val-fraction", type=real, default=0.0, help="share held out, to select the epoch")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--resume", action="store_true", help="go on in --output; options typed now win")
-    data.add_options(parser)  # --data, --root, --limit, ..., --output, --device, --seed, ...
-    add = metrics.add_prediction_options(parser).add_argument
+    # --data, --root, --limit, ..., --output, --device, --seed, ..., --eval, --predict, ...
+    add = data.add_options(parser).add_argument
     add("--labels", help='for --predict, any labels: "owl, ice cream", or a file, a label a line')
     args, saved, typed = data.parse(parser, argv, "mkt", TOY,
                                     evaluated={"batch_size", "compile"})
@@ -616,7 +616,7 @@ def main(argv=None):
         dist.barrier()
     model = MKT(clip, args.topk)
     if saved:
-        data.load_weights(model, saved, test.labels, args)
+        data.load_weights(model, clip, saved, test.labels, args)
     if args.compile:
         model.trunk, model.student = torch.compile(model.trunk), torch.compile(model.student)
     size = clip.visual.input_resolution

@@ -345,7 +345,7 @@ def make_run(index, clip, labels, known, args):
         saved = data.read_checkpoint(f"{output}/last.pt", "trm_ml")
         if saved.get("share") != share:
             raise UserError(f"--resume: {output} is of another share of known labels: start anew")
-        data.load_weights(model, saved, labels, args)
+        data.load_weights(model, clip, saved, labels, args)
         optimizer.load_state_dict(saved["optimizer"])
         run.best, run.log = saved["best"], saved["log"]
     return run
@@ -545,8 +545,7 @@ def arguments(argv=None):
     add("--val-fraction", type=real, default=0.0, help="share held out, to select the epoch")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--resume", action="store_true", help="go on in --output; options typed now win")
-    data.add_options(parser)  # --data, --root, --limit, ..., --output, --device, --seed, ...
-    metrics.add_prediction_options(parser)
+    data.add_options(parser)  # --data, --limit, ..., --output, --seed, ..., --eval, --predict, ...
     args, saved, typed = data.parse(parser, argv, "trm_ml", TOY, {"batch_size", "compile"})
     if args.predict and not saved:
         parser.error("--predict needs a --checkpoint")
@@ -573,7 +572,7 @@ def arguments(argv=None):
 def load_model(clip, saved, labels, args):
     """The model of a checkpoint."""
     model = TRM(clip, labels, args.per_label_context)
-    data.load_weights(model, saved, labels, args)
+    data.load_weights(model, clip, saved, labels, args)
     return model
 
 

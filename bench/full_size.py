@@ -263,6 +263,8 @@ def main():
         folder = Path(args.folder or temporary)
         write_clip(folder / "tiny.pt", 64)
         write_clip(folder / "224.pt", 224)
+        if not {*args.data} <= COMMANDS.keys():
+            parser.error(f"data: {', '.join(COMMANDS)}")
         for name in args.data or COMMANDS:
             root = folder / "data" / name
             if not root.exists():

@@ -41,8 +41,10 @@ def row(work, against, theirs, ours, target="", text=duration):
     ratio = theirs / ours
     if "--quick" in sys.argv:
         target = "not of this size"
-    elif target and round(ratio, 2) < float(target.split()[1]):
-        target += ", **missed**"
+    elif target:
+        sign, least = target.split()
+        if round(ratio, 2) < float(least) or sign == ">" and ratio <= float(least):
+            target += ", **missed**"
     print(f"| {work} | {against} | {text(theirs)} | {text(ours)} | {ratio:.2f} | {target} |",
           flush=True)
 

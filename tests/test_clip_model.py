@@ -346,7 +346,7 @@ def test_load_reads_archives_and_state_dicts(model, merges_path):
     state_dict, folder = half_state_dict(model), merges_path.parent
     expected = clip_model.build_model(state_dict)
     images, tokens = random_images(model), random_tokens()
-    torch.save(state_dict, folder / "saved.pt")
+    torch.save({**state_dict, "attn_mask": torch.zeros(77, 77)}, folder / "saved.pt")
     training = {"module." + key: value for key, value in state_dict.items()}
     optimizer = torch.optim.AdamW(expected.parameters()).state_dict()
     torch.save({"epoch": 3, "name": "run", "state_dict": training, "optimizer": optimizer},
@@ -365,6 +365,10 @@ def test_load_reads_archives_and_state_dicts(model, merges_path):
         size = model.visual.input_resolution
         assert preprocess(Image.new("RGB", (120, 150))).shape == (3, size, size)
         assert loaded.tokenize("dog")[0, 1] == 512 + 1  # the second merge
+    with gzip.open(merges_path, "at") as file:  # another CLIP's
+        file.write("\no w")
+    with pytest.raises(ClipError, match=f"merges.txt.gz has {VOCABULARY + 1} entries"):
+        clip_model.load(path)
     merges_path.unlink()
     with pytest.raises(ClipError, match=f"{VOCABULARY} entries.*merges.txt.gz"):
         clip_model.load(path)
@@ -380,6 +384,8 @@ class Scripted(torch.nn.Module):
         self.same = torch.nn.Parameter(table.half())
         self.register_buffer("brain", table.bfloat16())
         self.register_buffer("resolution", torch.tensor(224))
+        self.register_buffer("mask", torch.eye(3) > 0)
+        self.conv, self.sizes = torch.nn.Conv2d(1, 2, 3), {"a": [1, 2]}  # of typed lists and dicts
         self.inner = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
         self.inner.add_module("-1", self.inner[1])
         self.size, self.name, self.nothing = (3, 4.5), "a", None
@@ -404,7 +410,7 @@ def test_state_dicts_equal_those_of_the_libraries(kind, tmp_path):
             compiled.save(str(path))
             expected = torch.jit.load(path).state_dict()
     state_dict = clip_model.read_state_dict(path)
-    assert set(state_dict) == set(expected) and len(expected) == 13
+    assert set(state_dict) == set(expected) and len(expected) == 16
     for key, value in expected.items():
         assert state_dict[key].dtype == value.dtype and torch.equal(state_dict[key], value), key
 
@@ -531,13 +537,20 @@ def test_weights_come_from_openai_or_the_hub(server, vit, resnet, tmp_path, monk
         assert_equal(model.encode_image(random_images(vit)), vit.encode_image(random_images(vit)))
         return server.requests
 
-    refused("404")  # by both
+    refused("404", "--clip FILE")  # by both
     copy = library.save(state_dict)
+    by_hand = cache / "ViT-B-32.safetensors"
+    by_hand.write_bytes(library.save(wrong))
+    refused("404", f"{by_hand.name} has ", f"instead of {size:,}")
+    by_hand.write_bytes(copy)
+    assert load() == []
+    by_hand.unlink()
+    by_hand.with_name(f"{by_hand.name}.sha256").write_text("")  # cut by a full disk
     for server.files[hub], server.cut, reason in [
             (copy, 9, "is damaged"), (b"<html>", 0, "<html>"),
             (library.save(wrong), 0, f"instead of {size:,}")]:
         refused("404", reason)
-        assert os.listdir(cache) == []
+        assert os.listdir(cache) == ["ViT-B-32.safetensors.sha256"]
     server.files[hub] = copy
     assert load() == [openai, hub] and server.url + hub in capsys.readouterr().err
     assert sorted(os.listdir(cache)) == ["ViT-B-32.safetensors", "ViT-B-32.safetensors.sha256"]
@@ -547,7 +560,7 @@ def test_weights_come_from_openai_or_the_hub(server, vit, resnet, tmp_path, monk
     # another file in the place of the first, here or at the hub, is not taken
     (cache / "ViT-B-32.safetensors").write_bytes(library.save(state_dict | wrong))
     server.files = {hub: library.save({key: value + 1 for key, value in state_dict.items()})}
-    refused("what came is corrupt", "404")
+    refused("what came is corrupt", f"remove {cache}/ViT-B-32.safetensors.sha256", "404")
     server.files[openai] = content
     assert load() == [hub, openai] and "is corrupt" in capsys.readouterr().err
     server.files = {}

@@ -302,8 +302,9 @@ def files(tmp_path_factory):
     ("trm_ml {folder} --clip toy-RN --partial 0.000001 --output none", "--partial"),
     ("trm_ml --workers -1", "--workers: -1"),
     # other runs
-    ("mkt {folder} --clip toy-ViT --output run", "run/last.pt is another run's"),
-    ("mkt --eval run/best.pt --output run", "run/last.pt is another run's"),
+    ("mkt {folder} --clip toy-ViT --output run", "run/last.pt is another run's: --resume it or name"),
+    ("mkt --eval run/best.pt --output run", "run/last.pt is another run's: name another --output"),
+    ("lang_cls {folder} --clip toy-RN --output run", "another run's: name another --output"),
     ("mkt --resume --output none", "none/last.pt: there is no such checkpoint"),
     ("mkt --resume --output run --epochs 3", "stage 2 has begun"),
     ("lang_cls --eval none.pt", "none.pt: there is no such checkpoint"),

@@ -169,9 +169,10 @@ def test_the_servers_own_words_are_shown(trouble, words, attempts):
 def test_retry_after_is_heeded():
     waits = []
     stop = SimpleNamespace(wait=waits.append)
-    with ChatServer({0: b"HTTP/1.0 429 Slow\r\nRetry-After: 7\r\n\r\n"}) as server:
+    slow = b"HTTP/1.0 429 Slow\r\nRetry-After: 7\r\n\r\n"
+    with ChatServer({0: slow, 1: FAILED}) as server:
         generate_texts.ask(server.url, "llm", ["red owl"], stop)
-    assert waits == [0, 7]
+    assert waits == [0, 7, 0]  # it is of one answer
 
 
 def test_where_no_server_is_none_is_waited_for(monkeypatch):
@@ -179,6 +180,9 @@ def test_where_no_server_is_none_is_waited_for(monkeypatch):
     server = ChatServer()
     server.server_close()
     with pytest.raises(UserError, match="refused"):
+        ask(server)
+    server.url = "http://localhost:port/v1"
+    with pytest.raises(UserError, match="nonnumeric port"):
         ask(server)
 
 
@@ -274,6 +278,26 @@ def test_what_is_no_sentence_is_asked_for_again_and_reported(tmp_path, capsys):
         assert lines(path)[:2] == kept and lines(path)[2]["request"] == 1
 
 
+def test_refusals_of_earlier_calls_do_not_stop_the_others(tmp_path, capsys):
+    path, refusal = tmp_path / "out.jsonl", reply("I cannot do that.")
+    with ChatServer(dict.fromkeys(range(40), refusal)) as server:
+        with pytest.raises(UserError, match="without a sentence"):
+            generate(path, server.url, 50, "--requests", "1")
+        generate(path, server.url, 12, "--requests", "1")  # all of which is written
+        server.troubles = dict.fromkeys(range(len(server.prompts), 999), refusal)
+        generate(path, server.url, 23, "--requests", "1")
+    assert len(lines(path)) == 12 and "in 4 answers: 11, the last" in capsys.readouterr().err
+
+
+def test_a_file_that_is_whole_is_not_replaced(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ChatServer() as server:
+        generate(path, server.url, 2)
+        before = path.stat().st_ino
+        generate(path, server.url, 4)
+    assert path.stat().st_ino == before and len(lines(path)) == 4  # two may write to it
+
+
 def test_a_model_that_writes_no_sentence_is_not_asked_forever(tmp_path):
     with ChatServer(dict.fromkeys(range(999), reply(f"<think>{T}", "length"))) as server:
         with pytest.raises(UserError, match=r"without a sentence.*: 10, .*\(length\)"):
@@ -315,7 +339,8 @@ def test_labels_of_a_file_or_of_a_dataset(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["none/out.jsonl"], "none/out.jsonl"), (["other.jsonl"], "other labels or another seed"),
     (["text.jsonl"], "not written by this program"), (["new", "--requests", "0"], "0 is below 1"),
-    (["new", "--root", "x"], "--data"), (["new", "--url", "localhost"], "http")])
+    (["new", "--root", "x"], "--data"), (["new", "--url", "localhost"], "http"),
+    (["new", "--labels", ""], "empty name")])
 def test_what_cannot_be_is_refused_before_anything_is_asked(tmp_path, monkeypatch, capsys,
                                                             arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -456,7 +481,9 @@ def test_another_file_than_comcs_is_refused(tmp_path):
     torch.save(torch.randn(3, 128), tmp_path / "memory.pt")
     for files, message in (("bias.tar", "bias.tar is not"),
                            ("model.tar --memory memory.pt", r"memory.pt has \[3, 128\]"),
-                           ("none.tar", "none.tar is not.*No such file")):
+                           ("memory.pt", "memory.pt is not"),
+                           ("model.tar --memory model.tar", "model.tar is not"),
+                           ("none.tar", "none.tar: there is no such file")):
         with pytest.raises(UserError, match=message):
             convert(tmp_path, "comc", *files.split(), "--clip", "toy-RN")
     output = tmp_path / "memory.pt"

@@ -38,7 +38,7 @@ def mkt_weights(paths, clip):
                "token_embedding.")
     for path, prefix in zip(paths, ("visual.", "")):
         own = {name: weight for name, weight in clip.state_dict().items()
-               if name.startswith("visual.") == (prefix != "") and name != "logit_scale"}
+               if name.startswith("visual.") == bool(prefix) and name != "logit_scale"}
         for name, new in data.read_checkpoint(path).items():
             name = prefix + name.removeprefix("module.").replace("projection_dist", "proj")
             if name.startswith("visual.projection."):  # which their forward pass never uses
@@ -54,22 +54,25 @@ def mkt_weights(paths, clip):
 
 
 class Inert:
-    """An empty dict in the place of every pickled object that is no tensor and no container."""
+    """An empty dict in the place of every pickled object that is no tensor and no container: of its
+    kinds the one whose state torch's safe reader fills in unasked."""
 
     def __new__(cls, *args):
         return OrderedDict()
 
 
-def read_tensor(path, shape):
-    """A file's tensor, or all of its "state_dict"; nothing of the file is executed. UserError for
-    another file or shape."""
+def read_tensor(path, shape, key=None):
+    """A file's tensor, or the only one of its dict at the key; nothing of the file is executed.
+    UserError for another file or shape."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, torch.Tensor):
-            content, = content["state_dict"].values()
+        if key:
+            content, = dict(content)[key].values()
         tensor = content.float()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         raise UserError(f"{path} is not the authors' file: {error!r:.200}") from None
     if tensor.shape != shape:
@@ -81,11 +84,12 @@ def read_tensor(path, shape):
 def comc_weights(path, memory_path, clip, args):
     """-> what a checkpoint of lang_cls.py has as "model"."""
     shape = len(data.COCO_LABELS), clip.text_projection.shape[1]
+    weight = read_tensor(path, shape, "state_dict")
     if memory_path:
         memory = F.normalize(read_tensor(memory_path, shape), dim=-1)
     else:
         memory = lang_cls.label_embeddings(clip, data.COCO_LABELS, lang_cls.TEMPLATES, args)
-    return lang_cls.CoMC(read_tensor(path, shape), memory).state_dict()
+    return lang_cls.CoMC(weight, memory).state_dict()
 
 
 @torch.no_grad()
@@ -107,19 +111,18 @@ def main(argv=None):
     if os.path.exists(args.output):
         raise UserError(f"{args.output} is there already: remove it or name another --output")
 
-    script, dataset, backbone = mkt, "nuswide", "ViT-B/16"
-    if args.method == "comc":
-        script, dataset, backbone = lang_cls, "coco", "RN50"
-    options = ["--data", dataset, "--device", "cpu", "--clip", args.clip or backbone]
-    run, _ = script.arguments(options)
+    script, dataset = (mkt, "nuswide") if args.method == "mkt" else (lang_cls, "coco")
+    run, _ = script.arguments(["--data", dataset, "--device", "cpu"])
+    run.clip = args.clip or run.clip
     clip, _ = clip_model.load(run.clip)
+    # the fingerprint first: mkt_weights overwrites CLIP's weights
     state = {"args": vars(run), "clip_fingerprint": clip.fingerprint(), "log": [],
              "method": script.__name__, "labels": data.COCO_LABELS}
     if script is mkt:
-        run.preprocess, state["labels"] = "authors", None  # any that it is asked for
+        state["args"]["preprocess"], state["labels"] = "authors", None  # any that it is asked for
         state["model"] = mkt_weights(args.files, clip)
     else:
-        state["model"] = comc_weights(*args.files, args.memory, clip, run)
+        state["model"] = comc_weights(args.files[0], args.memory, clip, run)
     data.write_file(args.output, state)
     print(f"{args.output}: evaluate it with {state['method']}.py --eval {args.output}")
 

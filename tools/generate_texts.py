@@ -15,6 +15,7 @@ import os
 import random
 import re
 import socket
+import ssl
 import sys
 import threading
 import urllib.error
@@ -31,7 +32,8 @@ from data import UserError  # noqa: E402
 WAITS = (0, 1, 4, 15, 60)  # seconds before each attempt: there are limits a minute
 TIMEOUT = 300  # seconds: reasoning takes long
 PASSES = (408, 409, 425, 429)  # HTTP's codes below 500 of what may pass
-NO_SERVER = (ConnectionRefusedError, socket.gaierror)
+HOPELESS = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError,
+            http.client.InvalidURL)  # to try again
 ANSWERS = 4  # to a request, until one of them is a sentence
 
 
@@ -49,11 +51,11 @@ def ask(url, model, labels, stop):
     key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     if key:  # unredirected: another host must not get it
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    words, retry_after = "", 0
+    words, retry_after = "", 0  # of the server
     for wait in WAITS:
         if stop.wait(max(wait, retry_after)):
             return "", None
-        status = 200
+        retry_after = 0
         try:
             try:
                 response = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -72,10 +74,11 @@ def ask(url, model, labels, stop):
                 return answer, choice.get("finish_reason")
         except (OSError, http.client.HTTPException) as error:
             words, status = f"{type(error).__name__}: {error}", 503
-            if isinstance(getattr(error, "reason", None), NO_SERVER):
+            if isinstance(getattr(error, "reason", error), HOPELESS):
                 break
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # no answer
-            words = words or str(error)  # of a key or URL that cannot be sent
+            words = words or str(error)  # of a key that cannot be sent
+            # some say 200 and have the error's code in the body
             status = int((re.findall(r'"code": *"?(\d{3})\b', words) or [200])[0])
         if status < 500 and status not in PASSES:
             break
@@ -93,7 +96,9 @@ def missing_requests(path, labels, args):
         text = data.read_text(path)
         if text and not text.startswith('{"request": '):
             raise UserError(f"{path}: not written by this program: choose another file")
-        data.write_file(path, text[:text.rfind("\n") + 1])  # a full disk may have cut a line
+        lines = text[:text.rfind("\n") + 1]
+        if lines != text:  # a kill or a full disk has cut the last one
+            data.write_file(path, lines)
         for where, entry in data.read_json(path):
             if missing.pop(entry.get("request"), entry.get("labels")) != entry.get("labels"):
                 raise UserError(f"{where}: for other labels or another seed: choose another file")
@@ -106,11 +111,14 @@ def generate(path, labels, args):
     UserError if the server fails, or if none of the first ten requests gets a sentence; what has
     come before, or is under way when the server fails, is kept."""
     missing, stop = missing_requests(path, labels, args), threading.Event()
+    kept = args.count - len(missing)  # sentences of earlier calls
 
     def work(item):
         """One request: -> None, or what there is instead of a sentence."""
         request, named = item
         for _ in range(ANSWERS):
+            if stop.is_set():
+                return None
             try:
                 answer, end = ask(args.url, args.model, named, stop)
             except UserError as error:
@@ -133,14 +141,14 @@ def generate(path, labels, args):
                 errors.append(result)
             elif result:
                 failed.append(result)
-            if len(failed) == number == 10:
+            if len(failed) == number + kept == 10:
                 break
     if errors:
         raise errors[0]
     if failed:
         message = (f"requests without a sentence in {ANSWERS} answers: {len(failed):,}, the last "
                    f"about {failed[-1]}; the same command asks again")
-        if len(failed) == number:
+        if len(failed) == number + kept:
             raise UserError(message)
         print(message, file=sys.stderr)
     print(f"{args.count - len(failed):,} sentences; train with --texts {path}")
@@ -166,7 +174,7 @@ def main(argv=None):
         parser.error("--root is the folder of --data")
     if not args.url.startswith(("http://", "https://")):
         parser.error("--url starts with http:// or https://")
-    if args.labels:
+    if args.labels is not None:
         labels = data.read_labels(args.labels)
     else:
         labels = data.load_dataset(args.data, args.root, "test", limit=1, allow_missing=True).labels

@@ -38,11 +38,12 @@ KINDS = {word: kind for kind, words in KINDS.items() for word in words.split()}
 IRREGULAR = dict(pair.split("/") for pair in """person/people human/humans german/germans man/men
     child/children mouse/mice tooth/teeth foot/feet mongoose/mongooses goose/geese knife/knives
     leaf/leaves wolf/wolves shelf/shelves loaf/loaves calf/calves scarf/scarves thief/thieves
-    cactus/cacti sheep/sheep deer/deer fish/fish elk/elk moose/moose series/series
+    cactus/cacti ottoman/ottomans talisman/talismans sheep/sheep deer/deer fish/fish elk/elk moose/moose series/series
     aircraft/aircraft""".split())
 IRREGULAR_ENDING = re.compile(f"({'|'.join(IRREGULAR)})$", re.I)  # also of bookshelf, reindeer
 VOWEL_SOUND = re.compile(
-    r"(?!eu|ew|one\b|u[krst][aeiou]|uni(?!n)|ufo|usb)[aeiou]|hour|heir|suv\b", re.I)
+    r"(?!eu|ew|one\b|u\b|u[krst][aeiou]|uni(?!n)|ufo|usb)[aeiou]|hour|heir|honou?r|honest|suv\b|18",
+    re.I)
 SPELLED_WITH_VOWEL = set("AEFHILMNORSX8")  # an F, an X
 # what follows the head word: cup of tea, man in suit, passer-by
 TAIL = re.compile(r" (of|in|on|at|with|for|from|under|by) .+|(?<=er)-(by|on|up)$|-(of|in)-.+")
