@@ -440,7 +440,8 @@ def test_other_files_are_no_weights_and_nothing_in_them_is_executed(vit, tmp_pat
         archive.writestr("archive/data.pkl", trap)
         archive.writestr("archive/constants.pkl", pickle.dumps(()))  # so it is TorchScript
     for content, found in [
-            (path.read_bytes(), r"PK.*KeyError.*\.open"), (saved, "PK"), (trap, r"x80"), (b"", "b''"),
+            (path.read_bytes(), r"PK.*KeyError.*\.open"), (saved, "PK"), (trap, r"x80"),
+            (b"", "b''"),
             (b"<html>404</html>\n", "<html>"), (b"PK\x03\x04", "PK"), (truncated, "PK"),
             ((1000).to_bytes(8, "little") + b'{"text_proj', r'\{'),
             (pickle.dumps([1, 2, 3], protocol=2), "x80")]:

@@ -160,7 +160,8 @@ def test_photo_batches_in_order_and_what_cannot_be_read_is_named(tmp_path, capsy
 
 def test_batches_of_large_photos_are_small(monkeypatch, tmp_path):
     paths = [save(tmp_path / f"{i}.png", i) for i in range(5)]
-    monkeypatch.setattr(data, "open_image", lambda path: SimpleNamespace(width=10_000, height=6_000))
+    photo = SimpleNamespace(width=10_000, height=6_000)
+    monkeypatch.setattr(data, "open_image", lambda path: photo)
     args = argparse.Namespace(predict=paths, output=None, quiet=True)
     batches = data.photo_batches(args, lambda photo: torch.zeros(1))
     assert [len(photos) for _, photos, _ in batches] == [2, 2, 1]

@@ -425,9 +425,9 @@ def test_validation_is_of_the_seen_labels_of_images_held_out(quick, scenes, toy,
 def test_only_images_that_show_a_seen_label_are_ranked(tmp_path):
     trees.folder(tmp_path)
     (tmp_path / "unseen.txt").write_text("ice cream")
-    first, second, third = ('{"image": "photos/0.png", "present": ["dog"], "absent": ["cat"]}',
-                            '{"image": "1.png", "present": ["cat", "ice cream"], "absent": ["dog"]}',
-                            '{"image": "2.png", "present": ["ice cream"], "absent": ["dog"]}')
+    first = '{"image": "photos/0.png", "present": ["dog"], "absent": ["cat"]}'
+    second = '{"image": "1.png", "present": ["cat", "ice cream"], "absent": ["dog"]}'
+    third = '{"image": "2.png", "present": ["ice cream"], "absent": ["dog"]}'
     (tmp_path / "train.jsonl").write_text(f"{first}\n{second}\n{third}")
     assert trees.numbers(mkt.images_to_rank(data.load_dataset("folder", tmp_path))) == [0, 1]
     for lines in first, f"{first}\n{third}", third:  # what is known of the third does not count

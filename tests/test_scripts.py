@@ -244,8 +244,9 @@ def test_the_best_epoch_is_kept_and_evaluated(name, scores, best, small, tmp_pat
     again = SCRIPTS[name].main(["--eval", str(tmp_path / "run/best.pt"), "--device", "cpu"])
     assert again == rows
     assert "NaN" not in (tmp_path / "run/log.jsonl").read_text()  # which is no JSON
-    SCRIPTS[name].main(["--resume", "--output", str(tmp_path / "run"), "--device", "cpu", epochs[-2],
-                        str(int(epochs[-1]) + 1), "--val-fraction", "0"])
+    *_, option, count = epochs
+    SCRIPTS[name].main(["--resume", "--output", str(tmp_path / "run"), "--device", "cpu", option,
+                        str(int(count) + 1), "--val-fraction", "0"])
     torch.testing.assert_close(kept["best.pt"][-1], kept["last.pt"][-1], rtol=0, atol=0)
 
 
@@ -302,7 +303,7 @@ def files(tmp_path_factory):
     ("trm_ml {folder} --clip toy-RN --partial 0.000001 --output none", "--partial"),
     ("trm_ml --workers -1", "--workers: -1"),
     # other runs
-    ("mkt {folder} --clip toy-ViT --output run", "run/last.pt is another run's: --resume it or name"),
+    ("mkt {folder} --clip toy-ViT --output run", "run/last.pt is another run's: --resume it or"),
     ("mkt --eval run/best.pt --output run", "run/last.pt is another run's: name another --output"),
     ("lang_cls {folder} --clip toy-RN --output run", "another run's: name another --output"),
     ("mkt --resume --output none", "none/last.pt: there is no such checkpoint"),

@@ -53,8 +53,8 @@ def test_a_sentence_is_what_an_answer_says(answer):
 
 @pytest.mark.parametrize("answer", [
     "", " \n", "...", "**", f"<think>{T}", f"<think>{T}</think>", f"<thought>{T}", f"[THINK]{T}",
-    f"◁think▷{T}", f"<|channel|>analysis<|message|>{T}", f"analysis{T}", f"<|START_THINKING|>{T}",
-    f"<|channel>thought\n{T}",
+    f"◁think▷{T}", f"<|channel|>analysis<|message|>{T}", f"analysis{T}",
+    f"<|START_THINKING|>{T}", f"<|channel>thought\n{T}",
     # refusals
     "I will not describe this.", "I must decline to write about this.", "I'm sorry, but no.",
     "Sure. I’m unable to do that.", "I am not able to see photos.", "I can't do that.",

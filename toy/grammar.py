@@ -38,8 +38,8 @@ KINDS = {word: kind for kind, words in KINDS.items() for word in words.split()}
 IRREGULAR = dict(pair.split("/") for pair in """person/people human/humans german/germans man/men
     child/children mouse/mice tooth/teeth foot/feet mongoose/mongooses goose/geese knife/knives
     leaf/leaves wolf/wolves shelf/shelves loaf/loaves calf/calves scarf/scarves thief/thieves
-    cactus/cacti ottoman/ottomans talisman/talismans sheep/sheep deer/deer fish/fish elk/elk moose/moose series/series
-    aircraft/aircraft""".split())
+    cactus/cacti ottoman/ottomans talisman/talismans sheep/sheep deer/deer fish/fish elk/elk
+    moose/moose series/series aircraft/aircraft""".split())
 IRREGULAR_ENDING = re.compile(f"({'|'.join(IRREGULAR)})$", re.I)  # also of bookshelf, reindeer
 VOWEL_SOUND = re.compile(
     r"(?!eu|ew|one\b|u\b|u[krst][aeiou]|uni(?!n)|ufo|usb)[aeiou]|hour|heir|honou?r|honest|suv\b|18",
