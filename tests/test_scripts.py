@@ -1,6 +1,7 @@
 """What the three scripts share: defaults, datasets, results, the command line, README.md."""
 import copy
 import functools
+import io
 import json
 import math
 import os
@@ -397,6 +398,15 @@ def test_a_closed_pipe_ends_a_run_quietly(files, run, monkeypatch, command):
         code, printed = run(command.format(folder="--data folder --root folder"))
         pipe.flush()  # as Python does at its end
     assert code in (0, 1) and "rror" not in printed
+
+
+def test_labels_are_printed_where_the_terminal_is_for_ascii(files, run, monkeypatch):
+    monkeypatch.chdir(files)
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        code, _ = run("mkt --predict folder/1.png --checkpoint run/last.pt --labels owl,猫")
+    assert code == 0 and '"猫"' in stdout.buffer.getvalue().decode()
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
