@@ -76,7 +76,7 @@ def precision_recall_f1_at_k(scores, targets, k):
         places = k - above.sum(dim=1, keepdim=True)
         predicted = above | (equal & (equal.cumsum(dim=1) <= places))
         hits += int((predicted & (t == 1)).sum())
-        positives += int((t == 1).sum())
+        positives += int((t == 1).sum())  # of a part: a sum makes int64 of its bools first
     predictions = max(1, len(scores) * k)
     return hits / predictions, hits / max(1, positives), 2 * hits / (predictions + positives)
 
