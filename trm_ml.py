@@ -538,7 +538,7 @@ def arguments(argv=None):
     add("--epochs", type=data.at_least(1), default=20, help="passes over the images (20)")
     add("--batch-size", type=data.at_least(1), default=32, help="images (32)")
     add("--lr", type=real, default=1e-4, help="peak learning rate (1e-4)")
-    add("--pseudo", type=real, default=0.1, help="weight; 0: none, no visual prototypes (0.1)")
+    add("--pseudo", type=real, default=0.1, help="weight of pseudo labels; 0 leaves them out (0.1)")
     add("--contrastive", type=real, default=0.2, help="its weight; 0 leaves it out (0.2)")
     add("--distillation", type=real, default=0.01, help="its weight; 0 leaves it out (0.01)")
     add("--augment", default="yes", choices=["yes", "no"], help="cutout, flip and RandAugment")

@@ -169,7 +169,8 @@ def test_widths_without_heads_of_64_are_refused(width):
 def test_zero_shot_embeddings():
     model = clip_model.load("toy-RN")[0]
     phrases = ["a dog", "an ear", "a unicorn", "an hour", "an MRI scanner", "a US passport",
-               "an X-ray", "a one-way street", "a European", "an umbrella", "a T-shirt", "a -"]
+               "an X-ray", "a one-way street", "a European", "an umbrella", "a T-shirt", "a -",
+               "a HORSE", "an UMBRELLA", "a UFO", "a usb stick", "an unidentified object"]
     labels = [phrase.split(" ", 1)[1] for phrase in phrases]
     embeddings = clip_model.zero_shot_embeddings(model, labels * 30)  # more than a batch
     expected = [model.encode_text(model.tokenize(f"a photo of {phrase}.")) for phrase in phrases]

@@ -39,7 +39,8 @@ HOSTILE = {name: [forms.replace("_", " ").split("/") for forms in words.split()]
     wine_glass/wine_glasses Church/Churches UFO/UFOs MRI_scanner/MRI_scanners
     cup_of_tea/cups_of_tea passer-by/passers-by mother-in-law/mothers-in-law can_opener/can_openers
     building/buildings honey/honey scissors/scissors people/people dancing/dancing the_sea/the_sea
-    rainy/rainy Eiffel_Tower/Eiffel_Tower economics/economics sofas/sofas""".split()])
+    rainy/rainy Eiffel_Tower/Eiffel_Tower economics/economics sofas/sofas ottoman/ottomans
+    talisman/talismans""".split()])
 def test_plural(singular, expected):
     assert plural(singular.replace("_", " ")) == expected.replace("_", " ")
 
@@ -48,6 +49,7 @@ def test_plural(singular, expected):
     a horse, a one-way sign, a UFO, an MRI scanner, an suv, an X-ray, a T-shirt, a US passport,
     an uninhabited island, a cup of tea, a map of Paris, a passer-by, a German shepherd,
     a wedding ring, a bus, skis, snow, dancing, orange juice, people, rainy, economics, the sea,
+    an honor, an honest face, a u-turn, an 18-wheeler, an 8-ball, an 8K screen, a 180-degree turn,
     Paris, Statue of Liberty, Flora, The Beatles""".replace("\n   ", "").split(", "))
 def test_with_article(expected):
     label = re.sub("^an? ", "", expected)

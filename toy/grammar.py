@@ -42,8 +42,8 @@ IRREGULAR = dict(pair.split("/") for pair in """person/people human/humans germa
     moose/moose series/series aircraft/aircraft""".split())
 IRREGULAR_ENDING = re.compile(f"({'|'.join(IRREGULAR)})$", re.I)  # also of bookshelf, reindeer
 VOWEL_SOUND = re.compile(
-    r"(?!eu|ew|one\b|u\b|u[krst][aeiou]|uni(?!n)|ufo|usb)[aeiou]|hour|heir|honou?r|honest|suv\b|18",
-    re.I)
+    r"(?!eu|ew|one\b|u\b|u[krst][aeiou]|uni(?!n)|ufo|usb)[aeiou]|hour|heir|honou?r|honest|suv\b|"
+    r"8|1[18]\b", re.I)
 SPELLED_WITH_VOWEL = set("AEFHILMNORSX8")  # an F, an X
 # what follows the head word: cup of tea, man in suit, passer-by
 TAIL = re.compile(r" (of|in|on|at|with|for|from|under|by) .+|(?<=er)-(by|on|up)$|-(of|in)-.+")
@@ -117,7 +117,7 @@ def with_article(label, kind=None):
     if kind != "singular":
         return label
     first = re.match(r"\w*", label)[0]
-    spelled = first.isupper() or not re.search("[aeiouy]", first, re.I)  # MRI, tv, x-ray
+    spelled = first.isupper() or not re.search(r"[aeiouy\d]", first, re.I)  # MRI, tv, x-ray
     vowel = first[:1].upper() in SPELLED_WITH_VOWEL if spelled else VOWEL_SOUND.match(label)
     return f"an {label}" if vowel else f"a {label}"
 
